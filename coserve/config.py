@@ -1,0 +1,59 @@
+"""Configuration: frozen dataclasses made once from the command line. Nothing reads the environment later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the engine process needs to know, sent to it as JSON at its start.
+
+    `dtype` is "auto" (fp32 for the demo model and fp32 checkpoints, else bf16), "float32" or "bfloat16".
+    `kv_cache_memory_bytes` 0 derives the pool's size from `gpu_memory_utilization` of the free memory.
+    """
+
+    model: str
+    served_model_name: str = ""
+    device: str = "auto"
+    dtype: str = "auto"
+    max_model_len: int = 0
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int = 0
+    enable_prefix_caching: bool = True
+    max_loras: int = 16
+    max_lora_rank: int = 64
+    max_cpu_loras: int = 128
+    slo_tpot_ms: float = 0.0
+    slo_ttft_ms: float = 0.0
+    deterministic: bool = False
+    seed: int = 0
+    log_file: str = ""
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The API server's own settings; `engine` goes on to the engine process."""
+
+    engine: EngineConfig
+    host: str = "127.0.0.1"
+    port: int = 8000
+    grpc_port: int = 50051
+    metrics_port: int | None = None
+    state_dir: str = ""
+    adapter_roots: tuple[str, ...] = ()
+    lora_modules: tuple[tuple[str, str], ...] = ()
+    chat_template: str = ""
+    api_keys: tuple[str, ...] = ()
+    admin_api_keys: tuple[str, ...] = ()
+    keys_file: str = ""
+    ssl_keyfile: str = ""
+    ssl_certfile: str = ""
+    shutdown_timeout: float = 25.0
+
+
+DEMO_MODEL_NAME = "coserve-demo"
+DEMO_MODEL_DIR = Path(__file__).parent / "assets" / "demo_model"

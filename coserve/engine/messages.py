@@ -1,0 +1,237 @@
+"""Everything that crosses between the API server and the engine process.
+
+One msgspec struct a message, tagged by its class name. `ToEngine` and `FromEngine` are the two unions;
+`encode`/`decode_*` are the only (de)serialisers. Token ids, bytes and numbers only: text stays in the server.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from coserve.core.sampling_params import SamplingParams
+from coserve.training.job import JobSpec, StepMetrics
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """Base of all messages."""
+
+
+class AdapterRef(msgspec.Struct, frozen=True):
+    """An immutable adapter version: `digest` names its bytes, `path` is its PEFT directory on disk."""
+
+    name: str
+    version: int
+    digest: str
+    path: str
+
+
+# ------------------------------------------------------------------ server -> engine
+
+
+class AddRequest(Message):
+    """Admit a request. The first output of an impossible one is a `RequestOutput` with `error` set."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    adapter: AdapterRef | None = None
+    priority: int = 0
+    arrival: float = 0.0  # time.time() at the server
+
+
+class AbortRequests(Message):
+    """Forget these requests and free all they hold before the next step."""
+
+    request_ids: list[str]
+
+
+class LoadAdapter(Message):
+    """Bring an adapter's weights to the device; answered by a `Reply` with the same `call_id`."""
+
+    call_id: int
+    adapter: AdapterRef
+    pinned: bool = False
+
+
+class UnloadAdapter(Message):
+    """Free an adapter's weights once its last request has ended; answered at once by a `Reply`."""
+
+    call_id: int
+    digest: str
+
+
+class SubmitJob(Message):
+    """Start a fine-tuning job, or go on with it from its newest whole checkpoint."""
+
+    call_id: int
+    spec: JobSpec
+
+
+class ControlJob(Message):
+    """Pause, resume or cancel a job; answered by a `Reply` when it has taken effect."""
+
+    call_id: int
+    job_id: str
+    action: str  # "pause" | "resume" | "cancel"
+
+
+class GetStats(Message):
+    """Ask for an `EngineStats` now."""
+
+    call_id: int
+
+
+class Shutdown(Message):
+    """Checkpoint all running jobs at their last committed step, answer with a `Reply`, and exit."""
+
+    call_id: int
+
+
+ToEngine = (
+    AddRequest | AbortRequests | LoadAdapter | UnloadAdapter | SubmitJob | ControlJob | GetStats | Shutdown
+)
+
+
+# ------------------------------------------------------------------ engine -> server
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of one token, its rank in the vocabulary (1 = most likely), and the best ones."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one step gave one request.
+
+    `finish_reason` is "stop", "length", "abort" or "error" on the last one, with `stop_token_id` for a stop
+    by token. `prompt_logprobs` comes once, with the first output; its first entry is None.
+    """
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: str | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
+    error_code: str | None = None
+    cached_tokens: int = 0
+    num_preemptions: int = 0
+    scheduled_at: float | None = None  # time.time() of the first step with a token of it; first output only
+
+
+class StepOutputs(Message):
+    """All outputs of one step."""
+
+    outputs: list[RequestOutput]
+
+
+class Reply(Message):
+    """Answer to a call; `error` is None when it worked, `error_code` is the code of the error tree."""
+
+    call_id: int
+    error: str | None = None
+    error_code: str | None = None
+    error_param: str | None = None
+
+
+class JobProgress(Message):
+    """One committed optimizer step of a job. After a restart steps may come again: same step, same bits."""
+
+    job_id: str
+    metrics: StepMetrics
+
+
+class JobCheckpoint(Message):
+    """A checkpoint is durable on disk under `path` (a directory named by its step)."""
+
+    job_id: str
+    step: int
+    path: str
+    train_loss: float
+
+
+class JobStatus(Message):
+    """A job's state in the engine changed: "running", "paused", "succeeded", "failed", "cancelled".
+
+    "succeeded" comes after the `JobCheckpoint` of the last step, whose directory holds the final adapter.
+    """
+
+    job_id: str
+    status: str
+    message: str = ""
+    error_code: str | None = None
+    error_param: str | None = None
+
+
+class EngineReady(Message):
+    """Sent once when the model is loaded."""
+
+    pid: int
+    model_name: str
+    max_model_len: int
+    vocab_size: int
+    num_blocks: int
+    block_size: int
+    device: str
+    dtype: str
+
+
+class StepTiming(msgspec.Struct, frozen=True, array_like=True):
+    """One step for the histograms. Seconds; tokens by kind; `predicted` 0 when there was no prediction."""
+
+    kind: str  # "inference" | "training" | "mixed"
+    seconds: float
+    budget: float
+    predicted: float
+    training_seconds: float
+    inference_tokens: int
+
+
+class EngineStats(Message):
+    """A snapshot of gauges, and what was counted since the one before. `call_id` 0: periodic."""
+
+    call_id: int = 0
+    running: int = 0
+    waiting: int = 0
+    waiting_deferred: int = 0  # waiting for an adapter's load
+    kv_usage: float = 0.0
+    memory_bytes: dict[str, int] = {}
+    adapters_by_tier: dict[str, int] = {}
+    adapter_tiers: dict[str, str] = {}  # digest -> "device" | "host"; absent: disk only
+    running_adapters: list[str] = []  # names with a request in flight
+    waiting_adapters: list[str] = []
+    steps: list[StepTiming] = []
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    finetune_forward_tokens: int = 0
+    finetune_backward_tokens: int = 0
+    finetune_share: float = 0.0
+    swaps: dict[str, int] = {}  # adapter movements by kind: "load", "evict", "unload", "publish"
+
+
+FromEngine = StepOutputs | Reply | JobProgress | JobCheckpoint | JobStatus | EngineReady | EngineStats
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode(message: Message) -> bytes:
+    """Message to wire bytes (msgpack)."""
+    return _encoder.encode(message)
+
+
+def decode_to_engine(data: bytes) -> ToEngine:
+    """Wire bytes to a server -> engine message; raises msgspec.DecodeError on anything else."""
+    return _to_engine.decode(data)
+
+
+def decode_from_engine(data: bytes) -> FromEngine:
+    """Wire bytes to an engine -> server message; raises msgspec.DecodeError on anything else."""
+    return _from_engine.decode(data)
