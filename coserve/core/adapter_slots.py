@@ -1,0 +1,96 @@
+"""Which adapters have rows on the device, who reads them, and which may go.
+
+An adapter of rank r takes r rows of the pool, so rank 8 costs an eighth of rank 64. Adapters in use or pinned
+are never evicted; the others go least recently used first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class AdapterSlot:
+    """An adapter's rows. `readers` counts the requests (and jobs) that use it now."""
+
+    key: str
+    rows: list[int]
+    readers: int = 0
+    pinned: bool = False
+    doomed: bool = field(default=False)  # unloaded while in use: goes with its last reader
+
+
+class AdapterSlots:
+    """Row allocation for at most `max_adapters` adapters in `max_rows` rows."""
+
+    def __init__(self, max_rows: int, max_adapters: int) -> None:
+        self.max_rows = max_rows
+        self.max_adapters = max_adapters
+        self._free_rows = list(range(max_rows - 1, -1, -1))
+        self._slots: OrderedDict[str, AdapterSlot] = OrderedDict()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._slots
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    @property
+    def rows_in_use(self) -> int:
+        return self.max_rows - len(self._free_rows)
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self._slots)
+
+    def rows(self, key: str) -> list[int]:
+        """The adapter's row numbers, in rank order."""
+        return self._slots[key].rows
+
+    def allocate(self, key: str, rank: int, *, pinned: bool = False) -> tuple[AdapterSlot, list[str]] | None:
+        """Rows for an adapter that has none, with the keys evicted for it; None while all are in use."""
+        evicted = []
+        while len(self._slots) >= self.max_adapters or len(self._free_rows) < rank:
+            victim = next((s for s in self._slots.values() if not s.readers and not s.pinned), None)
+            if victim is None:
+                return None
+            self._remove(victim)
+            evicted.append(victim.key)
+        slot = AdapterSlot(key, [self._free_rows.pop() for _ in range(rank)], pinned=pinned)
+        self._slots[key] = slot
+        return slot, evicted
+
+    def acquire(self, key: str) -> AdapterSlot:
+        """One more reader; the adapter becomes the most recently used."""
+        slot = self._slots[key]
+        slot.readers += 1
+        self._slots.move_to_end(key)
+        return slot
+
+    def release(self, key: str) -> bool:
+        """One reader less; True when this freed the rows of an adapter that was unloaded meanwhile."""
+        slot = self._slots[key]
+        slot.readers -= 1
+        if slot.doomed and slot.readers == 0:
+            self._remove(slot)
+            return True
+        return False
+
+    def pin(self, key: str, pinned: bool) -> None:
+        self._slots[key].pinned = pinned
+
+    def unload(self, key: str) -> bool:
+        """Free the rows now, or with the last reader; True when they are free now."""
+        slot = self._slots.get(key)
+        if slot is None:
+            return True
+        if slot.readers:
+            slot.doomed, slot.pinned = True, False
+            return False
+        self._remove(slot)
+        return True
+
+    def _remove(self, slot: AdapterSlot) -> None:
+        del self._slots[slot.key]
+        self._free_rows.extend(reversed(slot.rows))

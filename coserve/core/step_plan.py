@@ -1,0 +1,54 @@
+"""What one step will do: the scheduler's whole output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from coserve.core.request import Request
+from coserve.core.span import InferenceSpan, SpanKind, TrainingSpan
+from coserve.core.training_sequence import TrainingSequence
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """Spans of one step, inference rows ordered by adapter so that neighbours share a LoRA segment.
+
+    `training_budget` is the time in seconds that training may take in this step; `predicted` is what the
+    latency model expects the whole step to take (0 while it can't tell).
+    """
+
+    inference: list[InferenceSpan] = field(default_factory=list)
+    training_forward: list[TrainingSpan] = field(default_factory=list)
+    training_backward: list[TrainingSpan] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+    evicted: list[TrainingSequence] = field(default_factory=list)
+    training_budget: float = 0.0
+    predicted: float = 0.0
+
+    @property
+    def empty(self) -> bool:
+        return not (self.inference or self.training_forward or self.training_backward)
+
+    @property
+    def inference_tokens(self) -> int:
+        return sum(span.length for span in self.inference)
+
+    @property
+    def context_tokens(self) -> int:
+        """Keys that the step's queries look at, decode rows counting their whole context."""
+        return sum(span.start + span.length for span in self.inference)
+
+    @property
+    def forward_tokens(self) -> int:
+        return self.inference_tokens + sum(span.length for span in self.training_forward)
+
+    @property
+    def kind(self) -> str:
+        """"inference", "training" or "mixed", as the step histogram labels it."""
+        training = bool(self.training_forward or self.training_backward)
+        if not self.inference:
+            return "training"
+        return "mixed" if training else "inference"
+
+    def decode_only(self) -> bool:
+        return all(span.kind is SpanKind.DECODE for span in self.inference)
