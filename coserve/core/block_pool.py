@@ -49,7 +49,7 @@ class BlockPool:
         """`count` blocks with one reference each, or None (and nothing taken) when there are too few."""
         if count > self.num_free:
             return None
-        blocks = []
+        blocks: list[int] = []
         while len(blocks) < count and self._num_blank:
             block = heapq.heappop(self._free_heap)
             if self._is_free[block]:
@@ -70,7 +70,7 @@ class BlockPool:
         self._references[block] += 1
 
     def release(self, blocks: list[int]) -> None:
-        """Drop one reference of each. The last block of a chain becomes idle first, so it is evicted first."""
+        """Drop one reference of each. A chain's last block becomes idle, and is evicted, first."""
         for block in reversed(blocks):
             self._references[block] -= 1
             if self._references[block] == 0:

@@ -1,0 +1,260 @@
+"""Every sequence owes tokens; each step spends one token budget on spans.
+
+Inference goes first: running requests, then waiting ones, prompts in chunks. What the latency target leaves
+goes to training. All decisions are made here, from plain numbers; time is passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from coserve.core.block_pool import BlockPool
+from coserve.core.latency_model import LatencyModel
+from coserve.core.prefix_cache import block_key, root_key
+from coserve.core.request import Request, RequestStatus
+from coserve.core.slo import IDLE_QUANTUM, PROBE_EVERY, LatencyTargets
+from coserve.core.span import InferenceSpan, SpanKind
+from coserve.core.step_plan import StepPlan
+from coserve.core.training_queue import TrainingQueue
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """Per-step and per-server limits. `headroom` slabs are kept from training for requests to grow into."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    headroom: int
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, preemption by recompute, and training in what is left.
+
+    `adapter_ready(digest)` says whether an adapter's rows are on the device and, if so, takes a reference
+    for one request; `adapter_released(digest)` gives it back.
+    """
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        blocks: BlockPool,
+        model: LatencyModel,
+        targets: LatencyTargets,
+        adapter_ready: Callable[[str], bool],
+        adapter_released: Callable[[str], None],
+    ) -> None:
+        self.limits = limits
+        self.blocks = blocks
+        self.model = model
+        self.targets = targets
+        self.training = TrainingQueue(blocks, model)
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+        self.num_deferred = 0  # waiting requests whose adapter wasn't on the device in the last step
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self._requests: dict[str, Request] = {}
+        self._adapter_ready = adapter_ready
+        self._adapter_released = adapter_released
+        self._steps_with_inference = 0
+
+    # ------------------------------------------------------------------ requests in and out
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        self._requests[request.sequence_id] = request
+        self.waiting.append(request)
+        self.waiting.sort(key=lambda r: r.order)
+
+    def get(self, request_id: str) -> Request | None:
+        return self._requests.get(request_id)
+
+    def finish(self, request: Request) -> None:
+        """The request ended or was aborted: everything it holds is free at once."""
+        if request.finished:
+            return
+        if request in self.running:
+            self.running.remove(request)
+            self._leave_device(request)
+        else:
+            self.waiting.remove(request)
+        request.status = RequestStatus.FINISHED
+        del self._requests[request.sequence_id]
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    # ------------------------------------------------------------------ one step
+
+    def schedule(self, now: float) -> StepPlan:
+        """Plan the next step. Cursors move only in `commit`."""
+        plan = StepPlan()
+        budget = self._schedule_running(plan, self.limits.max_num_batched_tokens)
+        if not plan.preempted:
+            budget = self._schedule_waiting(plan, budget, now)
+        plan.inference.sort(key=lambda span: (span.request.adapter or "", span.kind is SpanKind.PREFILL))
+        self._schedule_training(plan, budget, now)
+        return plan
+
+    def commit(self, plan: StepPlan) -> None:
+        """The plan's inference was run: cursors move, full blocks become known to the prefix cache."""
+        for span in plan.inference:
+            request = span.request
+            if not request.finished:
+                request.cursor = span.start + span.length
+                self._remember_blocks(request, span.start)
+
+    def _schedule_running(self, plan: StepPlan, budget: int) -> int:
+        for request in sorted(self.running, key=lambda r: r.order):
+            if request.status is not RequestStatus.RUNNING or budget == 0:
+                continue
+            length = min(request.forward_owed, budget)
+            if length and self._grow(request, request.cursor + length, plan):
+                budget -= length
+                plan.inference.append(self._span(request, length))
+        if plan.preempted:
+            # A span planned before its request was preempted in favour of an earlier one.
+            plan.inference = [s for s in plan.inference if s.request.status is RequestStatus.RUNNING]
+        return budget
+
+    def _schedule_waiting(self, plan: StepPlan, budget: int, now: float) -> int:
+        self.num_deferred = 0
+        for request in list(self.waiting):
+            if budget == 0 or len(self.running) >= self.limits.max_num_seqs:
+                break
+            if request.adapter is not None and not self._adapter_ready(request.adapter):
+                self.num_deferred += 1
+                continue
+            self._match_prefix(request)
+            length = min(request.forward_owed, budget)
+            if not self._grow(request, request.cursor + length, plan, admit=True):
+                self._leave_device(request)
+                request.cursor = 0
+                break
+            self.waiting.remove(request)
+            self.running.append(request)
+            if request.status is RequestStatus.WAITING and self.blocks.cache is not None:
+                request.num_cached_tokens = request.cursor
+                self.prefix_queries += request.num_tokens
+                self.prefix_hits += request.cursor
+            request.status = RequestStatus.RUNNING
+            if request.scheduled_at is None:
+                request.scheduled_at = now
+            budget -= length
+            plan.inference.append(self._span(request, length))
+        return budget
+
+    def _schedule_training(self, plan: StepPlan, token_budget: int, now: float) -> None:
+        if plan.inference:
+            alone = self.model.predict_inference(plan.inference_tokens, plan.context_tokens)
+            plan.predicted = alone
+            self._steps_with_inference += 1
+            probing = not self.model.trained or self._steps_with_inference % PROBE_EVERY == 0
+            if probing or not self.training.has_work:
+                return
+            wait = self._oldest_wait(now)
+            plan.training_budget = self.targets.training_budget(alone, self.model.guard, wait)
+        elif self.waiting and not self.training.has_work:
+            return
+        else:
+            plan.training_budget = IDLE_QUANTUM
+        forward, backward = self.training.plan(
+            plan.training_budget, token_budget, self.limits.headroom, mixed=bool(plan.inference)
+        )
+        plan.training_forward, plan.training_backward = forward, backward
+        for span in forward:
+            plan.predicted += self.model.predict_unit("forward", span.length)
+
+    def _oldest_wait(self, now: float) -> float | None:
+        """Longest time any request has been waiting for its first token."""
+        arrivals = [r.arrival for r in (*self.running, *self.waiting) if r.num_output_tokens == 0]
+        return now - min(arrivals) if arrivals else None
+
+    @staticmethod
+    def _span(request: Request, length: int) -> InferenceSpan:
+        samples = request.cursor + length == request.num_tokens
+        decode = samples and length == 1 and request.num_output_tokens > 0
+        kind = SpanKind.DECODE if decode else SpanKind.PREFILL
+        return InferenceSpan(kind, request, request.cursor, length, samples)
+
+    # ------------------------------------------------------------------ blocks
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.limits.block_size)
+
+    def _grow(self, request: Request, num_tokens: int, plan: StepPlan, *, admit: bool = False) -> bool:
+        """Blocks for `num_tokens`; takes them from training first, then (not to admit someone) from the
+        request that is last in order. False when the request itself had to go."""
+        missing = self._blocks_for(num_tokens) - len(request.block_table)
+        while missing > 0:
+            blocks = self.blocks.allocate(missing)
+            if blocks is not None:
+                request.block_table.extend(blocks)
+                return True
+            evicted = self.training.evict_one()
+            if evicted:
+                plan.evicted.extend(evicted)
+                continue
+            if admit:
+                return False
+            victim = max(self.running, key=lambda r: r.order)
+            self._preempt(victim, plan)
+            if victim is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request, plan: StepPlan) -> None:
+        self.running.remove(request)
+        self._leave_device(request)
+        request.preempt()
+        self.num_preemptions += 1
+        plan.preempted.append(request)
+        self.waiting.append(request)
+        self.waiting.sort(key=lambda r: r.order)
+
+    def _leave_device(self, request: Request) -> None:
+        self.blocks.release(request.block_table)
+        request.block_table = []
+        if request.adapter is not None:
+            self._adapter_released(request.adapter)
+
+    # ------------------------------------------------------------------ prefix cache
+
+    def _match_prefix(self, request: Request) -> None:
+        """Share the longest cached run of full blocks, leaving at least one token to compute."""
+        cache = self.blocks.cache
+        if cache is None or request.sampling.prompt_logprobs is not None:
+            return
+        size = self.limits.block_size
+        limit = (request.num_tokens - 1) // size
+        for index in range(limit):
+            block = cache.lookup(self._key(request, index))
+            if block is None:
+                break
+            self.blocks.share(block)
+            request.block_table.append(block)
+        request.cursor = len(request.block_table) * size
+
+    def _remember_blocks(self, request: Request, start: int) -> None:
+        """Blocks that became full with the tokens from `start` on."""
+        cache = self.blocks.cache
+        if cache is None:
+            return
+        size = self.limits.block_size
+        for index in range(start // size, request.cursor // size):
+            block = request.block_table[index]
+            if not cache.holds(block):
+                cache.insert(self._key(request, index), block)
+
+    def _key(self, request: Request, index: int) -> bytes:
+        """Key of the request's block `index`, extending the request's chain as needed."""
+        hashes, size = request.block_hashes, self.limits.block_size
+        while len(hashes) <= index:
+            start = len(hashes) * size
+            parent = hashes[-1] if hashes else root_key(request.adapter)
+            hashes.append(block_key(parent, request.token_ids[start : start + size]))
+        return hashes[index]

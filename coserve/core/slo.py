@@ -1,0 +1,38 @@
+"""Latency targets, and what they leave for training in a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+IDLE_QUANTUM = 0.05  # seconds of training in a step that nobody waits for
+AUTO_RATIO = 1.2  # of the predicted inference-only step
+AUTO_FLOOR = 0.012  # seconds between tokens below which no reader sees a difference
+PROBE_EVERY = 16  # steps with inference between two that carry no training, to see it alone
+SAFETY = 0.9  # of an explicit target
+
+
+@dataclass(frozen=True)
+class LatencyTargets:
+    """Seconds; 0 means automatic: `AUTO_RATIO` times the inference alone, at least `AUTO_FLOOR`."""
+
+    ttft: float = 0.0
+    tpot: float = 0.0
+
+    def step_target(self, inference_alone: float) -> float:
+        """How long a step with running requests may take."""
+        if self.tpot > 0.0:
+            return self.tpot * SAFETY
+        return max(AUTO_RATIO * inference_alone, AUTO_FLOOR)
+
+    def training_budget(
+        self, inference_alone: float, guard: float, oldest_first_token_wait: float | None
+    ) -> float:
+        """Seconds of training that a step with inference can carry.
+
+        `inference_alone` is the predicted time of its inference, `guard` the model's own relative error, and
+        `oldest_first_token_wait` how long the longest-waiting request has had no first token.
+        """
+        budget = self.step_target(inference_alone) - inference_alone * (1.0 + guard)
+        if self.ttft > 0.0 and oldest_first_token_wait is not None:
+            budget = min(budget, self.ttft * SAFETY - oldest_first_token_wait - inference_alone)
+        return max(0.0, budget)

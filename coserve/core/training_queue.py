@@ -1,0 +1,189 @@
+"""Whose training goes next: weighted fair queueing over the jobs' measured time.
+
+Each job has a virtual time that its units advance by seconds / weight; the job furthest behind goes first.
+A job that was idle comes back at the others' virtual time, so it can't claim what it didn't use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from coserve.core.block_pool import BlockPool
+from coserve.core.latency_model import LatencyModel
+from coserve.core.span import SpanKind, TrainingSpan
+from coserve.core.training_sequence import TrainingSequence
+
+MAX_IN_FLIGHT = 2  # microbatches of one job that hold activations: one goes forward, one backward
+
+
+@dataclass
+class JobQueue:
+    """A job's microbatches of the current optimizer step, in index order; `weight` from its priority."""
+
+    job_id: str
+    weight: float
+    virtual_time: float = 0.0
+    sequences: list[TrainingSequence] = field(default_factory=list)
+
+    def backward_candidate(self) -> TrainingSequence | None:
+        """The first unfinished microbatch, if its forward is done."""
+        first = next((s for s in self.sequences if not s.done), None)
+        return first if first is not None and first.forward_done else None
+
+    def forward_candidate(self) -> TrainingSequence | None:
+        """The next microbatch with forward tokens to pay, within the limit in flight."""
+        open_sequences = [s for s in self.sequences if not s.done][:MAX_IN_FLIGHT]
+        return next((s for s in open_sequences if not s.forward_done), None)
+
+
+class TrainingQueue:
+    """The jobs that want device time, and the memory their microbatches hold."""
+
+    def __init__(self, blocks: BlockPool, model: LatencyModel) -> None:
+        self._blocks = blocks
+        self._model = model
+        self._jobs: dict[str, JobQueue] = {}
+        self.credit = 0.0
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def sequences(self) -> list[TrainingSequence]:
+        return [s for job in self._jobs.values() for s in job.sequences]
+
+    @property
+    def has_work(self) -> bool:
+        return any(not s.done for s in self.sequences)
+
+    def submit(self, job_id: str, sequences: list[TrainingSequence], priority: int = 0) -> None:
+        """The microbatches of a job's next optimizer step."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            behind = min((j.virtual_time for j in self._jobs.values()), default=0.0)
+            job = self._jobs[job_id] = JobQueue(job_id, 2.0**-priority, behind)
+        job.sequences = list(sequences)
+
+    def remove(self, job_id: str) -> None:
+        """The job ended or was paused: whatever its microbatches hold is free."""
+        job = self._jobs.pop(job_id, None)
+        if job is not None:
+            for sequence in job.sequences:
+                self.release(sequence)
+
+    def release(self, sequence: TrainingSequence) -> None:
+        """Give a microbatch's activations back."""
+        if sequence.extent is not None:
+            self._blocks.release_extent(sequence.extent)
+            sequence.extent = None
+
+    def charge(self, job_id: str, seconds: float) -> None:
+        """Device time that a job's units took."""
+        job = self._jobs.get(job_id)
+        if job is not None:
+            job.virtual_time += seconds / job.weight
+
+    def evict_one(self) -> list[TrainingSequence]:
+        """Take activation memory from training for inference (I5). Returns the microbatches that lost theirs.
+
+        Forward work is the cheapest to lose, newest first. A backward pass has already added into its job's
+        gradients, so taking its memory restarts the job's whole optimizer step.
+        """
+        holders = [s for s in self.sequences if s.extent is not None and not s.done]
+        for sequence in reversed(holders):
+            if sequence.backward_cursor == 0:
+                return [self._evict(sequence)]
+        if not holders:
+            return []
+        job = self._jobs[holders[-1].job_id]
+        return [self._evict(s) for s in job.sequences]
+
+    def _evict(self, sequence: TrainingSequence) -> TrainingSequence:
+        self.release(sequence)
+        sequence.restart()
+        sequence.evictions += 1
+        return sequence
+
+    def plan(
+        self, budget: float, max_tokens: int, kv_headroom: int, *, mixed: bool
+    ) -> tuple[list[TrainingSpan], list[TrainingSpan]]:
+        """Forward windows and backward units for a step, in the order of fairness.
+
+        `budget` is in seconds, `max_tokens` bounds the forward windows, `kv_headroom` slabs stay free for
+        requests. A unit that doesn't fit saves its share up in `credit`, so that even a target that leaves
+        less than a unit a step keeps training moving; a step without inference runs at least one.
+        """
+        available = budget + (self.credit if mixed else 0.0)
+        forward: dict[str, TrainingSpan] = {}
+        backward: dict[str, TrainingSpan] = {}
+        spent, tokens = 0.0, max_tokens
+        virtual = {job_id: job.virtual_time for job_id, job in self._jobs.items()}
+        blocked: set[str] = set()
+        while len(blocked) < len(virtual):
+            job = self._jobs[min((j for j in virtual if j not in blocked), key=lambda j: (virtual[j], j))]
+            choice = self._next_span(job, forward, backward, tokens, kv_headroom, available - spent)
+            if choice is None:
+                blocked.add(job.job_id)
+                continue
+            span, cost = choice
+            first = not forward and not backward
+            if spent + cost > available and not (first and not mixed):
+                break
+            spent += cost
+            # While costs are unknown they are 0: one unit of each kind a step until they are learnt.
+            virtual[job.job_id] += max(cost, 1e-4) / job.weight
+            chosen = forward if span.kind is SpanKind.TRAIN_FORWARD else backward
+            key = span.sequence.sequence_id
+            if key in chosen:
+                before = chosen[key]
+                span = TrainingSpan(span.kind, span.sequence, before.start, before.length + span.length)
+            chosen[key] = span
+            if span.kind is SpanKind.TRAIN_FORWARD:
+                tokens = max_tokens - sum(s.length for s in forward.values())
+            if cost == 0.0:
+                blocked.add(job.job_id)
+        self.credit = min(max(0.0, available - spent), 0.25) if mixed and self.has_work else 0.0
+        return list(forward.values()), list(backward.values())
+
+    def _next_span(
+        self,
+        job: JobQueue,
+        forward: dict[str, TrainingSpan],
+        backward: dict[str, TrainingSpan],
+        max_tokens: int,
+        kv_headroom: int,
+        seconds: float,
+    ) -> tuple[TrainingSpan, float] | None:
+        """The job's next unit and its predicted seconds: a forward window first when none is planned yet
+        (so that it rides along with the step's other rows), then backward units."""
+        sequence = job.forward_candidate()
+        unplanned = sequence is not None and sequence.sequence_id not in forward
+        if sequence is not None and unplanned and self._reserve(sequence, kv_headroom):
+            length = self._window_length(sequence, max_tokens, seconds)
+            if length:
+                span = TrainingSpan(SpanKind.TRAIN_FORWARD, sequence, sequence.cursor, length)
+                return span, self._model.predict_unit("forward", length)
+        sequence = job.backward_candidate()
+        if sequence is not None:
+            planned = backward.get(sequence.sequence_id)
+            index = sequence.backward_cursor + (planned.length if planned else 0)
+            if index < len(sequence.backward_units):
+                unit = sequence.backward_units[index]
+                span = TrainingSpan(SpanKind.TRAIN_BACKWARD, sequence, index, 1)
+                return span, self._model.predict_unit(unit.kind, unit.tokens)
+        return None
+
+    def _window_length(self, sequence: TrainingSequence, max_tokens: int, seconds: float) -> int:
+        """The longest window that tokens and time allow, but at least a tile: the caller weighs its cost."""
+        per_token = self._model.predict_unit("forward", 1)
+        affordable = int(seconds / per_token) if per_token > 0.0 else 128
+        return sequence.window(min(max_tokens, max(affordable, 64)))
+
+    def _reserve(self, sequence: TrainingSequence, kv_headroom: int) -> bool:
+        if sequence.extent is None:
+            # Memory that was taken away once is asked for again only with room to spare (no thrashing).
+            headroom = kv_headroom * (1 + min(sequence.evictions, 3))
+            if self._blocks.num_free < sequence.slabs + headroom:
+                return False
+            sequence.extent = self._blocks.reserve_extent(sequence.slabs)
+        return sequence.extent is not None

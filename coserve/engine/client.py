@@ -1,0 +1,298 @@
+"""The server's end of the engine: spawns the engine process, talks to it, restarts it when it dies.
+
+All methods run in the server's asyncio loop. Messages go over one ZeroMQ PAIR socket for each incarnation of
+the engine, so nothing meant for a dead one can reach its successor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from itertools import count
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from coserve import errors
+from coserve.config import EngineConfig
+from coserve.core.sampling_params import SamplingParams
+from coserve.engine import messages as m
+from coserve.training.job import JobSpec
+
+logger = logging.getLogger(__name__)
+
+JobEvent = m.JobProgress | m.JobCheckpoint | m.JobStatus
+START_TIMEOUT = 600.0  # seconds a large model may take to load
+MAX_RESTART_DELAY = 10.0
+
+__all__ = ["EngineClient", "JobEvent", "SamplingParams"]
+
+
+def error_from(message: str, code: str | None, param: str | None = None) -> errors.CoserveError:
+    """The error of the tree that carries this code; `InternalError` for codes nobody knows."""
+    pending: list[type[errors.CoserveError]] = [errors.CoserveError]
+    while pending:
+        kind = pending.pop()
+        pending.extend(kind.__subclasses__())
+        plain = kind not in (errors.CoserveError, errors.DatasetError, errors.RateLimited)
+        if plain and kind.default_code == code:
+            return kind(message, param=param)
+    return errors.InternalError(message, param=param, code=code)
+
+
+async def _ignore_event(event: JobEvent) -> None:
+    logger.debug("job event before the server listens: %s", type(event).__name__)
+
+
+async def _no_restart_hook() -> None:
+    logger.debug("engine restarted before the server listens")
+
+
+class EngineClient:
+    """Owns the engine process. `ready` is False while it starts or restarts."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.info: m.EngineReady | None = None
+        self.ready = False
+        self.on_job_event: Callable[[JobEvent], Awaitable[None]] = _ignore_event
+        self.on_stats: Callable[[m.EngineStats], None] = lambda stats: None
+        self.on_restart: Callable[[], Awaitable[None]] = _no_restart_hook
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._streams: dict[str, asyncio.Queue[m.RequestOutput]] = {}
+        self._calls: dict[int, asyncio.Future[m.Reply | m.EngineStats]] = {}
+        self._call_ids = count(1)
+        self._job_events: asyncio.Queue[JobEvent] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
+        self._directory = tempfile.mkdtemp(prefix="coserve-")
+        self._incarnation = 0
+
+    # ------------------------------------------------------------------ life
+
+    async def start(self) -> m.EngineReady:
+        """Spawn the engine and wait until its model is loaded.
+
+        Raises ConfigError when the engine refuses its configuration, InternalError when it dies otherwise.
+        """
+        reader = await self._spawn()
+        self._tasks = [
+            asyncio.create_task(self._supervise(reader)),
+            asyncio.create_task(self._deliver_job_events()),
+        ]
+        assert self.info is not None
+        return self.info
+
+    async def shutdown(self, timeout: float) -> None:
+        """Let jobs checkpoint and the engine exit; kill it after `timeout` seconds."""
+        self._stopping = True
+        process = self._process
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(errors.CoserveError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._call(lambda i: m.Shutdown(call_id=i)), timeout)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(process.wait(), 5.0)
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._job_events.join(), 5.0)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._fail_all("The server is shutting down.")
+        if self._socket is not None:
+            self._socket.close(linger=0)
+        self._context.term()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _spawn(self) -> asyncio.Task[None]:
+        """One incarnation: process, socket, reader task; returns when the model is loaded."""
+        self._incarnation += 1
+        address = f"ipc://{self._directory}/engine-{self._incarnation}"
+        socket = self._context.socket(zmq.PAIR)
+        socket.set_hwm(0)
+        socket.bind(address)
+        self._socket = socket
+        config = msgspec.json.encode(self.config)
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "coserve.engine.process", address, stdin=asyncio.subprocess.PIPE
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(config)
+        self._process.stdin.close()
+        started: asyncio.Future[m.EngineReady] = asyncio.get_running_loop().create_future()
+        reader = asyncio.create_task(self._read(socket, started))
+        died = asyncio.create_task(self._process.wait())
+        try:
+            await asyncio.wait({started, died}, timeout=START_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+            if not started.done():
+                raise errors.InternalError("The engine ended before its model was loaded; see its log.")
+            self.info = started.result()
+        except BaseException:
+            reader.cancel()
+            if self._process.returncode is None:
+                self._process.kill()
+            raise
+        finally:
+            died.cancel()
+        self.ready = True
+        return reader
+
+    async def _supervise(self, reader: asyncio.Task[None]) -> None:
+        """Restart the engine whenever it dies, with a growing pause while it keeps dying."""
+        delay = 0.0
+        loop = asyncio.get_running_loop()
+        while True:
+            assert self._process is not None
+            started_at = loop.time()
+            code = await self._process.wait()
+            self.ready = False
+            reader.cancel()
+            assert self._socket is not None
+            self._socket.close(linger=0)
+            self._fail_all("The engine stopped and is being restarted.")
+            if self._stopping:
+                return
+            logger.error("engine process ended with status %s; restarting it", code)
+            delay = 0.0 if loop.time() - started_at > 60.0 else min(MAX_RESTART_DELAY, 2 * delay + 0.25)
+            while True:
+                await asyncio.sleep(delay)
+                try:
+                    reader = await self._spawn()
+                    break
+                except errors.CoserveError as error:
+                    delay = min(MAX_RESTART_DELAY, 2 * delay + 0.25)
+                    logger.error("engine did not start: %s", error.message)
+            await self.on_restart()
+
+    # ------------------------------------------------------------------ requests
+
+    async def generate(self, add: m.AddRequest) -> AsyncIterator[m.RequestOutput]:
+        """Outputs of a request until its last. Leaving the iterator early aborts the request.
+
+        Raises Unavailable when the engine is down or dies meanwhile.
+        """
+        queue: asyncio.Queue[m.RequestOutput] = asyncio.Queue()
+        self._streams[add.request_id] = queue
+        finished = False
+        try:
+            await self._send(add)
+            while not finished:
+                output = await queue.get()
+                finished = output.finish_reason is not None
+                if output.error is not None:
+                    raise error_from(output.error, output.error_code)
+                yield output
+        finally:
+            self._streams.pop(add.request_id, None)
+            if not finished:
+                self._post(m.AbortRequests(request_ids=[add.request_id]))
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request whose iterator is still read; it ends with `finish_reason` "abort"."""
+        self._post(m.AbortRequests(request_ids=[request_id]))
+
+    # ------------------------------------------------------------------ calls
+
+    async def load_adapter(self, ref: m.AdapterRef, pinned: bool = False) -> None:
+        """Load an adapter's weights; raises the error that refused them."""
+        await self._call(lambda i: m.LoadAdapter(call_id=i, adapter=ref, pinned=pinned))
+
+    async def unload_adapter(self, digest: str) -> None:
+        """Free an adapter's weights once nobody uses them."""
+        await self._call(lambda i: m.UnloadAdapter(call_id=i, digest=digest))
+
+    async def submit_job(self, spec: JobSpec) -> None:
+        """Start a job, or go on with it from its newest checkpoint."""
+        await self._call(lambda i: m.SubmitJob(call_id=i, spec=spec))
+
+    async def control_job(self, job_id: str, action: str) -> None:
+        """`action`: "pause", "resume" or "cancel"."""
+        await self._call(lambda i: m.ControlJob(call_id=i, job_id=job_id, action=action))
+
+    async def stats(self) -> m.EngineStats:
+        """A snapshot taken between two steps."""
+        answer = await self._call(lambda i: m.GetStats(call_id=i))
+        assert isinstance(answer, m.EngineStats)
+        return answer
+
+    async def _call(self, make: Callable[[int], m.Message]) -> m.Reply | m.EngineStats:
+        call_id = next(self._call_ids)
+        future: asyncio.Future[m.Reply | m.EngineStats] = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = future
+        try:
+            await self._send(make(call_id))
+            answer = await future
+        finally:
+            self._calls.pop(call_id, None)
+        if isinstance(answer, m.Reply) and answer.error is not None:
+            raise error_from(answer.error, answer.error_code, answer.error_param)
+        return answer
+
+    # ------------------------------------------------------------------ wire
+
+    async def _send(self, message: m.Message) -> None:
+        if self._socket is None or not self.ready:
+            raise errors.Unavailable("The engine is starting; try again in a moment.")
+        await self._socket.send(m.encode(message))
+
+    def _post(self, message: m.Message) -> None:
+        """Send without waiting; for cleanup paths that must not be interrupted."""
+        if self._socket is not None and self.ready:
+            with contextlib.suppress(zmq.ZMQError):
+                # A shadow of the same socket in blocking mode: the high-water mark is off, so it never waits.
+                zmq.Socket.shadow(self._socket.underlying).send(m.encode(message), zmq.DONTWAIT)
+
+    async def _read(self, socket: zmq.asyncio.Socket, started: asyncio.Future[m.EngineReady]) -> None:
+        while True:
+            message = m.decode_from_engine(await socket.recv())
+            if isinstance(message, m.StepOutputs):
+                for output in message.outputs:
+                    queue = self._streams.get(output.request_id)
+                    if queue is not None:
+                        queue.put_nowait(output)
+            elif isinstance(message, m.EngineReady):
+                if not started.done():
+                    started.set_result(message)
+            elif isinstance(message, m.EngineStats) and message.call_id == 0:
+                self.on_stats(message)
+            elif isinstance(message, m.EngineStats | m.Reply):
+                if isinstance(message, m.Reply) and message.call_id == 0 and not started.done():
+                    started.set_exception(
+                        error_from(message.error or "", message.error_code, message.error_param)
+                    )
+                future = self._calls.get(message.call_id)
+                if future is not None and not future.done():
+                    future.set_result(message)
+            else:
+                self._job_events.put_nowait(message)
+
+    async def _deliver_job_events(self) -> None:
+        while True:
+            event = await self._job_events.get()
+            try:
+                await self.on_job_event(event)
+            except Exception:
+                logger.exception("job event was not taken")
+            finally:
+                self._job_events.task_done()
+
+    def _fail_all(self, reason: str) -> None:
+        for request_id, queue in self._streams.items():
+            queue.put_nowait(
+                m.RequestOutput(
+                    request_id=request_id, finish_reason="error", error=reason, error_code="service_unavailable"
+                )
+            )
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(errors.Unavailable(reason))
