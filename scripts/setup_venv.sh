@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Make the virtual environment: torch for this machine's device first, then the project and its tools.
+# Usage: setup_venv.sh PYTHON VENV TORCH_VERSION [TORCH_INDEX_URL]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$1 venv=$2 torch_version=$3 torch_index_url=${4:-}
+
+[ -n "$python" ] || { echo "setup: no python3 found; install Python 3.11 or pass PYTHON=..." >&2; exit 2; }
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
+
+# A "+cpu" build, where pip's own sources have one, wins over the plain version with "==" and is shut out
+# with "===". So a machine without a GPU gets the small build when it can, and one with a GPU never does.
+if [ -n "$torch_index_url" ]; then
+    "${pip[@]}" --index-url "$torch_index_url" "torch==$torch_version"
+elif nvidia-smi -L >/dev/null 2>&1; then
+    "${pip[@]}" "torch===$torch_version"
+else
+    "${pip[@]}" "torch==$torch_version"
+fi
+
+# Editable, so that a test sees the working tree; the native library is built into the tree by
+# build_native.sh, where a change recompiles one file instead of making a wheel again.
+"${pip[@]}" --config-settings=wheel.cmake=false --config-settings=editable.mode=inplace \
+    --editable '.[test,demo,bench]'
+
+if ! command -v cmake >/dev/null; then
+    "${pip[@]}" cmake
+fi
