@@ -1,0 +1,87 @@
+"""Which implementation an operation runs on: C++ for CPU tensors, the torch reference elsewhere.
+
+`native` is the compiled module or None. It is loaded once, after torch, so that both share one pool of
+OpenMP threads: the module names no OpenMP library of its own and takes the one that torch has loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+Backend = Literal["reference", "auto"]
+ISA_LEVELS = ("plain", "avx2", "avx512")
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def _openmp_runtime() -> str:
+    """Path of the libgomp that torch brings; the system's by name where torch has none."""
+    site = Path(torch.__file__).parent
+    for folder in (site / "lib", site.parent / "torch.libs"):
+        for path in sorted(folder.glob("libgomp*.so*")):
+            return str(path)
+    return "libgomp.so.1"
+
+
+def _load() -> ModuleType | None:
+    try:
+        ctypes.CDLL(_openmp_runtime(), mode=ctypes.RTLD_GLOBAL)
+        return importlib.import_module("coserve.kernels._native")
+    except (ImportError, OSError):
+        return None
+
+
+native = _load()
+_backend: Backend = "auto"
+
+
+@contextmanager
+def use_backend(name: Backend) -> Iterator[None]:
+    """Run the block on the torch references ("reference") or on the best there is ("auto")."""
+    global _backend
+    if name not in ("reference", "auto"):
+        raise ValueError(f"unknown backend {name!r}: use 'reference' or 'auto'")
+    before, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def native_for(x: torch.Tensor) -> ModuleType | None:
+    """The compiled module if `x` is a CPU tensor of fp32 or bf16 and the C++ path is on, else None."""
+    if native is not None and _backend == "auto" and x.is_cpu and x.dtype in DTYPE_CODES:
+        return native
+    return None
+
+
+def isa() -> str:
+    """The instruction set that the C++ kernels use now: one of ISA_LEVELS, or "none" without the module."""
+    return "none" if native is None else ISA_LEVELS[native.get_isa()]
+
+
+@contextmanager
+def use_isa(level: str) -> Iterator[None]:
+    """Run the block's C++ kernels on a lower instruction set; ValueError if this CPU lacks it."""
+    if native is None or level not in ISA_LEVELS:
+        raise ValueError(f"instruction set {level!r} is unknown or the compiled module is missing")
+    before = native.get_isa()
+    if ISA_LEVELS.index(level) > native.max_isa():
+        raise ValueError(f"this CPU does not support {level}")
+    native.set_isa(ISA_LEVELS.index(level))
+    try:
+        yield
+    finally:
+        native.set_isa(before)
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the type that statistics are kept in: fp32 (float64 stays, for oracles)."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,120 @@
+"""Low-rank adapters on a batch that mixes them, and their backward (Hu et al. 2021).
+
+An adapter is a set of rows in a pool: for one module of one layer, `a` [rows, K] and `b` [rows, N]
+(B transposed, already multiplied by the scale):
+
+    h = x a^T,   y += h b
+    dh = dy b^T,   db += h^T dy,   da += dh^T x,   dx += dh a
+
+h and dh stay fp32. Sums over tokens run in tiles of 64 anchored at the microbatch's start, added last to
+first, so windows cut at multiples of 64 change no bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from coserve.kernels.dispatch import wide
+
+TILE = 64
+
+
+@dataclass(frozen=True)
+class LoraSegments:
+    """Runs of tokens that share an adapter; int32 tensors.
+
+    Segment s is tokens token_start[s]:token_end[s] (disjoint, ascending; tokens outside are base's) and the
+    pool rows rows[row_offset[s]:], as many of them as the module's rank.
+    """
+
+    token_start: torch.Tensor
+    token_end: torch.Tensor
+    row_offset: torch.Tensor
+    rows: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.token_start)
+
+
+def lora_forward_(
+    y_TN: torch.Tensor,
+    x_TK: torch.Tensor,
+    a_RK: torch.Tensor,
+    b_RN: torch.Tensor,
+    segments: LoraSegments,
+    ranks_S: torch.Tensor,
+) -> torch.Tensor:
+    """Add each segment's adapter to `y` [T, N] in place and return it.
+
+    `y` may be a column slice (row stride > N); `x` [T, K], `a`, `b` have its dtype. `ranks` [S] int32 is the
+    module's rank per segment, 0 where the adapter leaves the module alone.
+    """
+    return _lora_forward_reference_(y_TN, x_TK, a_RK, b_RN, segments, ranks_S)
+
+
+def lora_backward(
+    dy_TN: torch.Tensor,
+    x_TK: torch.Tensor,
+    a_RK: torch.Tensor,
+    b_RN: torch.Tensor,
+    rows: torch.Tensor,
+    dx_TK: torch.Tensor,
+    da_rK: torch.Tensor,
+    db_rN: torch.Tensor,
+    token_offset: int,
+) -> None:
+    """Add one adapter's gradients over one window: into `dx` [T, K], and fp32 `da` [r, K], `db` [r, N].
+
+    `rows` [r] int32 are the adapter's pool rows; `db` is w.r.t. the scaled b. The window's first token has
+    index `token_offset` in its microbatch. `dy`, `x`, `dx` may be column slices.
+    """
+    _lora_backward_reference(dy_TN, x_TK, a_RK, b_RN, rows, dx_TK, da_rK, db_rN, token_offset)
+
+
+def _lora_forward_reference_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    segments: LoraSegments,
+    ranks: torch.Tensor,
+) -> torch.Tensor:
+    spans = zip(
+        segments.token_start.tolist(),
+        segments.token_end.tolist(),
+        segments.row_offset.tolist(),
+        ranks.tolist(),
+        strict=True,
+    )
+    for start, end, offset, rank in spans:
+        if rank == 0 or start == end:
+            continue
+        rows = segments.rows[offset : offset + rank].long()
+        h = wide(x[start:end]) @ wide(a[rows]).t()
+        y[start:end] = (wide(y[start:end]) + h @ wide(b[rows])).to(y.dtype)
+    return y
+
+
+def _lora_backward_reference(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    rows: torch.Tensor,
+    dx: torch.Tensor,
+    da: torch.Tensor,
+    db: torch.Tensor,
+    token_offset: int,
+) -> None:
+    af, bf = wide(a[rows.long()]), wide(b[rows.long()])
+    end = token_offset + len(x)
+    for tile in reversed(range(token_offset // TILE, -(-end // TILE))):
+        first, last = max(tile * TILE, token_offset), min((tile + 1) * TILE, end)
+        span = slice(first - token_offset, last - token_offset)
+        xf, dyf = wide(x[span]), wide(dy[span])
+        dh = dyf @ bf.t()
+        db += (xf @ af.t()).t() @ dyf
+        da += dh.t() @ xf
+        dx[span] = (wide(dx[span]) + dh @ af).to(dx.dtype)

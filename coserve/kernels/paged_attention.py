@@ -1,0 +1,61 @@
+"""Causal attention of ragged decode and prefill rows over the paged cache (Kwon et al. 2023).
+
+    o[t, n] = sum_j softmax_j(scale * q[t, n] . k[j, n // group]) v[j, n // group],   j <= position of t
+
+The keys of a sequence are cut into blocks of 64 anchored at its key 0, with an online softmax over them
+(Dao et al. 2022), so a token's output does not depend on what it is batched with.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from coserve.kernels.dispatch import wide
+
+
+def paged_attention(
+    q_TND: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables_SB: torch.Tensor,
+    query_start_S1: torch.Tensor,
+    context_lens_S: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Output [T, N, D] in q's dtype.
+
+    Sequence s owns queries query_start[s]:query_start[s + 1], its last tokens; context_lens[s] counts all
+    its keys including those of the queries, found through block_tables[s]. Caches are
+    [B, block_size, Nkv, D] with a free block stride; tables, starts and lengths are int32.
+    """
+    return _paged_attention_reference(
+        q_TND, k_cache, v_cache, block_tables_SB, query_start_S1, context_lens_S, scale
+    )
+
+
+def _paged_attention_reference(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    block_size = k_cache.shape[1]
+    group = q.shape[1] // k_cache.shape[2]
+    starts, lengths = query_start.tolist(), context_lens.tolist()
+    for s, length in enumerate(lengths):
+        begin, end = starts[s], starts[s + 1]
+        if begin == end:
+            continue
+        blocks = block_tables[s, : -(-length // block_size)].long()
+        k = wide(k_cache[blocks].flatten(0, 1)[:length]).repeat_interleave(group, 1)
+        v = wide(v_cache[blocks].flatten(0, 1)[:length]).repeat_interleave(group, 1)
+        scores = torch.einsum("tnd,jnd->ntj", wide(q[begin:end]), k) * scale
+        position = torch.arange(length - (end - begin), length, device=q.device)
+        future = torch.arange(length, device=q.device)[None, :] > position[:, None]
+        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+        out[begin:end] = torch.einsum("ntj,jnd->tnd", weights, v).to(q.dtype)
+    return out

@@ -1,0 +1,40 @@
+"""Rotary position embedding in place, half-split ("neox") style (Su et al. 2021).
+
+    x1' = x1 cos(p) - x2 sin(p),   x2' = x2 cos(p) + x1 sin(p)
+
+x1, x2 are the halves of the first 2 * cos.shape[1] features of a head; further features stay. The inverse
+turns by -p, which is also the gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from coserve.kernels.dispatch import wide
+
+
+def apply_rope_(
+    x_TND: torch.Tensor,
+    positions_T: torch.Tensor,
+    cos_PD2: torch.Tensor,
+    sin_PD2: torch.Tensor,
+    inverse: bool = False,
+) -> torch.Tensor:
+    """Rotate `x` [T, N, D] (fp32 or bf16; token stride free, [N, D] contiguous) in place and return it.
+
+    `positions` [T] int64 index the fp32 tables `cos`, `sin` [P, D/2].
+    """
+    return _rope_reference_(x_TND, positions_T, cos_PD2, sin_PD2, inverse)
+
+
+def _rope_reference_(
+    x: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool
+) -> torch.Tensor:
+    half = cos.shape[1]
+    x1, x2 = wide(x[..., :half]), wide(x[..., half : 2 * half])
+    c, s = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+    if inverse:
+        s = -s
+    rotated = torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), -1)
+    x[..., : 2 * half] = rotated.to(x.dtype)
+    return x

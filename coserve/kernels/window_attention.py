@@ -1,0 +1,112 @@
+"""Causal attention inside the samples of a packed microbatch, window by window, and its backward.
+
+Query i of a window stands at stream index t = window_start + i and sees keys sample_start[i] .. t:
+
+    s = scale * q . k,   p = exp(s - lse),   o = sum p v,   lse = log sum exp(s)
+    dv += p do,   ds = p * (do . v - do . o),   dq = scale * sum ds k,   dk += scale * ds q
+
+Keys are cut into blocks of 64 anchored at stream index 0 (Dao et al. 2022). The backward adds tiles of 64
+queries, anchored there too, last to first: a microbatch cut into windows at multiples of 64 and run backward
+from its last window gives the same bits as whole.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from coserve.kernels.dispatch import wide
+
+TILE = 64
+
+
+def window_attention(
+    q_WND: torch.Tensor,
+    k_TND: torch.Tensor,
+    v_TND: torch.Tensor,
+    sample_start_W: torch.Tensor,
+    window_start: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(o [W, N, D] in q's dtype, lse [W, N] fp32)`.
+
+    `k`, `v` [T, Nkv, D] hold the microbatch's stream, valid up to the window's end; `sample_start` [W] int32.
+    """
+    return _window_attention_reference(q_WND, k_TND, v_TND, sample_start_W, window_start, scale)
+
+
+def window_attention_backward(
+    do_WND: torch.Tensor,
+    q_WND: torch.Tensor,
+    o_WND: torch.Tensor,
+    lse_WN: torch.Tensor,
+    k_TND: torch.Tensor,
+    v_TND: torch.Tensor,
+    sample_start_W: torch.Tensor,
+    window_start: int,
+    scale: float,
+    dk_TND: torch.Tensor,
+    dv_TND: torch.Tensor,
+) -> torch.Tensor:
+    """Gradient w.r.t. the window's `q`, in its dtype; adds those of all keys it sees into fp32 `dk`, `dv`."""
+    return _window_attention_backward_reference(
+        do_WND, q_WND, o_WND, lse_WN, k_TND, v_TND, sample_start_W, window_start, scale, dk_TND, dv_TND
+    )
+
+
+def _hidden_keys(sample_start: torch.Tensor, first: int, end: int) -> torch.Tensor:
+    """[W, end] bool: keys that the queries at stream index first, first + 1, ... do not see."""
+    key = torch.arange(end, device=sample_start.device)[None, :]
+    position = torch.arange(first, first + len(sample_start), device=sample_start.device)[:, None]
+    return (key > position) | (key < sample_start[:, None])
+
+
+def _window_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sample_start: torch.Tensor,
+    window_start: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    end, group = window_start + len(q), q.shape[1] // k.shape[1]
+    kf = wide(k[:end]).repeat_interleave(group, 1)
+    vf = wide(v[:end]).repeat_interleave(group, 1)
+    scores = torch.einsum("wnd,jnd->nwj", wide(q), kf) * scale
+    scores = scores.masked_fill(_hidden_keys(sample_start, window_start, end), float("-inf"))
+    lse = scores.logsumexp(-1)
+    out = torch.einsum("nwj,jnd->wnd", torch.exp(scores - lse[..., None]), vf)
+    return out.to(q.dtype), lse.t().contiguous()
+
+
+def _window_attention_backward_reference(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sample_start: torch.Tensor,
+    window_start: int,
+    scale: float,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+) -> torch.Tensor:
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    end, kv_heads = window_start + len(q), k.shape[1]
+    group = q.shape[1] // kv_heads
+    for tile in reversed(range(window_start // TILE, -(-end // TILE))):
+        first, last = max(tile * TILE, window_start), min((tile + 1) * TILE, end)
+        rows = slice(first - window_start, last - window_start)
+        kf = wide(k[:last]).repeat_interleave(group, 1)
+        vf = wide(v[:last]).repeat_interleave(group, 1)
+        qf, dof = wide(q[rows]), wide(do[rows])
+        scores = torch.einsum("wnd,jnd->nwj", qf, kf) * scale
+        p = torch.exp(scores - wide(lse[rows]).t()[..., None])
+        p = p.masked_fill(_hidden_keys(sample_start[rows], first, last), 0.0)
+        delta = (dof * wide(o[rows])).sum(-1).t()[..., None]
+        ds = p * (torch.einsum("wnd,jnd->nwj", dof, vf) - delta) * scale
+        dq[rows] = torch.einsum("nwj,jnd->wnd", ds, kf).to(q.dtype)
+        heads = (last, kv_heads, group, q.shape[2])
+        dk[:last] += torch.einsum("nwj,wnd->jnd", ds, qf).view(heads).sum(2)
+        dv[:last] += torch.einsum("nwj,wnd->jnd", p, dof).view(heads).sum(2)
+    return dq
