@@ -80,6 +80,10 @@ class AdapterSlots:
     def pin(self, key: str, pinned: bool) -> None:
         self._slots[key].pinned = pinned
 
+    def revive(self, key: str) -> None:
+        """An adapter whose unload still waits for its last reader is wanted again."""
+        self._slots[key].doomed = False
+
     def unload(self, key: str) -> bool:
         """Free the rows now, or with the last reader; True when they are free now."""
         slot = self._slots.get(key)

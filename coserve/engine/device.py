@@ -1,0 +1,65 @@
+"""Which device, which precision, how much memory: decided once at start."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from coserve.config import EngineConfig
+from coserve.errors import ConfigError
+from coserve.models.config import ModelConfig
+
+CPU_POOL_DEFAULT = 4 << 30  # bytes of KV and activations on a CPU, where memory is everybody's
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one. Raises ConfigError for a device that isn't here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device; use --device cpu.", param="device")
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: use auto, cpu or cuda.", param="device")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """ "auto" is the checkpoint's own dtype; small models run in fp32 on a CPU, where bf16 gains nothing."""
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise ConfigError(f"--dtype {name}: use auto, float32 or bfloat16.", param="dtype")
+    small = config.num_parameters < 50_000_000 and device.type == "cpu"
+    return torch.float32 if small or config.torch_dtype == "float32" else torch.bfloat16
+
+
+def slab_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one KV block over all layers."""
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    return per_token * block_size
+
+
+def memory_plan(
+    config: EngineConfig, model: ModelConfig, max_model_len: int, device: torch.device, dtype: torch.dtype
+) -> int:
+    """Number of slabs in the pool. Raises ConfigError when not even one whole context fits."""
+    slab = slab_bytes(model, config.block_size, dtype)
+    pool = config.kv_cache_memory_bytes
+    if pool == 0 and device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        pool = int(free - total * (1.0 - config.gpu_memory_utilization))
+    elif pool == 0:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        pool = min(CPU_POOL_DEFAULT, int(available * config.gpu_memory_utilization / 2))
+    blocks = max(0, pool) // slab
+    needed = -(-max_model_len // config.block_size)
+    if blocks < needed:
+        raise ConfigError(
+            f"The KV pool of {max(0, pool)} bytes holds {blocks * config.block_size} tokens, "
+            f"fewer than the context of {max_model_len}; raise --kv-cache-memory-bytes to at least "
+            f"{needed * slab} or lower --max-model-len.",
+            param="kv_cache_memory_bytes",
+        )
+    return blocks

@@ -1,0 +1,263 @@
+"""The engine: schedule, run, answer, train, commit. `Engine.step` is the product in a few lines."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from functools import singledispatchmethod
+
+import torch
+
+from coserve.config import EngineConfig
+from coserve.core.adapter_slots import AdapterSlots
+from coserve.core.block_pool import BlockPool
+from coserve.core.latency_model import LatencyModel
+from coserve.core.prefix_cache import PrefixCache
+from coserve.core.request import Request
+from coserve.core.scheduler import Scheduler, SchedulerLimits
+from coserve.core.slo import LatencyTargets
+from coserve.core.step_plan import StepPlan
+from coserve.engine import messages as m
+from coserve.engine.device import memory_plan, resolve_device, resolve_dtype
+from coserve.engine.outbox import Outbox
+from coserve.engine.stats import StatsKeeper
+from coserve.errors import CoserveError
+from coserve.lora.adapter_pool import AdapterPool
+from coserve.lora.adapter_tiers import AdapterTiers
+from coserve.models.config import ModelConfig
+from coserve.models.loader import load_model
+from coserve.training.job_manager import JobManager
+from coserve.worker.kv_tensors import KVTensors
+from coserve.worker.model_runner import ModelRunner, StepResult
+
+logger = logging.getLogger(__name__)
+
+TRAINING_ADAPTERS = 8  # adapters in training that may hold rows beside `max_loras` served ones
+
+
+class Engine:
+    """One model on one device, its requests and its jobs.
+
+    `send` takes messages for the server; `arrivals` says whether a message waits, so that a step without
+    inference can end early.
+    """
+
+    def __init__(
+        self, config: EngineConfig, send: Callable[[m.Message], None], arrivals: Callable[[], bool]
+    ) -> None:
+        self.config = config
+        self.send = send
+        self.outbox = Outbox(send)
+        self.arrivals = arrivals
+        self.stopped = False
+        torch.set_grad_enabled(False)
+        self.model_config = ModelConfig.from_dir(config.model)
+        device = resolve_device(config.device)
+        dtype = resolve_dtype(config.dtype, self.model_config, device)
+        self.decoder = load_model(config.model, device, dtype)
+        self.max_model_len = config.max_model_len or self.model_config.max_position_embeddings
+        num_blocks = memory_plan(config, self.model_config, self.max_model_len, device, dtype)
+        self.kv = KVTensors(self.model_config, num_blocks, config.block_size, dtype, device)
+        self.blocks = BlockPool(num_blocks, PrefixCache() if config.enable_prefix_caching else None)
+        max_adapters = config.max_loras + TRAINING_ADAPTERS
+        self.pool = AdapterPool(self.model_config, max_adapters * config.max_lora_rank, dtype, device)
+        self.slots = AdapterSlots(self.pool.max_rows, max_adapters)
+        self.adapters = AdapterTiers(self.model_config, self.pool, self.slots, config.max_cpu_loras)
+        self.model = LatencyModel()
+        self.scheduler = Scheduler(
+            SchedulerLimits(
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                block_size=config.block_size,
+                headroom=max(4, num_blocks // 8),
+            ),
+            self.blocks,
+            self.model,
+            LatencyTargets(ttft=config.slo_ttft_ms / 1e3, tpot=config.slo_tpot_ms / 1e3),
+            adapter_ready=self.adapters.acquire,
+            adapter_released=self.adapters.release,
+        )
+        self.runner = ModelRunner(self.decoder, self.kv, self.pool, self.slots)
+        self.jobs = JobManager(
+            self.decoder, self.pool, self.slots, self.kv, self.scheduler.training, self.model, self.outbox
+        )
+        self.stats = StatsKeeper(self)
+
+    # ------------------------------------------------------------------ the step
+
+    def step(self) -> None:
+        """One step: every sequence owes tokens, the plan says which are paid now."""
+        started = time.perf_counter()
+        self._take_in_adapters()
+        plan = self.scheduler.schedule(time.time())
+        self.jobs.prepare(plan)
+        if not plan.empty:
+            result = self.runner.run(plan, self.jobs.microbatches)
+            forward_seconds = time.perf_counter() - started
+            self._commit_inference(plan, result)
+            self.jobs.commit_forward(plan, forward_seconds)
+            self._learn(plan, forward_seconds)
+            # Answers are on their way: what is left of the budget belongs to the backward units.
+            self.jobs.run_backward(plan, started, yield_early=None if plan.inference else self.arrivals)
+        self.jobs.advance()
+        self.stats.step_done(plan, time.perf_counter() - started)
+
+    def _commit_inference(self, plan: StepPlan, result: StepResult) -> None:
+        self.scheduler.commit(plan)
+        outputs = []
+        for span in plan.inference:
+            request = span.request
+            if request.finished or not span.samples:
+                continue
+            finish: tuple[str, int | None] | None = ("length", None)
+            sampled = result.sampled.get(request.sequence_id)
+            if sampled is not None and not request.wants_no_tokens:
+                finish = request.append(sampled.token_id)
+            outputs.append(self._output(request, result, finish))
+            if finish is not None:
+                self.scheduler.finish(request)
+        if outputs:
+            self.send(m.StepOutputs(outputs=outputs))
+
+    def _output(
+        self, request: Request, result: StepResult, finish: tuple[str, int | None] | None
+    ) -> m.RequestOutput:
+        sampled = result.sampled.get(request.sequence_id)
+        tokens = [] if sampled is None or request.wants_no_tokens else [sampled.token_id]
+        first = request.num_output_tokens == len(tokens)
+        logprobs = []
+        if tokens and sampled is not None and sampled.logprobs is not None:
+            logprobs = [m.TokenLogprobs(*sampled.logprobs)]
+        prompt = self.runner.take_prompt_logprobs(request) if first else None
+        return m.RequestOutput(
+            request_id=request.sequence_id,
+            token_ids=tokens,
+            logprobs=logprobs,
+            prompt_logprobs=None if prompt is None else [p and m.TokenLogprobs(*p) for p in prompt],
+            finish_reason=finish[0] if finish else None,
+            stop_token_id=finish[1] if finish else None,
+            cached_tokens=request.num_cached_tokens,
+            num_preemptions=request.num_preemptions,
+            scheduled_at=request.scheduled_at if first else None,
+        )
+
+    def _learn(self, plan: StepPlan, forward_seconds: float) -> None:
+        """Feed the latency model: pure inference steps fit the floor, the rest prices training rows."""
+        tokens, context = plan.inference_tokens, plan.context_tokens
+        rows = sum(span.length for span in plan.training_forward)
+        if rows == 0:
+            self.model.observe_inference(tokens, context, forward_seconds)
+        else:
+            alone = self.model.predict_inference(tokens, context)
+            self.model.observe_unit("forward", rows, max(forward_seconds - alone, 1e-6))
+
+    def _take_in_adapters(self) -> None:
+        failed = self.adapters.poll() if self.adapters.is_loading else {}
+        if not failed:
+            return
+        for request in [r for r in self.scheduler.waiting if r.adapter in failed]:
+            error = failed[request.adapter or ""]
+            self.scheduler.finish(request)
+            self.outbox.refuse(request.sequence_id, error)
+
+    # ------------------------------------------------------------------ messages
+
+    @property
+    def has_work(self) -> bool:
+        """A step would do something now."""
+        scheduler = self.scheduler
+        waits_for_load = len(scheduler.waiting) == scheduler.num_deferred and self.adapters.is_loading
+        return bool(
+            scheduler.running or (scheduler.waiting and not waits_for_load) or self.jobs.has_work
+        )
+
+    @property
+    def is_loading(self) -> bool:
+        return self.adapters.is_loading
+
+    @singledispatchmethod
+    def handle(self, message: object) -> None:
+        """Act on a message of the server, between two steps."""
+        raise TypeError(f"no handler for {type(message).__name__}")
+
+    @handle.register
+    def _(self, message: m.AddRequest) -> None:
+        ref = message.adapter
+        if ref is not None:
+            self.adapters.know(ref.digest, ref.name, ref.path)
+        request = Request(
+            message.request_id,
+            message.prompt_token_ids,
+            message.sampling,
+            adapter=ref.digest if ref else None,
+            priority=message.priority,
+            arrival=message.arrival,
+            eos_token_ids=self.model_config.eos_token_ids,
+            max_model_len=self.max_model_len,
+        )
+        needed = -(-min(request.num_prompt_tokens + 1, self.max_model_len) // self.config.block_size)
+        if needed > self.blocks.num_blocks:
+            self.outbox.refuse(message.request_id, CoserveError(
+                "The prompt is larger than the server's KV cache.", code="context_length_exceeded"
+            ))
+            return
+        self.scheduler.add(request)
+
+    @handle.register
+    def _(self, message: m.AbortRequests) -> None:
+        ended = []
+        for request_id in message.request_ids:
+            request = self.scheduler.get(request_id)
+            if request is not None:
+                self.scheduler.finish(request)
+                self.runner.forget(request)
+                ended.append(m.RequestOutput(request_id=request_id, finish_reason="abort"))
+        if ended:
+            self.send(m.StepOutputs(outputs=ended))
+
+    @handle.register
+    def _(self, message: m.LoadAdapter) -> None:
+        ref = message.adapter
+        self.adapters.know(ref.digest, ref.name, ref.path)
+        self.adapters.load(ref.digest, message.pinned, lambda error: self.outbox.reply(message.call_id, error))
+
+    @handle.register
+    def _(self, message: m.UnloadAdapter) -> None:
+        self.outbox.answer(message.call_id, lambda: self.adapters.unload(message.digest))
+
+    @handle.register
+    def _(self, message: m.SubmitJob) -> None:
+        self.outbox.answer(message.call_id, lambda: self.jobs.submit(message.spec))
+
+    @handle.register
+    def _(self, message: m.ControlJob) -> None:
+        self.outbox.answer(message.call_id, lambda: self.jobs.control(message.job_id, message.action))
+
+    @handle.register
+    def _(self, message: m.GetStats) -> None:
+        self.send(self.stats.snapshot(message.call_id))
+
+    @handle.register
+    def _(self, message: m.Shutdown) -> None:
+        self.outbox.answer(message.call_id, self.stop)
+
+    def stop(self) -> None:
+        """Checkpoint what trains and leave the loop."""
+        self.jobs.checkpoint_all()
+        self.adapters.close()
+        self.stopped = True
+
+    def describe(self) -> m.EngineReady:
+        """What the server wants to know once the model is loaded."""
+        return m.EngineReady(
+            pid=os.getpid(),
+            model_name=self.config.served_model_name or os.path.basename(os.path.normpath(self.config.model)),
+            max_model_len=self.max_model_len,
+            vocab_size=self.model_config.vocab_size,
+            num_blocks=self.blocks.num_blocks,
+            block_size=self.config.block_size,
+            device=str(self.kv.device),
+            dtype=str(self.kv.dtype).removeprefix("torch."),
+        )

@@ -1,0 +1,66 @@
+"""What the engine says: replies, refusals, and its jobs' news, as messages for the server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from coserve.engine import messages as m
+from coserve.errors import CoserveError
+from coserve.training.job import StepMetrics
+
+
+class Outbox:
+    """Turns outcomes into messages; also the `JobListener` of the job manager."""
+
+    def __init__(self, send: Callable[[m.Message], None]) -> None:
+        self.send = send
+
+    def answer(self, call_id: int, action: Callable[[], None]) -> None:
+        """Run `action` and tell the caller how it went."""
+        try:
+            action()
+        except CoserveError as error:
+            self.reply(call_id, error)
+        else:
+            self.reply(call_id, None)
+
+    def reply(self, call_id: int, error: CoserveError | None) -> None:
+        """The outcome of a call."""
+        if error is None:
+            self.send(m.Reply(call_id=call_id))
+        else:
+            self.send(
+                m.Reply(call_id=call_id, error=error.message, error_code=error.code, error_param=error.param)
+            )
+
+    def refuse(self, request_id: str, error: CoserveError) -> None:
+        """A request that can't be served."""
+        output = m.RequestOutput(
+            request_id=request_id, finish_reason="error", error=error.message, error_code=error.code
+        )
+        self.send(m.StepOutputs(outputs=[output]))
+
+    # ------------------------------------------------------------------ JobListener
+
+    def progress(self, job_id: str, metrics: StepMetrics) -> None:
+        """An optimizer step was committed."""
+        self.send(m.JobProgress(job_id=job_id, metrics=metrics))
+
+    def checkpoint(self, job_id: str, step: int, path: str, train_loss: float) -> None:
+        """A checkpoint is on disk."""
+        self.send(m.JobCheckpoint(job_id=job_id, step=step, path=path, train_loss=train_loss))
+
+    def status(self, job_id: str, status: str, error: CoserveError | None = None) -> None:
+        """A job changed its state."""
+        if error is None:
+            self.send(m.JobStatus(job_id=job_id, status=status))
+        else:
+            self.send(
+                m.JobStatus(
+                    job_id=job_id,
+                    status=status,
+                    message=error.message,
+                    error_code=error.code,
+                    error_param=error.param,
+                )
+            )

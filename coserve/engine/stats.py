@@ -1,0 +1,105 @@
+"""What the engine counts, handed to the server in snapshots a few times a second."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import psutil
+
+from coserve.core.request import Request
+from coserve.core.step_plan import StepPlan
+from coserve.engine import messages as m
+
+if TYPE_CHECKING:
+    from coserve.engine.engine import Engine
+
+INTERVAL = 0.25  # seconds between two unasked snapshots
+SHARE_HALF_LIFE = 64  # steps
+
+
+class StatsKeeper:
+    """Counts steps; a snapshot carries gauges of now and what was counted since the one before."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._steps: list[m.StepTiming] = []
+        self._sent_at = 0.0
+        self._preemptions = 0
+        self._prefix = (0, 0)
+        self._swaps: dict[str, int] = {}
+        self._share = 0.0
+
+    def step_done(self, plan: StepPlan, seconds: float) -> None:
+        """A step has ended; sends a snapshot when one is due."""
+        training_seconds = self._engine.jobs.step_seconds
+        if not plan.empty:
+            share = min(1.0, training_seconds / seconds) if seconds > 0 else 0.0
+            self._share += (share - self._share) / SHARE_HALF_LIFE
+            self._steps.append(
+                m.StepTiming(
+                    plan.kind, seconds, plan.training_budget, plan.predicted, training_seconds,
+                    plan.inference_tokens,
+                )
+            )
+        now = time.monotonic()
+        if now - self._sent_at >= INTERVAL or not self._engine.has_work:
+            self._sent_at = now
+            self._engine.send(self.snapshot(0))
+
+    @property
+    def share(self) -> float:
+        """Training's share of the device's time, 0-1, over the last steps."""
+        return self._share
+
+    def snapshot(self, call_id: int) -> m.EngineStats:
+        """Gauges now, counts since the last snapshot."""
+        engine = self._engine
+        scheduler, blocks, adapters = engine.scheduler, engine.blocks, engine.adapters
+        tiers = adapters.tiers()
+        forward, backward = engine.jobs.take_token_counts()
+        stats = m.EngineStats(
+            call_id=call_id,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            waiting_deferred=scheduler.num_deferred,
+            kv_usage=blocks.num_kv_blocks / blocks.num_blocks,
+            memory_bytes=self._memory(),
+            adapters_by_tier={t: list(tiers.values()).count(t) for t in ("device", "host")},
+            adapter_tiers=tiers,
+            running_adapters=self._names(scheduler.running),
+            waiting_adapters=self._names(scheduler.waiting),
+            steps=self._steps,
+            preemptions=scheduler.num_preemptions - self._preemptions,
+            prefix_queries=scheduler.prefix_queries - self._prefix[0],
+            prefix_hits=scheduler.prefix_hits - self._prefix[1],
+            finetune_forward_tokens=forward,
+            finetune_backward_tokens=backward,
+            finetune_share=self._share if engine.jobs.has_work else 0.0,
+            swaps={kind: n - self._swaps.get(kind, 0) for kind, n in adapters.swaps.items()},
+        )
+        self._steps = []
+        self._preemptions = scheduler.num_preemptions
+        self._prefix = (scheduler.prefix_queries, scheduler.prefix_hits)
+        self._swaps = dict(adapters.swaps)
+        return stats
+
+    def _names(self, requests: list[Request]) -> list[str]:
+        return sorted({self._engine.adapters.name(r.adapter) for r in requests if r.adapter is not None})
+
+    def _memory(self) -> dict[str, int]:
+        """Bytes by owner. "free" is the pool's unused part; "runtime" what the process has beside all."""
+        engine = self._engine
+        blocks, slab = engine.blocks, engine.kv.slab_bytes
+        owners = {
+            "weights": engine.decoder.nbytes,
+            "kv": (blocks.num_kv_blocks + blocks.num_idle) * slab,
+            "activations": blocks.num_extent_slabs * slab,
+            "adapters": engine.pool.row_bytes * engine.slots.rows_in_use,
+            "optimizer": engine.jobs.optimizer_bytes,
+            "workspace": engine.jobs.workspace_bytes,
+            "free": (blocks.num_free - blocks.num_idle) * slab,
+        }
+        used = sum(size for owner, size in owners.items() if owner != "free")
+        owners["runtime"] = max(0, psutil.Process().memory_info().rss - used)
+        return owners

@@ -1,0 +1,108 @@
+"""Every slab has one owner, and after all is released all are free (I5)."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coserve.core.block_pool import BlockPool
+from coserve.core.prefix_cache import PrefixCache, block_key, root_key
+
+
+def test_blocks_come_lowest_first_and_extents_from_the_top() -> None:
+    pool = BlockPool(10)
+    assert pool.allocate(3) == [0, 1, 2]
+    assert pool.reserve_extent(4) == 6
+    assert pool.num_free == 3
+    assert pool.reserve_extent(4) is None
+    pool.release_extent(6)
+    pool.release([0, 1, 2])
+    assert pool.num_free == 10
+
+
+def test_too_many_takes_nothing() -> None:
+    pool = BlockPool(4)
+    assert pool.allocate(5) is None
+    assert pool.num_free == 4
+
+
+def test_idle_cached_blocks_are_found_again_and_evicted_oldest_first() -> None:
+    cache = PrefixCache()
+    pool = BlockPool(3, cache)
+    keys = [block_key(root_key(None), [i]) for i in range(3)]
+    for key in keys[:2]:
+        (block,) = pool.allocate(1) or []
+        cache.insert(key, block)
+        pool.release([block])
+    assert pool.num_free == 3 and pool.num_idle == 2
+    pool.allocate(2)
+    assert cache.lookup(keys[0]) is None
+    assert cache.lookup(keys[1]) is not None
+
+
+def test_shared_block_is_free_only_after_its_last_reader() -> None:
+    cache = PrefixCache()
+    pool = BlockPool(2, cache)
+    (block,) = pool.allocate(1) or []
+    cache.insert(root_key("a"), block)
+    pool.share(block)
+    pool.release([block])
+    assert pool.num_kv_blocks == 1
+    pool.release([block])
+    assert pool.num_kv_blocks == 0 and pool.num_idle == 1
+
+
+def test_an_extent_may_take_idle_blocks() -> None:
+    cache = PrefixCache()
+    pool = BlockPool(4, cache)
+    blocks = pool.allocate(4) or []
+    for block in blocks:
+        cache.insert(block_key(root_key(None), [block]), block)
+    pool.release(blocks)
+    assert pool.reserve_extent(4) == 0
+    assert len(cache) == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from(["take", "free", "extent", "shrink", "cache"]), st.integers(1, 6))))
+def test_no_slab_has_two_owners(actions: list[tuple[str, int]]) -> None:
+    cache = PrefixCache()
+    pool = BlockPool(16, cache)
+    held: list[list[int]] = []
+    extents: dict[int, int] = {}
+    serial = 0
+    for action, count in actions:
+        if action == "take":
+            blocks = pool.allocate(count)
+            if blocks is not None:
+                held.append(blocks)
+        elif action == "cache" and held:
+            serial += 1
+            cache.insert(block_key(root_key(None), [serial]), held[-1][0])
+        elif action == "free" and held:
+            pool.release(held.pop(0))
+        elif action == "extent":
+            start = pool.reserve_extent(count)
+            if start is not None:
+                extents[start] = count
+        elif action == "shrink" and extents:
+            start = next(iter(extents))
+            del extents[start]
+            pool.release_extent(start)
+        owned = [b for blocks in held for b in blocks]
+        owned += [b for start, count in extents.items() for b in range(start, start + count)]
+        assert len(owned) == len(set(owned))
+        assert pool.num_free == 16 - len(owned)
+    for blocks in held:
+        pool.release(blocks)
+    for start in extents:
+        pool.release_extent(start)
+    assert pool.num_free == 16
+
+
+def test_chains_of_different_adapters_never_meet() -> None:
+    tokens = [1, 2, 3, 4]
+    roots = [root_key(None), root_key("sha256:a"), root_key("sha256:b")]
+    assert len({block_key(root, tokens) for root in roots}) == 3
+    with pytest.raises(KeyError):
+        BlockPool(1).release_extent(0)
