@@ -1,0 +1,1 @@
+"""The `coserve` command. Importing it imports neither torch, transformers nor grpc: `--help` must be quick."""

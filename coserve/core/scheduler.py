@@ -17,6 +17,7 @@ from coserve.core.slo import IDLE_QUANTUM, PROBE_EVERY, LatencyTargets
 from coserve.core.span import InferenceSpan, SpanKind
 from coserve.core.step_plan import StepPlan
 from coserve.core.training_queue import TrainingQueue
+from coserve.core.training_sequence import TILE
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,9 @@ class Scheduler:
             return
         else:
             plan.training_budget = IDLE_QUANTUM
+        # A tile more than the budget at worst: smaller windows would cost training its exactness to the bit.
         forward, backward = self.training.plan(
-            plan.training_budget, token_budget, self.limits.headroom, mixed=bool(plan.inference)
+            plan.training_budget, max(token_budget, TILE), self.limits.headroom, mixed=bool(plan.inference)
         )
         plan.training_forward, plan.training_backward = forward, backward
         for span in forward:

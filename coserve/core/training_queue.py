@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from coserve.core.block_pool import BlockPool
 from coserve.core.latency_model import LatencyModel
 from coserve.core.span import SpanKind, TrainingSpan
-from coserve.core.training_sequence import TrainingSequence
+from coserve.core.training_sequence import TILE, TrainingSequence
 
 MAX_IN_FLIGHT = 2  # microbatches of one job that hold activations: one goes forward, one backward
 
@@ -176,8 +176,8 @@ class TrainingQueue:
     def _window_length(self, sequence: TrainingSequence, max_tokens: int, seconds: float) -> int:
         """The longest window that tokens and time allow, but at least a tile: the caller weighs its cost."""
         per_token = self._model.predict_unit("forward", 1)
-        affordable = int(seconds / per_token) if per_token > 0.0 else 128
-        return sequence.window(min(max_tokens, max(affordable, 64)))
+        affordable = int(seconds / per_token) if per_token > 0.0 else TILE
+        return sequence.window(min(max_tokens, max(affordable, TILE)))
 
     def _reserve(self, sequence: TrainingSequence, kv_headroom: int) -> bool:
         if sequence.extent is None:

@@ -170,7 +170,9 @@ def _label(text: str, spans: list[tuple[int, int]], tokenizer: Tokenizer) -> Exa
     for position, (token_begin, token_end) in enumerate(encoded.offsets):
         while token_begin >= end < len(text):
             begin, end = next(remaining, (len(text), len(text)))
-        if token_begin < token_end and token_begin < end and token_end > begin:
+        overlaps = token_begin < token_end and token_begin < end and token_end > begin
+        # A header's special token may have swallowed the white space a turn begins with; it stays header.
+        if overlaps and (token_begin >= begin or encoded.token_ids[position] not in tokenizer.special_ids):
             labels[position] = encoded.token_ids[position]
     return Example(text, encoded.token_ids, labels)
 
@@ -251,7 +253,7 @@ def _end_candidates(alone: str, start: int, tokenizer: Tokenizer) -> list[int]:
 
 def _no_prefix(index: int) -> InvalidRequest:
     return InvalidRequest(
-        "the chat template renders this turn differently once later messages follow, so what to train on can't "
-        "be told; split the conversation into one row a turn, or give the server a template without that",
+        "the chat template renders this turn differently once later messages follow, so what to train on "
+        "can't be told; split the conversation into one row a turn, or give the server a template without that",
         param=f"messages[{index}]",
     )
