@@ -254,6 +254,6 @@ def _end_candidates(alone: str, start: int, tokenizer: Tokenizer) -> list[int]:
 def _no_prefix(index: int) -> InvalidRequest:
     return InvalidRequest(
         "the chat template renders this turn differently once later messages follow, so what to train on "
-        "can't be told; split the conversation into one row a turn, or give the server a template without that",
+        "can't be told; split the conversation into one row a turn, or give the server another template",
         param=f"messages[{index}]",
     )

@@ -1,0 +1,290 @@
+"""A PEFT directory: checked before it is loaded, and written as PEFT itself writes it. Free of torch.
+
+    adapter_config.json         the settings (peft_config.py)
+    adapter_model.safetensors   base_model.model.<module path>.lora_{A,B}.weight, A [r, in], B [out, r]
+
+Every key must belong to a module that the settings name, and every such module must have both tensors in
+the right shapes: PEFT would only warn and serve the base model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from coserve.errors import Conflict, InvalidRequest, NotFound
+from coserve.lora.peft_config import PeftConfig
+from coserve.lora.safetensors_header import BadSafetensors, TensorEntry, read_header
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MAX_CONFIG_BYTES = 1 << 20
+_FLOATS = ("F32", "F16", "BF16")
+_PREFIX = "base_model.model."
+
+
+class LinearShapes(Protocol):
+    """What is needed of a model's configuration (models/config.py has it)."""
+
+    @property
+    def num_layers(self) -> int: ...
+    def module_shape(self, name: str) -> tuple[int, int]: ...
+    def module_path(self, layer: int, name: str) -> str: ...
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """The adapter of one linear layer: rank and what B's product is multiplied by."""
+
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """A checked adapter directory.
+
+    `rank` is the largest of its modules', `modules` maps (layer, module name) to each one's, `digest` is the
+    sha256 (hex) over what it computes: the modules' ranks and scales, and the bytes of the tensor file.
+    """
+
+    path: str
+    rank: int
+    modules: dict[tuple[int, str], ModuleInfo]
+    digest: str
+    config: dict[str, Any]
+
+
+def tensor_key(path: str, side: str) -> str:
+    """PEFT's name for a module's tensor; `side` is "A" or "B"."""
+    return f"{_PREFIX}{path}.lora_{side}.weight"
+
+
+def read_adapter_info(
+    path: str | Path, model: LinearShapes, max_rank: int, *, param: str = "lora_path"
+) -> AdapterInfo:
+    """Check a PEFT directory against a model without loading its tensors.
+
+    Raises NotFound when there is no such directory and InvalidRequest, naming the reason, for everything that
+    would not give exactly this adapter's output. `param` is the field the caller got the path from.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise NotFound("no such adapter directory", param=param)
+    try:
+        return _checked(directory, model, max_rank)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"cannot load the adapter: {error.message}", param=param) from error
+    except OSError as error:
+        raise InvalidRequest(
+            f"cannot load the adapter: {Path(error.filename or '').name} cannot be read ({error.strerror})",
+            param=param,
+        ) from error
+
+
+def _checked(directory: Path, model: LinearShapes, max_rank: int) -> AdapterInfo:
+    raw = _read_config(directory)
+    config = PeftConfig.parse(raw)
+    entries = _read_tensors_header(directory)
+    paths = {
+        model.module_path(layer, name): (layer, name)
+        for layer in range(model.num_layers)
+        for name in LINEAR_MODULES
+    }
+    layers = {path: layer for path, (layer, _) in paths.items()}
+    wanted = [path for path, layer in layers.items() if config.targets(path, layer)]
+    config.check_names(layers, {path: layers[path] for path in wanted})
+    if not wanted:
+        _refuse("its settings match no linear layer of this model")
+    expected = {tensor_key(path, side) for path in wanted for side in "AB"}
+    _check_keys(entries, expected)
+    modules = {}
+    for path in wanted:
+        rank = config.rank(path)
+        if rank > max_rank:
+            _refuse(f"rank {rank} of {path} is over the maximum of {max_rank} (--max-lora-rank)")
+        out_features, in_features = model.module_shape(paths[path][1])
+        _check_tensor(entries, tensor_key(path, "A"), (rank, in_features))
+        _check_tensor(entries, tensor_key(path, "B"), (out_features, rank))
+        modules[paths[path]] = ModuleInfo(rank, config.scale(path))
+    return AdapterInfo(
+        path=str(directory),
+        rank=max(module.rank for module in modules.values()),
+        modules=modules,
+        digest=_digest(modules, directory / TENSOR_FILE),
+        config=raw,
+    )
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    file = directory / CONFIG_FILE
+    if not file.is_file():
+        _refuse(f"there is no {CONFIG_FILE}")
+    if file.stat().st_size > MAX_CONFIG_BYTES:
+        _refuse(f"{CONFIG_FILE} is over {MAX_CONFIG_BYTES >> 20} MiB")
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        _refuse(f"{CONFIG_FILE} is not valid JSON")
+
+
+def _read_tensors_header(directory: Path) -> dict[str, TensorEntry]:
+    file = directory / TENSOR_FILE
+    if not file.is_file():
+        if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
+            _refuse(f"there is no {TENSOR_FILE}; pickle files (.bin, .pt) are never loaded, convert them")
+        _refuse(f"there is no {TENSOR_FILE}")
+    try:
+        return read_header(file)
+    except BadSafetensors as error:
+        _refuse(f"{TENSOR_FILE} cannot be read: {error}")
+
+
+def _check_keys(entries: Mapping[str, TensorEntry], expected: set[str]) -> None:
+    for key in entries:
+        if key in expected:
+            continue
+        if "lora_magnitude_vector" in key:
+            _refuse("DoRA is not supported")
+        if "lora_embedding" in key or "embed_tokens" in key:
+            _refuse("embedding adapters are not supported")
+        if "lm_head" in key:
+            _refuse("an adapter on lm_head is not supported")
+        if not key.startswith(_PREFIX):
+            _refuse(f"unexpected key {key!r}: keys must begin with {_PREFIX!r}")
+    unexpected = sorted(entries.keys() - expected)
+    missing = sorted(expected - entries.keys())
+    if unexpected:
+        _refuse(f"unexpected key {unexpected[0]!r}{_and_more(unexpected)}: no adapted module of this model")
+    if missing:
+        _refuse(f"missing key {missing[0]!r}{_and_more(missing)}")
+
+
+def _check_tensor(entries: Mapping[str, TensorEntry], key: str, shape: tuple[int, int]) -> None:
+    entry = entries[key]
+    if entry.dtype not in _FLOATS:
+        _refuse(f"{key} has dtype {entry.dtype}; only F32, F16 and BF16 are supported")
+    if entry.shape != shape:
+        _refuse(
+            f"{key} has shape {list(entry.shape)} where this model and this rank need {list(shape)}; it "
+            "was made for another base model or its settings are wrong"
+        )
+
+
+def _and_more(keys: list[str]) -> str:
+    return f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+
+
+def _digest(modules: Mapping[tuple[int, str], ModuleInfo], tensor_file: Path) -> str:
+    # The settings count by their effect: PEFT writes sets in no stable order, and names that change nothing.
+    effect = [[layer, name, info.rank, info.scale] for (layer, name), info in sorted(modules.items())]
+    digest = hashlib.sha256(json.dumps(effect).encode())
+    with open(tensor_file, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise InvalidRequest(reason)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def make_config(
+    *,
+    r: int,
+    lora_alpha: float,
+    target_modules: tuple[str, ...] | list[str],
+    base_model_name: str = "",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    use_rslora: bool = False,
+    layers_to_transform: tuple[int, ...] = (),
+    lora_dropout: float = 0.0,
+) -> dict[str, Any]:
+    """An adapter_config.json as PEFT writes it for a causal language model."""
+    return {
+        "alpha_pattern": dict(alpha_pattern or {}),
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model_name or None,
+        "bias": "none",
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layer_replication": None,
+        "layers_pattern": None,
+        "layers_to_transform": list(layers_to_transform) or None,
+        "loftq_config": {},
+        "lora_alpha": int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha,
+        "lora_bias": False,
+        "lora_dropout": lora_dropout,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": r,
+        "rank_pattern": dict(rank_pattern or {}),
+        "revision": None,
+        "target_modules": sorted(target_modules),
+        "task_type": "CAUSAL_LM",
+        "trainable_token_indices": None,
+        "use_dora": False,
+        "use_rslora": use_rslora,
+    }
+
+
+def write_adapter(directory: str | Path, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Write a PEFT directory that appears whole or not at all.
+
+    `tensors` maps PEFT's keys (`tensor_key`) to fp32 numpy arrays or torch tensors. Raises Conflict when the
+    directory exists.
+    """
+    target = Path(directory)
+    if target.exists():
+        raise Conflict(f"an adapter directory {target.name!r} exists already")
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write_adapter_files(temporary, tensors, config)
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(target.parent)
+
+
+def write_adapter_files(directory: Path, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """The two files, synced to disk, into a directory that exists (a checkpoint being put together)."""
+    save_file(
+        {key: _as_numpy(tensor) for key, tensor in tensors.items()}, directory / TENSOR_FILE, {"format": "pt"}
+    )
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    for path in (directory / TENSOR_FILE, directory / CONFIG_FILE, directory):
+        _sync(path)
+
+
+def _as_numpy(tensor: Any) -> np.ndarray:
+    array = tensor.detach().cpu().numpy() if hasattr(tensor, "detach") else tensor
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

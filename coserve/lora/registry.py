@@ -1,0 +1,169 @@
+"""The names under which adapters are known: name -> versions, and which one the bare name means.
+
+Held in memory by the server and fed from its database. A version is immutable; publishing swaps one pointer,
+so whoever resolved a name before keeps the version it got. Readers take no lock: they see the table as it
+was before a change or after it.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from coserve.errors import Conflict, FailedPrecondition, InvalidRequest, ModelNotFound, NotFound
+
+_NAME = re.compile(r"[A-Za-z0-9_:-][A-Za-z0-9._:-]{0,127}")
+STATUSES = ("loading", "ready", "failed")
+
+
+@dataclass(frozen=True)
+class AdapterVersion:
+    """One immutable version. `path` is its PEFT directory, `digest` names its content (peft_files.py).
+
+    `job_id` is the job that trained it, "" for one that was loaded. `pinned` asks to keep it on the device.
+    """
+
+    name: str
+    version: int
+    digest: str
+    path: str
+    rank: int
+    created_at: int
+    job_id: str = ""
+    status: str = "ready"
+    pinned: bool = False
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    versions: dict[int, AdapterVersion]
+    current: int
+    highest: int  # version numbers are never given twice
+
+
+def check_adapter_name(name: str, reserved: Collection[str] = (), *, param: str = "lora_name") -> None:
+    """Names are 1 to 128 of A-Z a-z 0-9 . _ : - and don't begin with a dot.
+
+    "/" is out because a name is also a directory's, "@" because it separates the version. `reserved` are the
+    base model's names. Raises InvalidRequest.
+    """
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"adapter name {name[:140]!r} must be 1 to 128 of the characters A-Z a-z 0-9 . _ : - and not "
+            "begin with a dot",
+            param=param,
+        )
+    if name in reserved:
+        raise InvalidRequest(f"{name!r} is the name of the base model; choose another one", param=param)
+
+
+class AdapterRegistry:
+    """All adapters by name. `base_names` are refused as adapter names."""
+
+    def __init__(self, base_names: Collection[str]) -> None:
+        self.base_names = frozenset(base_names)
+        self._entries: dict[str, _Entry] = {}
+        self._lock = threading.Lock()
+
+    def resolve(self, model: str) -> AdapterVersion:
+        """The version that "name" or "name@3" means now.
+
+        Raises ModelNotFound when there is none, FailedPrecondition when it is still loading or has failed.
+        """
+        name, at, number = model.partition("@")
+        entry = self._entries.get(name)
+        wanted = None
+        if entry is not None and not at:
+            wanted = entry.versions[entry.current]
+        elif entry is not None and number.isascii() and number.isdigit():
+            wanted = entry.versions.get(int(number))
+        if wanted is None:
+            raise ModelNotFound(f"the model {model[:200]!r} does not exist", param="model")
+        if wanted.status != "ready":
+            raise FailedPrecondition(f"adapter {wanted.full_name} is {wanted.status}", param="model")
+        return wanted
+
+    def get(self, name: str, version: int = 0) -> AdapterVersion:
+        """A version whatever its status; 0 is the current one. Raises NotFound."""
+        entry = self._entries.get(name)
+        found = entry.versions.get(version or entry.current) if entry else None
+        if found is None:
+            what = f"{name[:200]}@{version}" if version else name[:200]
+            raise NotFound(f"no adapter {what!r}", param="name")
+        return found
+
+    def versions(self, name: str) -> list[AdapterVersion]:
+        """All versions of a name, oldest first. Raises NotFound."""
+        self.get(name)
+        return [version for _, version in sorted(self._entries[name].versions.items())]
+
+    def current(self) -> list[AdapterVersion]:
+        """The current version of every name, in order of name."""
+        return [entry.versions[entry.current] for _, entry in sorted(self._entries.items())]
+
+    def all_versions(self) -> list[AdapterVersion]:
+        """Every version of every name."""
+        return [version for entry in self._entries.values() for version in entry.versions.values()]
+
+    def next_version(self, name: str) -> int:
+        """The number the next version of `name` gets: one more than the largest it has had."""
+        entry = self._entries.get(name)
+        return entry.highest + 1 if entry else 1
+
+    def publish(self, version: AdapterVersion, *, make_current: bool = True) -> None:
+        """Add a version and point its name at it, in one swap.
+
+        Raises InvalidRequest for the name, Conflict when this version number is taken.
+        """
+        check_adapter_name(version.name, self.base_names)
+        with self._lock:
+            entry = self._entries.get(version.name)
+            if entry is not None and version.version in entry.versions:
+                raise Conflict(f"adapter {version.full_name} exists already", param="name")
+            versions = {**entry.versions, version.version: version} if entry else {version.version: version}
+            current = version.version if make_current or entry is None else entry.current
+            highest = max(version.version, entry.highest if entry else 0)
+            self._swap(version.name, _Entry(versions, current, highest))
+
+    def rollback(self, name: str, version: int) -> AdapterVersion:
+        """Point `name` at an earlier version again; later versions keep their numbers. Raises NotFound."""
+        with self._lock:
+            wanted = self.get(name, version)
+            self._swap(name, replace(self._entries[name], current=wanted.version))
+            return wanted
+
+    def set_status(self, name: str, version: int, status: str) -> AdapterVersion:
+        """ "loading" -> "ready" or "failed". Raises NotFound."""
+        if status not in STATUSES:
+            raise ValueError(f"status {status!r}")
+        with self._lock:
+            changed = replace(self.get(name, version), status=status)
+            entry = self._entries[name]
+            self._swap(name, replace(entry, versions={**entry.versions, changed.version: changed}))
+            return changed
+
+    def remove(self, name: str, version: int = 0) -> list[AdapterVersion]:
+        """Forget a version, or with 0 the whole name; returns what was removed. Raises NotFound.
+
+        When the current version goes, the newest of the others takes its place.
+        """
+        with self._lock:
+            found = self.get(name, version)
+            entry = self._entries[name]
+            gone = [found] if version else list(entry.versions.values())
+            left = {number: kept for number, kept in entry.versions.items() if kept not in gone}
+            if left:
+                current = entry.current if entry.current in left else max(left)
+                self._swap(name, _Entry(left, current, entry.highest))
+            else:
+                self._entries = {key: value for key, value in self._entries.items() if key != name}
+            return gone
+
+    def _swap(self, name: str, entry: _Entry) -> None:
+        self._entries = {**self._entries, name: entry}
