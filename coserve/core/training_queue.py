@@ -110,10 +110,9 @@ class TrainingQueue:
         """Forward windows and backward units for a step, in the order of fairness.
 
         `budget` is in seconds, `max_tokens` bounds the forward windows, `kv_headroom` slabs stay free for
-        requests. A unit that doesn't fit saves its share up in `credit`, so that even a target that leaves
-        less than a unit a step keeps training moving; a step without inference runs at least one.
+        requests. Where a target leaves less than one unit a step, the steps' shares are saved up in `credit`
+        until they pay for it, so training keeps moving; a step without inference runs at least one unit.
         """
-        available = budget + (self.credit if mixed else 0.0)
         forward: dict[str, TrainingSpan] = {}
         backward: dict[str, TrainingSpan] = {}
         spent, tokens = 0.0, max_tokens
@@ -121,13 +120,12 @@ class TrainingQueue:
         blocked: set[str] = set()
         while len(blocked) < len(virtual):
             job = self._jobs[min((j for j in virtual if j not in blocked), key=lambda j: (virtual[j], j))]
-            choice = self._next_span(job, forward, backward, tokens, kv_headroom, available - spent)
+            choice = self._next_span(job, forward, backward, tokens, kv_headroom, budget - spent)
             if choice is None:
                 blocked.add(job.job_id)
                 continue
             span, cost = choice
-            first = not forward and not backward
-            if spent + cost > available and not (first and not mixed):
+            if spent + cost > budget and (forward or backward or (mixed and not self._afford(cost, budget))):
                 break
             spent += cost
             # While costs are unknown they are 0: one unit of each kind a step until they are learnt.
@@ -142,8 +140,15 @@ class TrainingQueue:
                 tokens = max_tokens - sum(s.length for s in forward.values())
             if cost == 0.0:
                 blocked.add(job.job_id)
-        self.credit = min(max(0.0, available - spent), 0.25) if mixed and self.has_work else 0.0
         return list(forward.values()), list(backward.values())
+
+    def _afford(self, cost: float, budget: float) -> bool:
+        """Whether what was saved up pays for a unit that is larger than a step's budget; else save more."""
+        self.credit += budget
+        if cost > self.credit:
+            return False
+        self.credit = 0.0
+        return True
 
     def _next_span(
         self,
