@@ -1,0 +1,62 @@
+"""An adapter's weights in host memory, as PEFT's files have them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from coserve.errors import InvalidRequest
+from coserve.lora.peft_files import TENSOR_FILE, AdapterInfo, LinearShapes, read_adapter_info, tensor_key
+
+
+@dataclass(frozen=True)
+class ModuleWeights:
+    """One linear layer's adapter: y += scale * (x A^T) B^T, fp32."""
+
+    a_RK: torch.Tensor
+    b_NR: torch.Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class HostAdapter:
+    """All weights of one adapter version, by (layer, module name)."""
+
+    info: AdapterInfo
+    modules: dict[tuple[int, str], ModuleWeights]
+
+    @property
+    def digest(self) -> str:
+        return self.info.digest
+
+    @property
+    def rank(self) -> int:
+        return self.info.rank
+
+    @property
+    def nbytes(self) -> int:
+        return sum(module.a_RK.nbytes + module.b_NR.nbytes for module in self.modules.values())
+
+
+def load_adapter(
+    path: str | Path, model: LinearShapes, max_rank: int, *, param: str = "lora_path"
+) -> HostAdapter:
+    """Check and load a PEFT directory (F32, F16 and BF16 tensors become fp32).
+
+    Raises NotFound and InvalidRequest as `read_adapter_info` does, and for weights that are not finite.
+    """
+    info = read_adapter_info(path, model, max_rank, param=param)
+    tensors = load_file(Path(info.path) / TENSOR_FILE)
+    modules = {}
+    for (layer, name), module in info.modules.items():
+        module_path = model.module_path(layer, name)
+        a, b = (tensors[tensor_key(module_path, side)].float() for side in "AB")
+        if not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
+            raise InvalidRequest(
+                f"cannot load the adapter: {module_path} holds values that are not finite", param=param
+            )
+        modules[layer, name] = ModuleWeights(a.contiguous(), b.contiguous(), module.scale)
+    return HostAdapter(info, modules)
