@@ -1,0 +1,111 @@
+"""What every layer's forward reads: one ragged batch of inference rows and training windows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from coserve.kernels.lora import LoraSegments
+from coserve.layers.activations import LayerActivations
+
+
+class KV(Protocol):
+    """The paged key-value cache."""
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(k_cache, v_cache) [B, block_size, Nkv, D] of one layer; the block stride is free."""
+        ...
+
+
+class LoraPool(Protocol):
+    """All adapters' weights on the device, as rows."""
+
+    def rows(self, module: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(a_RK, b_RN) of module `LINEAR_MODULES[module]`; b is B transposed times the scale."""
+        ...
+
+
+class LayerSaver(Protocol):
+    """Where a microbatch keeps what its backward needs."""
+
+    @property
+    def x_out_TH(self) -> torch.Tensor:
+        """Output of the last layer, before the final norm."""
+        ...
+
+    def layer(self, layer: int) -> LayerActivations:
+        """Buffers of one layer."""
+        ...
+
+
+@dataclass(frozen=True)
+class InferenceRows:
+    """Rows [0, rows) of the batch: decode and prefill tokens of the requests, sequence by sequence.
+
+    slots_T int64 (block * block_size + offset; negative stores nothing), block_tables_SB int32,
+    query_start_S1 int32, context_lens_S int32 (all keys, those of this step's tokens included).
+    """
+
+    rows: int
+    slots_T: torch.Tensor
+    block_tables_SB: torch.Tensor
+    query_start_S1: torch.Tensor
+    context_lens_S: torch.Tensor
+    kv: KV
+
+
+@dataclass(frozen=True)
+class TrainingWindow:
+    """Rows [row_start, row_start + rows) of the batch are tokens [window_start, window_start + rows) of a
+    microbatch. `sample_start_W` int32 is the stream index where each token's sample begins."""
+
+    row_start: int
+    rows: int
+    window_start: int
+    sample_start_W: torch.Tensor
+    saved: LayerSaver
+
+    @property
+    def batch_rows(self) -> slice:
+        """The window's rows in the batch."""
+        return slice(self.row_start, self.row_start + self.rows)
+
+    @property
+    def stream(self) -> slice:
+        """The window's tokens in its microbatch."""
+        return slice(self.window_start, self.window_start + self.rows)
+
+
+@dataclass
+class LoraBatch:
+    """Which adapter each row uses. `ranks_LMS` int32 [L, modules, S]: the rank of segment s in that module
+    of that layer, 0 where its adapter leaves it alone."""
+
+    segments: LoraSegments
+    ranks_LMS: torch.Tensor
+    pool: LoraPool
+    _adapted: list[list[bool]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.ranks_LMS.numel():
+            self._adapted = (self.ranks_LMS.amax(-1) > 0).tolist()
+        else:
+            layers, modules, _ = self.ranks_LMS.shape
+            self._adapted = [[False] * modules for _ in range(layers)]
+
+    def adapts(self, module: int, layer: int) -> bool:
+        """Some row of the batch has an adapter on this module."""
+        return self._adapted[layer][module]
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """token_ids_T and positions_T int64; inference rows come first, training windows follow in order."""
+
+    token_ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    inference: InferenceRows | None
+    windows: list[TrainingWindow]
+    lora: LoraBatch | None
