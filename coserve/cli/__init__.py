@@ -1,1 +1,1 @@
-"""The `coserve` command. Importing it imports neither torch, transformers nor grpc: `--help` must be quick."""
+"""The `coserve` command. Importing it brings in no torch, transformers or grpc: --help must be quick."""

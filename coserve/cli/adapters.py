@@ -1,0 +1,146 @@
+"""`coserve adapters`: list, load, publish and move adapters over gRPC."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coserve.cli.connection import CHUNK_BYTES, DEFAULT_GRPC, ApiKey, Grpc, channel, metadata
+from coserve.cli.jobs import print_table
+from coserve.cli.values import existing_dir
+from coserve.errors import ConfigError
+
+app = typer.Typer(help="List, load, publish and move adapters.", no_args_is_help=False)
+Name = Annotated[str, typer.Argument(help="The adapter's name.")]
+Version = Annotated[int, typer.Option(min=0, help="0 is the newest.")]
+
+
+@app.command("list")
+def list_adapters(grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "") -> None:
+    """All adapters with version, rank and where their weights are."""
+    from coserve.cli.stubs import adapters
+
+    with channel(grpc_address) as opened:
+        pb, stub = adapters(opened)
+        answer = stub.ListAdapters(pb.ListAdaptersRequest(), metadata=metadata(api_key))
+    rows = [_row(adapter) for adapter in answer.adapters]
+    print_table(("NAME", "VERSION", "RANK", "STATUS", "TIER", "DIGEST"), rows)
+
+
+@app.command("load")
+def load(
+    name: Name,
+    path: Annotated[str, typer.Argument(help="A PEFT directory under one of the server's --adapter-root.")],
+    pinned: Annotated[bool, typer.Option("--pinned", help="Keep it on the device.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Make it the next version of a known name.")
+    ] = False,
+    grpc_address: Grpc = DEFAULT_GRPC,
+    api_key: ApiKey = "",
+) -> None:
+    """Load an adapter from a directory that the server can read."""
+    request = {"name": name, "path": path, "pinned": pinned, "replace": replace}
+    _print(_call("LoadAdapter", grpc_address, api_key, **request))
+
+
+@app.command("unload")
+def unload(name: Name, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "") -> None:
+    """Forget an adapter; requests that run on it end on it."""
+    _call("UnloadAdapter", grpc_address, api_key, name=name)
+    print(f"{name} unloaded")
+
+
+@app.command("publish")
+def publish(
+    name: Name,
+    checkpoint: Annotated[str, typer.Argument(help="A job's checkpoint id.")],
+    grpc_address: Grpc = DEFAULT_GRPC,
+    api_key: ApiKey = "",
+) -> None:
+    """Make a checkpoint the next version of an adapter."""
+    _print(_call("PublishVersion", grpc_address, api_key, name=name, checkpoint=checkpoint))
+
+
+@app.command("rollback")
+def rollback(
+    name: Name,
+    version: Annotated[int, typer.Option(min=0, help="0 is the one before the newest.")] = 0,
+    grpc_address: Grpc = DEFAULT_GRPC,
+    api_key: ApiKey = "",
+) -> None:
+    """Let a name mean an earlier version again."""
+    _print(_call("RollbackAdapter", grpc_address, api_key, name=name, version=version))
+
+
+@app.command("upload")
+def upload(
+    name: Name,
+    directory: Annotated[str, typer.Argument(help="A PEFT directory on this machine.")],
+    grpc_address: Grpc = DEFAULT_GRPC,
+    api_key: ApiKey = "",
+) -> None:
+    """Send a PEFT directory to the server and publish it."""
+    folder = existing_dir(directory, "DIRECTORY")
+    from coserve.cli.stubs import adapters
+
+    with channel(grpc_address) as opened:
+        pb, stub = adapters(opened)
+        stream = _upload_messages(pb.UploadAdapterRequest, name, folder)
+        _print(stub.UploadAdapter(stream, metadata=metadata(api_key)))
+
+
+@app.command("download")
+def download(
+    name: Name,
+    directory: Annotated[str, typer.Argument(help="Folder to make; must not exist yet.")],
+    version: Version = 0,
+    grpc_address: Grpc = DEFAULT_GRPC,
+    api_key: ApiKey = "",
+) -> None:
+    """Write an adapter as a PEFT directory on this machine."""
+    folder = Path(directory).expanduser()
+    if folder.exists():
+        raise ConfigError(f"DIRECTORY {directory}: exists already; name a new one.", param="directory")
+    from coserve.cli.stubs import adapters
+
+    with channel(grpc_address) as opened:
+        pb, stub = adapters(opened)
+        request = pb.DownloadAdapterRequest(name=name, version=version)
+        data = b"".join(piece.data for piece in stub.DownloadAdapter(request, metadata=metadata(api_key)))
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        archive.extractall(folder, filter="data")
+    print(f"{name} written to {folder}")
+
+
+def _upload_messages(request: Any, name: str, folder: Path) -> Iterator[Any]:
+    yield request(info={"name": name})
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for path in sorted(folder.iterdir()):
+            if path.is_file():
+                archive.add(path, path.name)
+    data = buffer.getvalue()
+    for start in range(0, len(data), CHUNK_BYTES):
+        yield request(data=data[start : start + CHUNK_BYTES])
+
+
+def _call(method: str, address: str, api_key: str, **fields: Any) -> Any:
+    from coserve.cli.stubs import adapters
+
+    with channel(address) as opened:
+        pb, stub = adapters(opened)
+        return getattr(stub, method)(getattr(pb, f"{method}Request")(**fields), metadata=metadata(api_key))
+
+
+def _row(adapter: Any) -> tuple[str, ...]:
+    name, version, rank = adapter.name, str(adapter.version), str(adapter.rank)
+    return name, version, rank, adapter.status, adapter.tier, adapter.digest[:12]
+
+
+def _print(adapter: Any) -> None:
+    print(f"{adapter.name}@{adapter.version} rank {adapter.rank} {adapter.status}")

@@ -1,0 +1,121 @@
+"""`coserve jobs`: list, look at, watch and steer fine-tuning jobs over gRPC."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+
+from coserve.cli.connection import DEFAULT_GRPC, ApiKey, Grpc, channel, metadata
+from coserve.cli.failure import CommandFailed
+
+app = typer.Typer(help="List, follow and steer fine-tuning jobs.", no_args_is_help=False)
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id (ftjob-...).")]
+_DETAILS = (
+    "id", "status", "model", "adapter", "fine_tuned_model", "training_file", "step", "total_steps",
+    "trained_tokens", "seed",
+)  # fmt: skip
+
+
+@app.command("list")
+def list_jobs(grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "") -> None:
+    """All jobs, the newest first."""
+    from coserve.cli.stubs import fine_tuning
+
+    with channel(grpc_address) as opened:
+        pb, stub = fine_tuning(opened)
+        answer = stub.ListJobs(pb.ListJobsRequest(), metadata=metadata(api_key))
+    rows = [(job.id, job.status, job.adapter, _steps(job), _time(job.created_at)) for job in answer.jobs]
+    print_table(("JOB", "STATUS", "ADAPTER", "STEP", "CREATED"), rows)
+
+
+@app.command("get")
+def get(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "") -> None:
+    """One job with its settings."""
+    from coserve.cli.stubs import fine_tuning
+
+    with channel(grpc_address) as opened:
+        pb, stub = fine_tuning(opened)
+        found = stub.GetJob(pb.GetJobRequest(job_id=job), metadata=metadata(api_key))
+    for name in _DETAILS:
+        print(f"{name:17} {getattr(found, name)}")
+    for name in ("created_at", "started_at", "finished_at"):
+        print(f"{name:17} {_time(getattr(found, name))}")
+    if found.error.message:
+        print(f"{'error':17} {found.error.message}")
+
+
+@app.command("watch")
+def watch(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "") -> None:
+    """Follow a job from its first step to its end; the exit code is its verdict."""
+    from coserve.cli.stubs import fine_tuning
+
+    with channel(grpc_address) as opened:
+        pb, stub = fine_tuning(opened)
+        follow_job(pb, stub, job, api_key)
+
+
+@app.command("cancel")
+def cancel(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "") -> None:
+    """End a job; it publishes nothing."""
+    _control("CancelJob", job, grpc_address, api_key)
+
+
+@app.command("pause")
+def pause(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "") -> None:
+    """Stop a job after the step it is in, to be resumed."""
+    _control("PauseJob", job, grpc_address, api_key)
+
+
+@app.command("resume")
+def resume(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "") -> None:
+    """Let a paused job go on."""
+    _control("ResumeJob", job, grpc_address, api_key)
+
+
+def follow_job(pb: Any, stub: Any, job_id: str, api_key: str) -> None:
+    """Show the job's events to its end; raises CommandFailed unless it succeeds."""
+    from rich.console import Console
+
+    from coserve.cli.progress import JobView, events, going_on
+
+    console = Console()
+    hint = f"the job goes on; follow it with: coserve jobs watch {job_id}"
+    status, message = "", ""
+    with going_on(hint, console), JobView(job_id, console) as view:
+        for event in events(stub, pb.WatchJobRequest, job_id, metadata(api_key)):
+            view.show(event)
+            if event.type == "status":
+                status, message = event.status, event.message
+    if status != "succeeded":
+        raise CommandFailed(f"job {job_id} {status or 'has not ended'}" + (f": {message}" if message else ""))
+    job = stub.GetJob(pb.GetJobRequest(job_id=job_id), metadata=metadata(api_key))
+    console.print(
+        f"use it as model={job.fine_tuned_model} (coserve chat --model {job.fine_tuned_model})",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Left-aligned columns in plain text, the same on a terminal and in a pipe."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    for row in [header, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def _control(call: str, job_id: str, address: str, api_key: str) -> None:
+    from coserve.cli.stubs import fine_tuning
+
+    with channel(address) as opened:
+        pb, stub = fine_tuning(opened)
+        answer = getattr(stub, call)(getattr(pb, f"{call}Request")(job_id=job_id), metadata=metadata(api_key))
+    print(f"{answer.id} {answer.status}")
+
+
+def _steps(job: Any) -> str:
+    return f"{job.step}/{job.total_steps}" if job.total_steps else "-"
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).isoformat(" ", "seconds") if seconds else "-"

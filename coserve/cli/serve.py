@@ -1,0 +1,125 @@
+"""`coserve serve`: read the flags once into a ServerConfig and run the server in the foreground."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from coserve.cli import serve_flags as flags
+from coserve.cli.values import existing_dir, existing_file, pairs, size_in_bytes
+from coserve.config import DEMO_MODEL_DIR, DEMO_MODEL_NAME, EngineConfig, ServerConfig
+from coserve.errors import ConfigError
+
+DEFAULT_STATE_DIR = "~/.local/state/coserve"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+
+def serve(
+    model: flags.Model = None,
+    model_option: flags.ModelOption = None,
+    served_model_name: flags.ServedModelName = "",
+    host: flags.Host = "127.0.0.1",
+    port: flags.Port = 8000,
+    grpc_port: flags.GrpcPort = 50051,
+    metrics_port: flags.MetricsPort = None,
+    device: flags.Device = "auto",
+    dtype: flags.Dtype = "auto",
+    max_model_len: flags.MaxModelLen = 0,
+    max_num_seqs: flags.MaxNumSeqs = 256,
+    max_num_batched_tokens: flags.MaxNumBatchedTokens = 2048,
+    block_size: flags.BlockSize = 16,
+    gpu_memory_utilization: flags.GpuMemoryUtilization = 0.9,
+    kv_cache_memory_bytes: flags.KvCacheMemory = "0",
+    enable_prefix_caching: flags.EnablePrefixCaching = True,
+    max_loras: flags.MaxLoras = 16,
+    max_lora_rank: flags.MaxLoraRank = 64,
+    max_cpu_loras: flags.MaxCpuLoras = 128,
+    lora_modules: flags.LoraModules = None,
+    adapter_root: flags.AdapterRoot = None,
+    chat_template: flags.ChatTemplate = "",
+    api_key: flags.ApiKey = None,
+    admin_api_key: flags.AdminApiKey = None,
+    keys_file: flags.KeysFile = "",
+    ssl_keyfile: flags.SslKeyfile = "",
+    ssl_certfile: flags.SslCertfile = "",
+    state_dir: flags.StateDir = DEFAULT_STATE_DIR,
+    shutdown_timeout: flags.ShutdownTimeout = 25.0,
+    slo_ttft_ms: flags.SloTtftMs = 0.0,
+    slo_tpot_ms: flags.SloTpotMs = 0.0,
+    deterministic: flags.Deterministic = False,
+    seed: flags.Seed = 0,
+) -> None:
+    """Serve a model over HTTP (OpenAI's API) and gRPC, and fine-tune adapters of it beside that."""
+    config = server_config(dict(locals()))
+    from coserve.server.main import run_server
+
+    raise typer.Exit(run_server(config) or 0)
+
+
+def server_config(given: Mapping[str, Any]) -> ServerConfig:
+    """The configuration that the flags' values describe; ConfigError names a flag that can't be honoured."""
+    _check_files(given)
+    directory, name = find_model(_one_model(given["model"], given["model_option"]))
+    changed = {
+        "model": str(directory),
+        "served_model_name": given["served_model_name"] or name,
+        "kv_cache_memory_bytes": size_in_bytes(given["kv_cache_memory_bytes"], "--kv-cache-memory-bytes"),
+        "state_dir": str(Path(given["state_dir"]).expanduser().resolve()),
+        "adapter_roots": _directories(given["adapter_root"] or (), "--adapter-root"),
+        "lora_modules": pairs(given["lora_modules"] or (), "--lora-modules"),
+        "api_keys": tuple(given["api_key"] or ()),
+        "admin_api_keys": tuple(given["admin_api_key"] or ()),
+    }
+    values = {**given, **changed}
+    engine = EngineConfig(**_fields(EngineConfig, values))
+    return ServerConfig(engine=engine, **_fields(ServerConfig, values))
+
+
+def find_model(given: str | None) -> tuple[Path, str]:
+    """The model's directory and its name in requests; a hub id is fetched unless it is in the local cache.
+
+    Raises ConfigError when there is neither such a directory nor such an id.
+    """
+    if given is None or given == DEMO_MODEL_NAME:
+        return DEMO_MODEL_DIR, DEMO_MODEL_NAME
+    directory = Path(given).expanduser()
+    if directory.is_dir():
+        return directory.resolve(), directory.resolve().name
+    if _HUB_ID.fullmatch(given) is None:
+        raise ConfigError(f"model {given}: no such directory, and a hub id reads OWNER/NAME.", param="model")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(given, allow_patterns=_MODEL_FILES)), given
+    except Exception as error:  # the hub client raises a dozen kinds, all meaning the same to the user
+        raise ConfigError(
+            f"model {given}: no such directory, and the hub doesn't give it ({type(error).__name__}).",
+            param="model",
+        ) from None
+
+
+def _one_model(argument: str | None, option: str | None) -> str | None:
+    if argument and option and argument != option:
+        raise ConfigError(f"--model {option}: the argument says {argument}; give one of them.", param="model")
+    return argument or option
+
+
+def _check_files(given: Mapping[str, Any]) -> None:
+    if bool(given["ssl_keyfile"]) != bool(given["ssl_certfile"]):
+        raise ConfigError("--ssl-keyfile and --ssl-certfile go together; give both.", param="ssl_keyfile")
+    for name in ("chat_template", "keys_file", "ssl_keyfile", "ssl_certfile"):
+        if given[name]:
+            existing_file(given[name], "--" + name.replace("_", "-"))
+
+
+def _directories(paths: Sequence[str], flag: str) -> tuple[str, ...]:
+    return tuple(str(existing_dir(path, flag)) for path in paths)
+
+
+def _fields(kind: type[EngineConfig] | type[ServerConfig], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: values[name] for name in kind.__struct_fields__ if name in values}

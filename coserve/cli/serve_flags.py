@@ -1,0 +1,57 @@
+"""The flags of `coserve serve`: type, limits and help of each. Names are vLLM's where it has one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="A model's directory or hub id [the demo model].")
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="The same as the argument.")
+]
+ServedModelName = Annotated[str, typer.Option(help="The base model's name in requests.")]
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="HTTP port; 0 takes a free one.")]
+GrpcPort = Annotated[int, typer.Option(min=0, max=65535, help="gRPC port; 0 takes a free one.")]
+MetricsPort = Annotated[
+    int | None, typer.Option(min=0, max=65535, help="Serve /metrics on this port too, without keys.")
+]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")]
+Dtype = Annotated[str, typer.Option(metavar="auto|float32|bfloat16", help="Precision of the base weights.")]
+MaxModelLen = Annotated[int, typer.Option(min=0, help="Context in tokens; 0 is the model's own.")]
+MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Requests that run at the same time.")]
+MaxNumBatchedTokens = Annotated[int, typer.Option(min=16, help="Tokens of one step.")]
+BlockSize = Annotated[int, typer.Option(min=1, max=256, help="Tokens of one KV block.")]
+GpuMemoryUtilization = Annotated[
+    float, typer.Option(min=0.05, max=1.0, help="Share of the free memory that the pool takes.")
+]
+KvCacheMemory = Annotated[
+    str, typer.Option(metavar="SIZE", help="The pool's size, such as 512MiB; 0 goes by the share.")
+]
+EnablePrefixCaching = Annotated[bool, typer.Option(help="Keep the KV of shared prefixes.")]
+MaxLoras = Annotated[int, typer.Option(min=1, help="Adapters on the device at once.")]
+MaxLoraRank = Annotated[int, typer.Option(min=1, max=512, help="Highest rank of an adapter.")]
+MaxCpuLoras = Annotated[int, typer.Option(min=1, help="Adapters kept in host memory.")]
+LoraModules = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=PATH", help="An adapter to load at the start; repeatable.")
+]
+AdapterRoot = Annotated[
+    list[str] | None, typer.Option(metavar="DIR", help="A folder that clients may load from; repeatable.")
+]
+ChatTemplate = Annotated[str, typer.Option(metavar="FILE", help="A Jinja template in place of the model's.")]
+ApiKey = Annotated[list[str] | None, typer.Option(metavar="KEY", help="A key that may chat; repeatable.")]
+AdminApiKey = Annotated[
+    list[str] | None, typer.Option(metavar="KEY", help="A key that may do all; repeatable.")
+]
+KeysFile = Annotated[str, typer.Option(metavar="FILE", help="Keys with their roles, as TOML or JSON.")]
+SslKeyfile = Annotated[str, typer.Option(metavar="FILE", help="TLS key.")]
+SslCertfile = Annotated[str, typer.Option(metavar="FILE", help="TLS certificate.")]
+StateDir = Annotated[str, typer.Option(metavar="DIR", help="Where files, jobs and adapters are kept.")]
+ShutdownTimeout = Annotated[float, typer.Option(min=0.0, help="Seconds that running streams get on SIGTERM.")]
+SloTtftMs = Annotated[float, typer.Option(min=0.0, help="Target for the first token; 0 is automatic.")]
+SloTpotMs = Annotated[float, typer.Option(min=0.0, help="Target for each further token; 0 is automatic.")]
+Deterministic = Annotated[bool, typer.Option(help="The same tokens whatever shares the batch, in bf16 too.")]
+Seed = Annotated[int, typer.Option(help="Seed for requests that bring none.")]
