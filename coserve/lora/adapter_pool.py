@@ -93,7 +93,7 @@ class AdapterPool:
     def write_module(
         self, key: str, module_index: int, layer: int, a_RK: torch.Tensor, scaled_b_RN: torch.Tensor
     ) -> None:
-        """Write one module's weights: A [r, K] and B transposed and times its scale [r, N]; cast to `dtype`."""
+        """Write one module's A [r, K] and B, transposed and times its scale [r, N]; cast to `dtype`."""
         where = self._resident[key].rows[: len(a_RK)].long()
         self._a[module_index][layer, where] = a_RK.to(self._a[module_index])
         self._b[module_index][layer, where] = scaled_b_RN.to(self._b[module_index])

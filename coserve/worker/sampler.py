@@ -192,7 +192,7 @@ def _draw_filtered(logits_V: torch.Tensor, row: SamplingRow) -> int:
 
 
 def _invert(cdf_SC: torch.Tensor, numbers_S: torch.Tensor) -> torch.Tensor:
-    """Index of the first entry of each (unnormalised) CDF above its number's share of the total, int64 [S]."""
+    """Index of the first entry of each (unnormalised) CDF above its number's share of the total."""
     total = cdf_SC[:, -1]
     # Rounding may lift the product to the total itself, beyond the last entry.
     target = torch.minimum(numbers_S * total, torch.nextafter(total, torch.zeros_like(total)))
@@ -223,7 +223,7 @@ def candidates(
 
 def _nucleus_of_all(scaled_V: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """`top_p` without other filters: looks at the few likeliest first instead of sorting the vocabulary."""
-    total = scaled_V.double().exp().cumsum(dim=-1)[-1]
+    total = scaled_V.double().exp().sum()
     count = _FIRST_TOP_P_CANDIDATES
     while count < len(scaled_V) and top_p < 1.0:
         best = scaled_V.topk(count).values
