@@ -152,7 +152,7 @@ class Scheduler:
     def _schedule_training(self, plan: StepPlan, token_budget: int, now: float) -> None:
         if plan.inference:
             alone = self.model.predict_inference(plan.inference_tokens, plan.context_tokens)
-            plan.predicted = alone
+            plan.inference_alone = plan.predicted = alone
             self._steps_with_inference += 1
             probing = not self.model.trained or self._steps_with_inference % PROBE_EVERY == 0
             if probing or not self.training.has_work:

@@ -13,8 +13,8 @@ from coserve.core.training_sequence import TrainingSequence
 class StepPlan:
     """Spans of one step, inference rows ordered by adapter so that neighbours share a LoRA segment.
 
-    `training_budget` is the time in seconds that training may take in this step; `predicted` is what the
-    latency model expects the whole step to take (0 while it can't tell).
+    Predictions are seconds, 0 while the latency model can't tell: `inference_alone` for the inference rows,
+    `predicted` for the whole forward. `training_budget` is what training may take in this step.
     """
 
     inference: list[InferenceSpan] = field(default_factory=list)
@@ -23,6 +23,7 @@ class StepPlan:
     preempted: list[Request] = field(default_factory=list)
     evicted: list[TrainingSequence] = field(default_factory=list)
     training_budget: float = 0.0
+    inference_alone: float = 0.0
     predicted: float = 0.0
 
     @property

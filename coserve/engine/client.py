@@ -21,7 +21,6 @@ import zmq.asyncio
 
 from coserve import errors
 from coserve.config import EngineConfig
-from coserve.core.sampling_params import SamplingParams
 from coserve.engine import messages as m
 from coserve.training.job import JobSpec
 
@@ -30,8 +29,6 @@ logger = logging.getLogger(__name__)
 JobEvent = m.JobProgress | m.JobCheckpoint | m.JobStatus
 START_TIMEOUT = 600.0  # seconds a large model may take to load
 MAX_RESTART_DELAY = 10.0
-
-__all__ = ["EngineClient", "JobEvent", "SamplingParams"]
 
 
 def error_from(message: str, code: str | None, param: str | None = None) -> errors.CoserveError:
@@ -288,11 +285,13 @@ class EngineClient:
 
     def _fail_all(self, reason: str) -> None:
         for request_id, queue in self._streams.items():
-            queue.put_nowait(
-                m.RequestOutput(
-                    request_id=request_id, finish_reason="error", error=reason, error_code="service_unavailable"
-                )
+            output = m.RequestOutput(
+                request_id=request_id,
+                finish_reason="error",
+                error=reason,
+                error_code=errors.Unavailable.default_code,
             )
+            queue.put_nowait(output)
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(errors.Unavailable(reason))

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from functools import singledispatchmethod
+from functools import partial, singledispatchmethod
 
 import torch
 
@@ -95,12 +95,14 @@ class Engine:
         self.jobs.prepare(plan)
         if not plan.empty:
             result = self.runner.run(plan, self.jobs.microbatches)
-            forward_seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started
             self._commit_inference(plan, result)
-            self.jobs.commit_forward(plan, forward_seconds)
-            self._learn(plan, forward_seconds)
+            if not plan.training_forward:
+                self.model.observe_inference(plan.inference_tokens, plan.context_tokens, seconds)
+            self.jobs.commit_forward(plan, plan.inference_alone, seconds)
             # Answers are on their way: what is left of the budget belongs to the backward units.
-            self.jobs.run_backward(plan, started, yield_early=None if plan.inference else self.arrivals)
+            deadline = started + plan.inference_alone + plan.training_budget
+            self.jobs.run_backward(plan, deadline, arrivals=None if plan.inference else self.arrivals)
         self.jobs.advance()
         self.stats.step_done(plan, time.perf_counter() - started)
 
@@ -142,16 +144,6 @@ class Engine:
             num_preemptions=request.num_preemptions,
             scheduled_at=request.scheduled_at if first else None,
         )
-
-    def _learn(self, plan: StepPlan, forward_seconds: float) -> None:
-        """Feed the latency model: pure inference steps fit the floor, the rest prices training rows."""
-        tokens, context = plan.inference_tokens, plan.context_tokens
-        rows = sum(span.length for span in plan.training_forward)
-        if rows == 0:
-            self.model.observe_inference(tokens, context, forward_seconds)
-        else:
-            alone = self.model.predict_inference(tokens, context)
-            self.model.observe_unit("forward", rows, max(forward_seconds - alone, 1e-6))
 
     def _take_in_adapters(self) -> None:
         failed = self.adapters.poll() if self.adapters.is_loading else {}
@@ -221,7 +213,7 @@ class Engine:
     def _(self, message: m.LoadAdapter) -> None:
         ref = message.adapter
         self.adapters.know(ref.digest, ref.name, ref.path)
-        self.adapters.load(ref.digest, message.pinned, lambda error: self.outbox.reply(message.call_id, error))
+        self.adapters.load(ref.digest, message.pinned, partial(self.outbox.reply, message.call_id))
 
     @handle.register
     def _(self, message: m.UnloadAdapter) -> None:

@@ -1,0 +1,169 @@
+"""What every bench program shares: the model shape, the machine's description, pairing, and the result file.
+
+A result is one JSON object: `headline` {what, coserve, peer, unit, ratio, spread, load}, `rows`, `machine`,
+`commit`, `versions`. Ratios are of runs that were interleaved, so a machine that drifts drifts for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from coserve.config import EngineConfig
+
+RESULTS = Path(__file__).parent / "results"
+THREADS = os.cpu_count() or 1
+
+# Qwen2.5-0.5B's published shape; the weights are random.
+M1 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+
+# What the allocator study found to matter most, given to both sides: keep freed memory, use huge pages.
+ALLOCATOR = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184"
+    ":glibc.malloc.top_pad=268435456"
+)
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """The command line all benches have."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, help="result file (default: under bench/results)")
+    parser.add_argument("--quick", action="store_true", help="a small model and few rounds, to see it work")
+    return parser.parse_args()
+
+
+def with_tuned_allocator() -> None:
+    """Start this program again under the tuned allocator, unless it already is."""
+    if os.environ.get("GLIBC_TUNABLES") != ALLOCATOR:
+        environment = {**os.environ, "GLIBC_TUNABLES": ALLOCATOR}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+
+
+def model_directory(quick: bool, cache: Path | None = None) -> Path:
+    """A directory with the bench's model in bf16, written once (a narrow, short one for `quick`)."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    folder = (cache or Path.home() / ".cache" / "coserve-bench") / ("m1-quick" if quick else "m1")
+    if (folder / "model.safetensors").exists():
+        return folder
+    shape = dict(M1)
+    if quick:
+        shape |= {"num_hidden_layers": 4, "vocab_size": 8192, "bos_token_id": 8190, "eos_token_id": 8191}
+    torch.manual_seed(0)
+    config = Qwen2Config(**{k: v for k, v in shape.items() if k != "architectures"})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder
+
+
+def engine_config(model: Path, **settings: Any) -> EngineConfig:
+    """Bench settings: bf16, no prefix cache (prompts repeat between rounds), a pool that fits."""
+    defaults: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "max_model_len": 4096,
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": 3 << 30,
+        "max_loras": 8,
+        "max_lora_rank": 16,
+    }
+    return EngineConfig(model=str(model), **(defaults | settings))
+
+
+def paired(
+    ours: Callable[[], float], peer: Callable[[], float], rounds: int
+) -> tuple[list[float], list[float]]:
+    """Run both in turn, `rounds` times, the order swapped every round; each returns its own figure."""
+    mine: list[float] = []
+    theirs: list[float] = []
+    for index in range(rounds):
+        order = [(ours, mine), (peer, theirs)]
+        for run, figures in order if index % 2 == 0 else reversed(order):
+            figures.append(run())
+    return mine, theirs
+
+
+def headline(
+    what: str, unit: str, ours: list[float], peer: list[float], load: dict[str, Any]
+) -> dict[str, Any]:
+    """Medians, the median ratio of the pairs and its spread."""
+    ratios = [a / b for a, b in zip(ours, peer, strict=True)]
+    return {
+        "what": what,
+        "coserve": median(ours),
+        "peer": median(peer),
+        "unit": unit,
+        "ratio": median(ratios),
+        "spread": [min(ratios), max(ratios)],
+        "load": load,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory."""
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith(("model name", "flags"))
+    ]
+    model, flags = (names + ["", ""])[:2]
+    features = sorted({"avx2", "avx512f", "avx512_bf16", "amx_bf16"} & set(flags.split()))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "processor": model or platform.processor(),
+        "features": features,
+        "cores": THREADS,
+        "memory_bytes": memory,
+    }
+
+
+def commit() -> str:
+    """The commit measured, with "+" when the tree has changes."""
+    root = Path(__file__).parent.parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+
+
+def write(name: str, out: Path | None, result: dict[str, Any]) -> None:
+    """Add machine, commit and versions; write the file; print the headline."""
+    packages = ("torch", "transformers", "peft")
+    result |= {
+        "machine": machine(),
+        "commit": commit(),
+        "versions": {package: importlib.metadata.version(package) for package in packages}
+        | {"python": platform.python_version()},
+    }
+    path = out or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["headline"]))

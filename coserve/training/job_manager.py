@@ -1,0 +1,293 @@
+"""All fine-tuning jobs of the engine: which exist, what the scheduler may run of them, what comes of it.
+
+The scheduler decides when; a `RunningJob` knows how; this module stands between them. It turns plans into
+microbatches with memory, spans into moved cursors, finished microbatches into optimizer steps, and tells a
+`JobListener` what happened.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from coserve.core.adapter_slots import AdapterSlots
+from coserve.core.latency_model import LatencyModel
+from coserve.core.step_plan import StepPlan
+from coserve.core.training_queue import TrainingQueue
+from coserve.core.training_sequence import TrainingSequence
+from coserve.errors import CoserveError, FailedPrecondition, InternalError, InvalidRequest, NotFound
+from coserve.lora.adapter_pool import AdapterPool
+from coserve.models.decoder import Decoder
+from coserve.training.job import JobSpec, StepMetrics
+from coserve.training.microbatch import Microbatch
+from coserve.training.running_job import RunningJob
+from coserve.worker.kv_tensors import KVTensors
+
+logger = logging.getLogger(__name__)
+
+
+class JobListener(Protocol):
+    """Who hears of the jobs' news."""
+
+    def progress(self, job_id: str, metrics: StepMetrics) -> None:
+        """An optimizer step was committed (or is told again after a restart)."""
+
+    def checkpoint(self, job_id: str, step: int, path: str, train_loss: float) -> None:
+        """A checkpoint is on disk."""
+
+    def status(self, job_id: str, status: str, error: CoserveError | None = None) -> None:
+        """A job changed its state."""
+
+
+class JobManager:
+    """Jobs by id. Everything happens between or inside steps, in the engine's one thread."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        pool: AdapterPool,
+        slots: AdapterSlots,
+        kv: KVTensors,
+        queue: TrainingQueue,
+        model: LatencyModel,
+        listener: JobListener,
+    ) -> None:
+        self.microbatches: dict[str, Microbatch] = {}
+        self.step_seconds = 0.0
+        self._decoder, self._pool, self._slots, self._kv = decoder, pool, slots, kv
+        self._queue, self._model, self._listener = queue, model, listener
+        self._jobs: dict[str, RunningJob] = {}
+        self._pending: list[JobSpec] = []
+        self._forward_tokens = 0
+        self._backward_tokens = 0
+
+    # ------------------------------------------------------------------ state
+
+    @property
+    def has_work(self) -> bool:
+        """Some job could use device time now."""
+        return self._queue.has_work
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Masters, gradients and moments of all jobs."""
+        return sum(job.state_bytes for job in self._jobs.values())
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What the microbatches under way hold outside the pool."""
+        return sum(microbatch.workspace_bytes for microbatch in self.microbatches.values())
+
+    def take_token_counts(self) -> tuple[int, int]:
+        """Forward and backward tokens since the last call."""
+        counts = (self._forward_tokens, self._backward_tokens)
+        self._forward_tokens = self._backward_tokens = 0
+        return counts
+
+    # ------------------------------------------------------------------ calls
+
+    def submit(self, spec: JobSpec) -> None:
+        """Take a job on; it starts when adapter rows are free. InvalidRequest: it runs already."""
+        if spec.job_id in self._jobs or any(p.job_id == spec.job_id for p in self._pending):
+            raise InvalidRequest(f"job {spec.job_id} is running already", param="job_id")
+        self._pending.append(spec)
+        self._start_pending()
+
+    def control(self, job_id: str, action: str) -> None:
+        """Pause, resume or cancel. Raises NotFound, or FailedPrecondition where the state forbids it."""
+        pending = next((spec for spec in self._pending if spec.job_id == job_id), None)
+        if pending is not None and action == "cancel":
+            self._pending.remove(pending)
+            self._listener.status(job_id, "cancelled")
+            return
+        job = self._jobs.get(job_id)
+        if job is None:
+            raise NotFound(f"The engine has no job {job_id}.", param="job_id")
+        if action == "cancel":
+            self._end(job, "cancelled")
+        elif action == "pause" and not job.paused:
+            self._drop_step(job)
+            job.paused = True
+            self._checkpoint(job)
+            self._listener.status(job_id, "paused")
+        elif action == "resume" and job.paused:
+            job.paused = False
+            self._listener.status(job_id, "running")
+            self._begin_step(job)
+        else:
+            raise FailedPrecondition(f"job {job_id} can't {action} in its state", param="job_id")
+
+    def checkpoint_all(self) -> None:
+        """Make every job's last committed step durable (before the engine stops)."""
+        for job in self._jobs.values():
+            self._checkpoint(job)
+
+    # ------------------------------------------------------------------ inside a step
+
+    def prepare(self, plan: StepPlan) -> None:
+        """Before the forward: forget what was evicted, give memory to microbatches that begin."""
+        self.step_seconds = 0.0
+        if plan.evicted:
+            self._forget_evicted(plan.evicted)
+        for span in plan.training_forward:
+            microbatch = self.microbatches[span.sequence.sequence_id]
+            if not microbatch.placed:
+                assert span.sequence.extent is not None
+                microbatch.place(self._kv.extent(span.sequence.extent, span.sequence.slabs))
+
+    def commit_forward(self, plan: StepPlan, alone: float, seconds: float) -> None:
+        """The plan's forward windows ran in a step forward of `seconds`, of which inference alone would
+        have taken `alone`."""
+        rows = sum(span.length for span in plan.training_forward)
+        if not rows:
+            return
+        training = max(seconds - alone, 1e-6)
+        self.step_seconds += training
+        self._forward_tokens += rows
+        self._model.observe_unit("forward", rows, training)
+        for span in plan.training_forward:
+            span.sequence.cursor += span.length
+            self._charge(span.sequence.job_id, training * span.length / rows)
+
+    def run_backward(self, plan: StepPlan, deadline: float, arrivals: Callable[[], bool] | None) -> None:
+        """Run the planned backward units until `deadline` (time.perf_counter()), at least one; with
+        `arrivals` also until a message waits."""
+        began = time.perf_counter()
+        for span in plan.training_backward:
+            sequence = span.sequence
+            for _ in range(span.length):
+                self._run_unit(sequence)
+                now = time.perf_counter()
+                if now >= deadline or (arrivals is not None and arrivals()):
+                    self.step_seconds += now - began
+                    return
+        self.step_seconds += time.perf_counter() - began
+
+    def advance(self) -> None:
+        """After a step: optimizer steps whose gradients are complete, and the steps after them."""
+        for job in list(self._jobs.values()):
+            if not job.paused and job.sequences and all(s.done for s in job.sequences):
+                began = time.perf_counter()
+                self._commit_step(job)
+                seconds = time.perf_counter() - began
+                self.step_seconds += seconds
+                self._charge(job.spec.job_id, seconds)
+        if self._pending:
+            self._start_pending()
+
+    # ------------------------------------------------------------------ parts
+
+    def _run_unit(self, sequence: TrainingSequence) -> None:
+        job = self._jobs[sequence.job_id]
+        microbatch = self.microbatches[sequence.sequence_id]
+        unit = sequence.backward_units[sequence.backward_cursor]
+        began = time.perf_counter()
+        job.run_backward_unit(microbatch, sequence.backward_cursor)
+        seconds = time.perf_counter() - began
+        sequence.backward_cursor += 1
+        self._model.observe_unit(unit.kind, unit.tokens, seconds)
+        self._charge(sequence.job_id, seconds)
+        if sequence.done:
+            self._backward_tokens += sequence.num_tokens
+            self._queue.release(sequence)
+            microbatch.release()
+
+    def _charge(self, job_id: str, seconds: float) -> None:
+        self._queue.charge(job_id, seconds)
+        job = self._jobs.get(job_id)
+        if job is not None:
+            job.device_seconds += seconds
+
+    def _start_pending(self) -> None:
+        for spec in list(self._pending):
+            got = self._slots.allocate(spec.job_id, RunningJob.rank(spec), pinned=True)
+            if got is None:
+                return
+            self._pending.remove(spec)
+            self._slots.acquire(spec.job_id)
+            try:
+                job = RunningJob(spec, self._decoder, self._pool, self._slots.rows(spec.job_id))
+            except Exception as error:
+                self._free_rows(spec.job_id)
+                self._listener.status(spec.job_id, "failed", _as_error(spec.job_id, error))
+                continue
+            self._jobs[spec.job_id] = job
+            for metrics in job.restored_events:
+                self._listener.progress(spec.job_id, metrics)
+            if job.restored_path is not None:
+                self._listener.checkpoint(spec.job_id, job.step, job.restored_path, job.last_loss)
+            if job.finished:
+                self._end(job, "succeeded")
+            elif job.paused:
+                self._listener.status(spec.job_id, "paused")
+            else:
+                self._listener.status(spec.job_id, "running")
+                self._begin_step(job)
+
+    def _begin_step(self, job: RunningJob) -> None:
+        job.begin_step(self._kv.slab_bytes)
+        for sequence, microbatch in zip(job.sequences, job.microbatches, strict=True):
+            self.microbatches[sequence.sequence_id] = microbatch
+        self._queue.submit(job.spec.job_id, job.sequences, job.spec.priority)
+
+    def _commit_step(self, job: RunningJob) -> None:
+        try:
+            metrics = job.commit_step()
+        except CoserveError as error:
+            self._end(job, "failed", error)
+            return
+        self._forget_step(job)
+        self._listener.progress(job.spec.job_id, metrics)
+        if job.checkpoint_due:
+            self._checkpoint(job)
+        if job.finished:
+            self._end(job, "succeeded")
+        else:
+            self._begin_step(job)
+
+    def _checkpoint(self, job: RunningJob) -> None:
+        if job.steps_since_checkpoint:
+            path = job.write_checkpoint()
+            self._listener.checkpoint(job.spec.job_id, job.step, path, job.last_loss)
+
+    def _end(self, job: RunningJob, status: str, error: CoserveError | None = None) -> None:
+        job_id = job.spec.job_id
+        self._drop_step(job)
+        del self._jobs[job_id]
+        self._free_rows(job_id)
+        self._listener.status(job_id, status, error)
+
+    def _free_rows(self, job_id: str) -> None:
+        rows = self._slots.rows(job_id)
+        self._pool.clear(rows)
+        self._slots.unload(job_id)
+        self._slots.release(job_id)
+
+    def _drop_step(self, job: RunningJob) -> None:
+        """Leave the optimizer step under way: its memory is free, its gradients are forgotten."""
+        self._queue.remove(job.spec.job_id)
+        self._forget_step(job)
+        job.drop_step()
+
+    def _forget_step(self, job: RunningJob) -> None:
+        for sequence in job.sequences:
+            self.microbatches.pop(sequence.sequence_id, None)
+
+    def _forget_evicted(self, evicted: list[TrainingSequence]) -> None:
+        for sequence in evicted:
+            microbatch = self.microbatches.get(sequence.sequence_id)
+            if microbatch is not None:
+                microbatch.release()
+        for job in self._jobs.values():
+            mine = [s for s in evicted if s.job_id == job.spec.job_id]
+            if mine and len(mine) == len(job.sequences):
+                job.restart_step()
+
+
+def _as_error(job_id: str, error: Exception) -> CoserveError:
+    if isinstance(error, CoserveError):
+        return error
+    logger.exception("job %s could not start", job_id, exc_info=error)
+    return InternalError("The job could not be started; see the engine's log.")
