@@ -7,10 +7,30 @@ and that is recomputed where it is cheap: norms, the LoRA bottleneck and the MLP
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 
-from coserve.models.config import ModelConfig
+
+class BlockShape(Protocol):
+    """What a decoder block needs to know of the model; `models.ModelConfig` is one."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def qk_norm(self) -> bool: ...
+    @property
+    def rms_norm_eps(self) -> float: ...
+    @property
+    def hidden_act(self) -> str: ...
 
 
 @dataclass
@@ -39,7 +59,7 @@ class LayerActivations:
 
     @staticmethod
     def shapes(
-        config: ModelConfig, tokens: int, dtype: torch.dtype, backward: bool = True
+        config: BlockShape, tokens: int, dtype: torch.dtype, backward: bool = True
     ) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         """(name, shape, dtype) of every buffer, for whoever owns the memory."""
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -109,3 +109,37 @@ class ForwardBatch:
     inference: InferenceRows | None
     windows: list[TrainingWindow]
     lora: LoraBatch | None
+
+
+class ModuleGradient(NamedTuple):
+    """One adapted linear in training: the pool's tensors, the adapter's rows in them (int32 [r]), and the
+    fp32 sums that its gradients are added to. `db_rN` is the gradient of the scaled, transposed B."""
+
+    a_RK: torch.Tensor
+    b_RN: torch.Tensor
+    rows: torch.Tensor
+    da_rK: torch.Tensor
+    db_rN: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BackwardWindow:
+    """Tokens [start, end) of a microbatch in one layer's backward; windows go last to first.
+
+    `sample_start_T` int32, `positions_T` int64 and the buffers in `saved` cover the whole microbatch, as do
+    `dk_TND`, `dv_TND` (fp32, zeroed before the layer's last window). `lora` maps module numbers to gradients.
+    """
+
+    start: int
+    end: int
+    sample_start_T: torch.Tensor
+    positions_T: torch.Tensor
+    saved: LayerActivations
+    dk_TND: torch.Tensor
+    dv_TND: torch.Tensor
+    lora: dict[int, ModuleGradient]
+
+    @property
+    def stream(self) -> slice:
+        """The window's tokens in its microbatch."""
+        return slice(self.start, self.end)

@@ -87,7 +87,9 @@ class ModelConfig:
         """
         folder = Path(path)
         if not folder.is_dir():
-            raise ConfigError(f"{folder} is not a directory; give a Hugging Face model directory.", param="model")
+            raise ConfigError(
+                f"{folder} is not a directory; give a Hugging Face model directory.", param="model"
+            )
         raw = _read_json(folder / "config.json")
         if raw is None:
             raise ConfigError(f"{folder} has no config.json; is it a model directory?", param="model")
@@ -110,7 +112,9 @@ class ModelConfig:
             raise ConfigError(f"head_dim {head_dim} is odd; rotary embedding needs pairs.", param="model")
         act = raw.get("hidden_act", "silu")
         if act not in ACTIVATIONS:
-            raise ConfigError(f"hidden_act {act!r} is not supported; {_listed(ACTIVATIONS)} are.", param="model")
+            raise ConfigError(
+                f"hidden_act {act!r} is not supported; {_listed(ACTIVATIONS)} are.", param="model"
+            )
         theta, scaling = _rope(raw)
         bias = bool(raw.get("attention_bias", False))
         window = _sliding_window(raw, family)

@@ -1,0 +1,148 @@
+"""Attention of a block: merged q, k, v product, norms and RoPE, attention by kind of row, output product.
+
+Inference rows read and write the paged cache; the rows of a training window read and write the keys and
+values of their own microbatch, which no request ever sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from coserve.kernels.kv_store import kv_store
+from coserve.kernels.paged_attention import paged_attention
+from coserve.kernels.rope import apply_rope_
+from coserve.kernels.window_attention import window_attention, window_attention_backward
+from coserve.layers.activations import BlockShape
+from coserve.layers.batch import BackwardWindow, ForwardBatch, TrainingWindow
+from coserve.layers.linear import AdaptedLinear
+from coserve.layers.norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """cos and sin, fp32 [P, D/2], shared by all layers."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class Attention:
+    """Grouped-query attention; `q_norm`, `k_norm` are None in families that don't norm heads."""
+
+    def __init__(
+        self,
+        config: BlockShape,
+        qkv: AdaptedLinear,
+        out: AdaptedLinear,
+        rope: RopeTable,
+        q_norm: RMSNorm | None = None,
+        k_norm: RMSNorm | None = None,
+    ) -> None:
+        self.heads, self.kv_heads, self.dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.qkv = qkv
+        self.out = out
+        self.rope = rope
+        self.q_norm = q_norm
+        self.k_norm = k_norm
+        self.scale = self.dim**-0.5
+
+    def forward(self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int) -> torch.Tensor:
+        """[T, H] of normed input [T, H]."""
+        q_TND, k_TND, v_TND = self._project(x_TH, batch, layer)
+        parts = []
+        if batch.inference is not None:
+            rows = batch.inference
+            n = rows.rows
+            k_cache, v_cache = rows.kv.layer(layer)
+            kv_store(k_TND[:n], v_TND[:n], k_cache, v_cache, rows.slots_T)
+            tables = rows.block_tables_SB, rows.query_start_S1, rows.context_lens_S
+            parts.append(paged_attention(q_TND[:n], k_cache, v_cache, *tables, self.scale))
+        for window in batch.windows:
+            rows_of = window.batch_rows
+            parts.append(self._window(q_TND[rows_of], k_TND[rows_of], v_TND[rows_of], window, layer))
+        o_TND = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self.out.forward(o_TND.view(len(x_TH), -1), batch.lora, layer)
+
+    def _project(
+        self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k (normed, rotated) and v, [T, heads, D]."""
+        n, m = self.heads, self.heads + self.kv_heads
+        qkv_TMD = self.qkv.forward(x_TH, batch.lora, layer).view(len(x_TH), -1, self.dim)
+        qk_TMD, v_TND = qkv_TMD[:, :m], qkv_TMD[:, m:]
+        if self.q_norm is not None and self.k_norm is not None:
+            for window in batch.windows:
+                saved = window.saved.layer(layer).qk_raw_TND
+                if saved is not None:
+                    saved[window.stream] = qk_TMD[window.batch_rows]
+            q_TND, k_TND = self.q_norm.forward(qk_TMD[:, :n]), self.k_norm.forward(qk_TMD[:, n:])
+            self._rotate(q_TND, batch.positions_T)
+            self._rotate(k_TND, batch.positions_T)
+        else:
+            self._rotate(qk_TMD, batch.positions_T)
+            q_TND, k_TND = qk_TMD[:, :n], qk_TMD[:, n:]
+        return q_TND, k_TND, v_TND
+
+    def _rotate(self, x_TND: torch.Tensor, positions_T: torch.Tensor, inverse: bool = False) -> torch.Tensor:
+        return apply_rope_(x_TND, positions_T, self.rope.cos, self.rope.sin, inverse)
+
+    def _window(
+        self,
+        q_WND: torch.Tensor,
+        k_WND: torch.Tensor,
+        v_WND: torch.Tensor,
+        window: TrainingWindow,
+        layer: int,
+    ) -> torch.Tensor:
+        """Attention of one training window; keeps what its backward needs."""
+        saved, stream = window.saved.layer(layer), window.stream
+        saved.k_TND[stream] = k_WND
+        saved.v_TND[stream] = v_WND
+        if saved.q_TND is not None:
+            saved.q_TND[stream] = q_WND
+            q_WND = saved.q_TND[stream]
+        o_WND, lse_WN = window_attention(
+            q_WND, saved.k_TND, saved.v_TND, window.sample_start_W, window.window_start, self.scale
+        )
+        if saved.attn_out_TH is not None and saved.lse_TN is not None:
+            saved.attn_out_TH[stream] = o_WND.view(window.rows, -1)
+            saved.lse_TN[stream] = lse_WN
+        return o_WND
+
+    def backward(self, dy_WH: torch.Tensor, x_WH: torch.Tensor, window: BackwardWindow) -> torch.Tensor:
+        """Gradient w.r.t. the normed input `x` [W, H]. The window's keys have got all their gradients when
+        its own queries are done, since later windows went before."""
+        saved, stream = window.saved, window.stream
+        assert saved.q_TND is not None and saved.attn_out_TH is not None and saved.lse_TN is not None
+        width, m = window.end - window.start, self.heads + self.kv_heads
+        o_WH = saved.attn_out_TH[stream]
+        do_WH = self.out.backward(dy_WH, lambda: o_WH, window.lora, window.start)
+        shape = (width, self.heads, self.dim)
+        dq_WND = window_attention_backward(
+            do_WH.view(shape),
+            saved.q_TND[stream],
+            o_WH.view(shape),
+            saved.lse_TN[stream],
+            saved.k_TND,
+            saved.v_TND,
+            window.sample_start_T[stream],
+            window.start,
+            self.scale,
+            window.dk_TND,
+            window.dv_TND,
+        )
+        dqkv_WMD = dq_WND.new_empty(width, m + self.kv_heads, self.dim)
+        dqkv_WMD[:, : self.heads] = dq_WND
+        dqkv_WMD[:, self.heads : m] = window.dk_TND[stream]
+        dqkv_WMD[:, m:] = window.dv_TND[stream]
+        self._rotate(dqkv_WMD[:, :m], window.positions_T[stream], inverse=True)
+        if self.q_norm is not None and self.k_norm is not None:
+            assert saved.qk_raw_TND is not None
+            raw_WMD, n = saved.qk_raw_TND[stream], self.heads
+            dqkv_WMD[:, :n] = self.q_norm.backward(dqkv_WMD[:, :n].contiguous(), raw_WMD[:, :n].contiguous())
+            dqkv_WMD[:, n:m] = self.k_norm.backward(
+                dqkv_WMD[:, n:m].contiguous(), raw_WMD[:, n:].contiguous()
+            )
+        return self.qkv.backward(dqkv_WMD.view(width, -1), lambda: x_WH, window.lora, window.start)

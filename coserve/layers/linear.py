@@ -1,0 +1,71 @@
+"""One or more linears of a block merged into a single product, each with its own adapter.
+
+    y = x W^T + b;   per module m on its columns:  y_m += sum_i (x . a_i) b_i
+    dx = dy W + sum_m (dy_m b^T) a
+
+The frozen weight gets no gradient; the adapter's go to fp32 sums (see kernels/lora.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from coserve.kernels.linear import PackedLinear
+from coserve.kernels.lora import lora_backward, lora_forward_
+from coserve.layers.batch import LoraBatch, ModuleGradient
+
+Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ = range(7)
+
+
+class AdaptedLinear:
+    """`weights` [N_m, K] of the modules numbered `modules`, merged row-wise in that order."""
+
+    def __init__(
+        self,
+        modules: Sequence[int],
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor | None],
+    ) -> None:
+        if len(weights) == 1:
+            weight, bias = weights[0], biases[0]
+        else:
+            weight = torch.cat(list(weights))
+            given = [b for b in biases if b is not None]
+            bias = torch.cat(given) if given else None
+        self.packed = PackedLinear(weight, bias)
+        self.parts: list[tuple[int, slice]] = []
+        end = 0
+        for module, part in zip(modules, weights, strict=True):
+            self.parts.append((module, slice(end, end + len(part))))
+            end += len(part)
+
+    def forward(self, x_TK: torch.Tensor, lora: LoraBatch | None, layer: int) -> torch.Tensor:
+        """y [T, sum of N_m] of x [T, K], every row with its adapter."""
+        y_TN = self.packed.forward(x_TK)
+        if lora is not None:
+            for module, columns in self.parts:
+                if lora.adapts(module, layer):
+                    a_RK, b_RN = lora.pool.rows(module, layer)
+                    ranks_S = lora.ranks_LMS[layer, module]
+                    lora_forward_(y_TN[:, columns], x_TK, a_RK, b_RN, lora.segments, ranks_S)
+        return y_TN
+
+    def backward(
+        self,
+        dy_WN: torch.Tensor,
+        x_WK: Callable[[], torch.Tensor],
+        lora: dict[int, ModuleGradient],
+        token_offset: int,
+    ) -> torch.Tensor:
+        """dx [W, K] of dy [W, N]; adds the adapters' gradients. `x_WK` makes the input, asked for only when
+        an adapter needs it; `token_offset` is the window's first token's index in its microbatch."""
+        dx_WK = self.packed.backward_input(dy_WN)
+        adapted = [(columns, lora[module]) for module, columns in self.parts if module in lora]
+        if adapted:
+            x = x_WK()
+            for columns, g in adapted:
+                dy = dy_WN[:, columns]
+                lora_backward(dy, x, g.a_RK, g.b_RN, g.rows, dx_WK, g.da_rK, g.db_rN, token_offset)
+        return dx_WK

@@ -1,0 +1,152 @@
+"""The decoder that all families share, forward and backward. Run it under torch.inference_mode or no_grad.
+
+x -> x + attention(norm(x)) -> x + mlp(norm(x)),   layer by layer; final norm; head
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from coserve.layers.attention import Attention, RopeTable
+from coserve.layers.batch import BackwardWindow, ForwardBatch
+from coserve.layers.embedding import Embedding
+from coserve.layers.lm_head import LMHead
+from coserve.layers.mlp import MLP
+from coserve.layers.norm import RMSNorm
+from coserve.models.config import LINEAR_MODULES, ModelConfig
+
+
+class DecoderLayer:
+    """One pre-norm block."""
+
+    def __init__(self, attn_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: MLP) -> None:
+        self.attn_norm = attn_norm
+        self.attention = attention
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+
+    def forward(self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int) -> torch.Tensor:
+        """[T, H] of [T, H]; training rows leave behind what their backward needs."""
+        attended_TH = self.attention.forward(self.attn_norm.forward(x_TH), batch, layer)
+        normed_TH, x_mid_TH = self.mlp_norm.add_forward(attended_TH, x_TH)
+        for window in batch.windows:
+            saved = window.saved.layer(layer)
+            if saved.x_in_TH is not None and saved.x_mid_TH is not None:
+                saved.x_in_TH[window.stream] = x_TH[window.batch_rows]
+                saved.x_mid_TH[window.stream] = x_mid_TH[window.batch_rows]
+        return self.mlp.forward(normed_TH, batch, layer).add_(x_mid_TH)
+
+    def backward(self, dy_WH: torch.Tensor, window: BackwardWindow) -> torch.Tensor:
+        """Gradient w.r.t. the window's input [W, H] of that w.r.t. its output; adds the adapters' gradients
+        and those of the keys and values it saw."""
+        saved, stream = window.saved, window.stream
+        assert saved.x_in_TH is not None and saved.x_mid_TH is not None
+        x_mid_WH = saved.x_mid_TH[stream]
+        dnormed_WH = self.mlp.backward(dy_WH, self.mlp_norm.forward(x_mid_WH), window)
+        dx_mid_WH = self.mlp_norm.backward(dnormed_WH, x_mid_WH).add_(dy_WH)
+        x_in_WH = saved.x_in_TH[stream]
+        dnormed_WH = self.attention.backward(dx_mid_WH, self.attn_norm.forward(x_in_WH), window)
+        return self.attn_norm.backward(dnormed_WH, x_in_WH).add_(dx_mid_WH)
+
+
+class Decoder:
+    """A frozen base model on one device, in one dtype (`loader.py` makes it)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding: Embedding,
+        layers: list[DecoderLayer],
+        norm: RMSNorm,
+        head: LMHead,
+        rope: RopeTable,
+    ) -> None:
+        self.config = config
+        self.embedding = embedding
+        self.layers = layers
+        self.norm = norm
+        self.head = head
+        self.rope = rope
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The activations' dtype."""
+        return self.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    @property
+    def lora_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear that an adapter may sit on."""
+        return {name: self.config.module_shape(name) for name in LINEAR_MODULES}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights and their packed copies; a shared table counts once."""
+        total = self.head.nbytes
+        if self.embedding.weight.data_ptr() != self.head.weight.data_ptr():
+            total += self.embedding.weight.nbytes
+        for layer in self.layers:
+            merged = layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down
+            total += sum(linear.packed.nbytes for linear in merged)
+        return total
+
+    def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """[T, H] of int64 token ids."""
+        return self.embedding.forward(token_ids_T)
+
+    def forward_layers(
+        self, x_TH: torch.Tensor, batch: ForwardBatch, first: int = 0, last: int | None = None
+    ) -> torch.Tensor:
+        """Layers [first, last) over the batch's rows. After the last layer the training windows keep their
+        output, which the loss starts from."""
+        last = len(self.layers) if last is None else last
+        for layer in range(first, last):
+            x_TH = self.layers[layer].forward(x_TH, batch, layer)
+        if last == len(self.layers):
+            for window in batch.windows:
+                window.saved.x_out_TH[window.stream] = x_TH[window.batch_rows]
+        return x_TH
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Embedding and all layers: [T, H] before the final norm."""
+        return self.forward_layers(self.embed(batch.token_ids_T), batch)
+
+    def final_norm(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """What the head reads; rows stand alone, so only those that need logits have to be given."""
+        return self.norm.forward(x_TH)
+
+    def final_norm_backward(self, dh_TH: torch.Tensor, x_TH: torch.Tensor) -> torch.Tensor:
+        """Gradient w.r.t. the last layer's output `x`."""
+        return self.norm.backward(dh_TH, x_TH)
+
+    def logits(self, h_SH: torch.Tensor) -> torch.Tensor:
+        """fp32 [S, V] of normed hidden states [S, H]."""
+        return self.head.logits(h_SH)
+
+
+def make_rope_table(config: ModelConfig, device: torch.device | str = "cpu") -> RopeTable:
+    """cos, sin fp32 [max positions, D/2]: angle = position * theta^(-2i/D), frequencies stretched as the
+    file says (Llama 3.1: those with wavelengths beyond the original context by `factor`, smoothly)."""
+    dim = config.head_dim
+    exponent = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+    frequency = 1.0 / (config.rope_theta**exponent)
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        frequency = frequency / scaling.factor
+    elif scaling is not None:
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        wavelength = 2 * math.pi / frequency
+        smooth = (scaling.original_max_position_embeddings / wavelength - low) / (high - low)
+        blended = (1 - smooth) * frequency / scaling.factor + smooth * frequency
+        frequency = torch.where(
+            smooth <= 0, frequency / scaling.factor, torch.where(smooth >= 1, frequency, blended)
+        )
+    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
+    angle_PD2 = positions[:, None] * frequency[None, :]
+    return RopeTable(angle_PD2.cos().to(device), angle_PD2.sin().to(device))

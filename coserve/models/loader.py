@@ -1,0 +1,186 @@
+"""From a directory's safetensors to a `Decoder`: every tensor of the file used once, none missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from coserve.errors import ConfigError
+from coserve.kernels.swiglu import Activation
+from coserve.layers.attention import Attention
+from coserve.layers.embedding import Embedding
+from coserve.layers.linear import (
+    DOWN_PROJ,
+    GATE_PROJ,
+    K_PROJ,
+    O_PROJ,
+    Q_PROJ,
+    UP_PROJ,
+    V_PROJ,
+    AdaptedLinear,
+)
+from coserve.layers.lm_head import LMHead
+from coserve.layers.mlp import MLP
+from coserve.layers.norm import RMSNorm
+from coserve.models.config import ATTENTION_MODULES, LINEAR_MODULES, ModelConfig
+from coserve.models.decoder import Decoder, DecoderLayer, make_rope_table
+
+Fetch = Callable[[str], torch.Tensor]
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+# Buffers that older checkpoints carry and that are computed here.
+COMPUTED = ("rotary_emb.inv_freq", "masked_bias")
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor the model needs, by transformers' names."""
+    hidden = config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden), NORM: (hidden,)}
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (config.vocab_size, hidden)
+    for layer in range(config.num_layers):
+        for name in LINEAR_MODULES:
+            path = config.module_path(layer, name)
+            shapes[f"{path}.weight"] = config.module_shape(name)
+            if _has_bias(config, name):
+                shapes[f"{path}.bias"] = config.module_shape(name)[:1]
+        prefix = f"model.layers.{layer}"
+        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        if config.qk_norm:
+            shapes[f"{prefix}.self_attn.q_norm.weight"] = (config.head_dim,)
+            shapes[f"{prefix}.self_attn.k_norm.weight"] = (config.head_dim,)
+    return shapes
+
+
+def load_model(path: str | Path, device: torch.device | str, dtype: torch.dtype) -> Decoder:
+    """Load a Hugging Face directory (one safetensors file, or shards with an index).
+
+    Raises ConfigError when the model isn't supported or its tensors are not those of its configuration.
+    """
+    folder = Path(path)
+    config = ModelConfig.from_dir(folder)
+    files = _tensor_files(folder)
+    shapes = tensor_shapes(config)
+    _check_names(set(files), shapes, config)
+    handles = {file: _open(file) for file in set(files.values())}
+
+    def fetch(name: str) -> torch.Tensor:
+        tensor = handles[files[name]].get_tensor(name)
+        if tuple(tensor.shape) != shapes[name]:
+            raise ConfigError(
+                f"tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {shapes[name]}.",
+                param="model",
+            )
+        if not tensor.is_floating_point():
+            raise ConfigError(f"tensor {name} is {tensor.dtype}; weights must be floats.", param="model")
+        return tensor.to(device=device, dtype=dtype, copy=True)
+
+    return build_decoder(config, fetch, device)
+
+
+def random_weights(
+    config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Decoder:
+    """A decoder with normal weights of standard deviation 0.02 and norms near 1, for tests and benches."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = tensor_shapes(config)
+
+    def fetch(name: str) -> torch.Tensor:
+        values = torch.randn(shapes[name], generator=generator) * 0.02
+        if name.endswith("norm.weight"):
+            values += 1.0
+        return values.to(device=device, dtype=dtype)
+
+    return build_decoder(config, fetch, device)
+
+
+def build_decoder(config: ModelConfig, fetch: Fetch, device: torch.device | str) -> Decoder:
+    """Assemble a decoder from tensors by name; `fetch` is asked once for each of `tensor_shapes`."""
+    rope = make_rope_table(config, device)
+    eps = config.rms_norm_eps
+
+    def linear(layer: int, *modules: int) -> AdaptedLinear:
+        names = [LINEAR_MODULES[m] for m in modules]
+        paths = [config.module_path(layer, name) for name in names]
+        weights = [fetch(f"{path}.weight") for path in paths]
+        biases = [
+            fetch(f"{path}.bias") if _has_bias(config, name) else None
+            for path, name in zip(paths, names, strict=True)
+        ]
+        return AdaptedLinear(modules, weights, biases)
+
+    def norm(name: str) -> RMSNorm:
+        return RMSNorm(fetch(f"{name}.weight"), eps)
+
+    def block(layer: int) -> DecoderLayer:
+        prefix = f"model.layers.{layer}"
+        heads = f"{prefix}.self_attn"
+        attention = Attention(
+            config,
+            linear(layer, Q_PROJ, K_PROJ, V_PROJ),
+            linear(layer, O_PROJ),
+            rope,
+            norm(f"{heads}.q_norm") if config.qk_norm else None,
+            norm(f"{heads}.k_norm") if config.qk_norm else None,
+        )
+        act: Activation = "silu" if config.hidden_act == "silu" else "gelu_tanh"
+        mlp = MLP(linear(layer, GATE_PROJ, UP_PROJ), linear(layer, DOWN_PROJ), act)
+        attn_norm, mlp_norm = norm(f"{prefix}.input_layernorm"), norm(f"{prefix}.post_attention_layernorm")
+        return DecoderLayer(attn_norm, attention, mlp_norm, mlp)
+
+    embedding = Embedding(fetch(EMBEDDING))
+    layers = [block(layer) for layer in range(config.num_layers)]
+    head = LMHead(embedding.weight if config.tie_word_embeddings else fetch(HEAD))
+    return Decoder(config, embedding, layers, RMSNorm(fetch(NORM), eps), head, rope)
+
+
+def _has_bias(config: ModelConfig, name: str) -> bool:
+    if name in ATTENTION_MODULES:
+        return config.o_bias if name == "o_proj" else config.attention_bias
+    return config.mlp_bias
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the index where there is one, else from the files' own headers."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = {str(name): folder / Path(str(file)).name for name, file in weight_map.items()}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"{index.name} is not a safetensors index: {error!r}.", param="model"
+            ) from error
+        for file in sorted(set(files.values())):
+            if not file.is_file():
+                raise ConfigError(f"{index.name} names {file.name}, which is missing.", param="model")
+        return files
+    single = folder / "model.safetensors"
+    found = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    return {name: file for file in found for name in _open(file).keys()}  # noqa: SIM118
+
+
+def _open(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{file.name} can't be read as safetensors: {error}", param="model") from error
+
+
+def _check_names(names: set[str], shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> None:
+    missing = sorted(set(shapes) - names)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ConfigError(f"the checkpoint lacks the tensor {missing[0]}{more}.", param="model")
+    extra = names - set(shapes) - ({HEAD} if config.tie_word_embeddings else set())
+    unknown = sorted(name for name in extra if not name.endswith(COMPUTED))
+    if unknown:
+        raise ConfigError(
+            f"the checkpoint has a tensor that {config.family} doesn't: {unknown[0]} "
+            f"({len(unknown)} in all); is config.json the right one?",
+            param="model",
+        )
