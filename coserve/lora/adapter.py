@@ -42,9 +42,9 @@ class HostAdapter:
 
 
 def load_adapter(
-    path: str | Path, model: LinearShapes, max_rank: int, *, param: str = "lora_path"
+    path: str | Path, model: LinearShapes, max_rank: int | None = None, *, param: str = "lora_path"
 ) -> HostAdapter:
-    """Check and load a PEFT directory (F32, F16 and BF16 tensors become fp32).
+    """Check and load a PEFT directory (F32, F16 and BF16 tensors become fp32); `max_rank` None: any rank.
 
     Raises NotFound and InvalidRequest as `read_adapter_info` does, and for weights that are not finite.
     """

@@ -24,10 +24,10 @@ from safetensors.numpy import save_file
 from coserve.errors import Conflict, InvalidRequest, NotFound
 from coserve.lora.peft_config import PeftConfig
 from coserve.lora.safetensors_header import BadSafetensors, TensorEntry, read_header
+from coserve.models.config import LINEAR_MODULES
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
-LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MAX_CONFIG_BYTES = 1 << 20
 _FLOATS = ("F32", "F16", "BF16")
 _PREFIX = "base_model.model."
@@ -71,7 +71,7 @@ def tensor_key(path: str, side: str) -> str:
 
 
 def read_adapter_info(
-    path: str | Path, model: LinearShapes, max_rank: int, *, param: str = "lora_path"
+    path: str | Path, model: LinearShapes, max_rank: int | None, *, param: str = "lora_path"
 ) -> AdapterInfo:
     """Check a PEFT directory against a model without loading its tensors.
 
@@ -92,7 +92,7 @@ def read_adapter_info(
         ) from error
 
 
-def _checked(directory: Path, model: LinearShapes, max_rank: int) -> AdapterInfo:
+def _checked(directory: Path, model: LinearShapes, max_rank: int | None) -> AdapterInfo:
     raw = _read_config(directory)
     config = PeftConfig.parse(raw)
     entries = _read_tensors_header(directory)
@@ -111,7 +111,7 @@ def _checked(directory: Path, model: LinearShapes, max_rank: int) -> AdapterInfo
     modules = {}
     for path in wanted:
         rank = config.rank(path)
-        if rank > max_rank:
+        if max_rank is not None and rank > max_rank:
             _refuse(f"rank {rank} of {path} is over the maximum of {max_rank} (--max-lora-rank)")
         out_features, in_features = model.module_shape(paths[path][1])
         _check_tensor(entries, tensor_key(path, "A"), (rank, in_features))

@@ -7,7 +7,6 @@ activations of a training microbatch. Who owns which slab is decided in core/blo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import prod
 from typing import Protocol
 
@@ -33,11 +32,6 @@ def slab_bytes(config: KVShapes, block_size: int, dtype: torch.dtype) -> int:
     return _aligned(elements * dtype.itemsize)
 
 
-def tensors_bytes(shapes: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> int:
-    """Bytes that `KVTensors.extent_tensors` needs for tensors of these (name, shape, dtype)."""
-    return sum(_aligned(prod(shape) * dtype.itemsize) for _, shape, dtype in shapes)
-
-
 class KVTensors:
     """`num_blocks` slabs in one uninitialised allocation (on the CPU untouched pages take no memory)."""
 
@@ -51,6 +45,8 @@ class KVTensors:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.dtype = dtype
+        self.device = torch.device(device)
         self.slab_bytes = slab_bytes(config, block_size, dtype)
         self.arena = torch.empty(num_blocks * self.slab_bytes, dtype=torch.uint8, device=device)
         shape = (config.num_layers, 2, block_size, config.num_kv_heads, config.head_dim)
@@ -70,25 +66,11 @@ class KVTensors:
         """Number of slabs that hold `nbytes`."""
         return -(-nbytes // self.slab_bytes)
 
-    def extent(self, slab_start: int, nbytes: int) -> torch.Tensor:
-        """uint8 [nbytes]: memory of neighbouring slabs from `slab_start` on."""
-        begin = slab_start * self.slab_bytes
-        if begin + nbytes > self.nbytes:
-            raise ValueError(f"{nbytes} bytes from slab {slab_start} on reach over the arena's end")
-        return self.arena[begin : begin + nbytes]
-
-    def extent_tensors(
-        self, slab_start: int, shapes: Iterable[tuple[str, tuple[int, ...], torch.dtype]]
-    ) -> dict[str, torch.Tensor]:
-        """Uninitialised tensors laid out one after the other from `slab_start` on, each aligned."""
-        wanted = list(shapes)
-        memory = self.extent(slab_start, tensors_bytes(wanted))
-        tensors, offset = {}, 0
-        for name, shape, dtype in wanted:
-            length = prod(shape) * dtype.itemsize
-            tensors[name] = memory[offset : offset + length].view(dtype).view(shape)
-            offset += _aligned(length)
-        return tensors
+    def extent(self, slab_start: int, slabs: int) -> torch.Tensor:
+        """uint8 [slabs * slab_bytes]: the memory of neighbouring slabs from `slab_start` on."""
+        if not 0 <= slab_start <= slab_start + slabs <= self.num_blocks:
+            raise ValueError(f"{slabs} slabs from {slab_start} on are not within the {self.num_blocks}")
+        return self.arena[slab_start * self.slab_bytes : (slab_start + slabs) * self.slab_bytes]
 
 
 def _aligned(length: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -43,8 +44,7 @@ class SamplingRow:
         return len(self.token_ids) - self.num_prompt_tokens
 
 
-@dataclass(frozen=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """Log-probability of a token, its rank (1 = most likely), and the `top` (id, logprob), best first."""
 
     token_id: int

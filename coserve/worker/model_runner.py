@@ -1,0 +1,114 @@
+"""Executes the forward of a step: one ragged batch through the decoder, then tokens for those who are due."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from coserve.core.request import Request
+from coserve.core.span import InferenceSpan
+from coserve.core.step_plan import StepPlan
+from coserve.lora.adapter_pool import AdapterPool
+from coserve.models.decoder import Decoder
+from coserve.worker.forward_batch import AdapterRows, WindowSource, build_forward_batch
+from coserve.worker.kv_tensors import KVTensors
+from coserve.worker.sampler import SamplingRow, TokenLogprob, sample, score
+
+HEAD_ROWS = 64  # rows of logits made at a time when a prompt is scored
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A request's next token, and its log-probabilities where they were asked for."""
+
+    token_id: int
+    logprobs: TokenLogprob | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the step's forward gave: by request id, the token of every span that samples."""
+
+    sampled: dict[str, Sampled] = field(default_factory=dict)
+
+
+class ModelRunner:
+    """The decoder, the KV cache and the adapter rows, joined."""
+
+    def __init__(self, decoder: Decoder, kv: KVTensors, pool: AdapterPool, slots: AdapterRows) -> None:
+        self._decoder = decoder
+        self._kv = kv
+        self._pool = pool
+        self._slots = slots
+        self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}
+
+    def run(self, plan: StepPlan, microbatches: Mapping[str, WindowSource]) -> StepResult:
+        """Forward all of the plan's inference spans and training windows, and sample.
+
+        `microbatches` holds those of `plan.training_forward` by sequence id; their activations are written.
+        Nothing of the plan is committed: cursors and tokens are the caller's.
+        """
+        if not plan.inference and not plan.training_forward:
+            return StepResult()
+        with torch.inference_mode():
+            batch = build_forward_batch(plan, microbatches, self._kv, self._pool, self._slots)
+            x_TH = self._decoder.forward(batch)
+            self._score_prompts(plan, x_TH)
+            return self._sample(plan, x_TH)
+
+    def take_prompt_logprobs(self, request: Request) -> list[TokenLogprob | None] | None:
+        """The prompt's log-probabilities, one entry a token (None for the first), once; None when the request
+        didn't ask for them."""
+        return self._prompt_logprobs.pop(request.sequence_id, None)
+
+    def forget(self, request: Request) -> None:
+        """The request is gone before its first output."""
+        self._prompt_logprobs.pop(request.sequence_id, None)
+
+    def _sample(self, plan: StepPlan, x_TH: torch.Tensor) -> StepResult:
+        due: list[InferenceSpan] = []
+        last_rows: list[int] = []
+        row = 0
+        for span in plan.inference:
+            row += span.length
+            if span.samples and not span.request.wants_no_tokens:
+                due.append(span)
+                last_rows.append(row - 1)
+        if not due:
+            return StepResult()
+        logits_SV = self._logits(x_TH[torch.tensor(last_rows, device=x_TH.device)])
+        chosen = sample(logits_SV, [_sampling_row(span.request) for span in due])
+        return StepResult(
+            {
+                span.request.sequence_id: Sampled(token_id, logprobs)
+                for span, token_id, logprobs in zip(due, chosen.token_ids, chosen.logprobs, strict=True)
+            }
+        )
+
+    def _score_prompts(self, plan: StepPlan, x_TH: torch.Tensor) -> None:
+        """Log-probabilities of the prompt tokens that follow the rows of this step's prefills."""
+        row = 0
+        for span in plan.inference:
+            request, first_row = span.request, row
+            row += span.length
+            top = request.sampling.prompt_logprobs
+            if top is None or request.num_output_tokens:
+                continue
+            entries = self._prompt_logprobs.setdefault(
+                request.sequence_id, [None] * request.num_prompt_tokens
+            )
+            end = min(span.start + span.length, request.num_prompt_tokens - 1)
+            for begin in range(span.start, end, HEAD_ROWS):
+                stop = min(begin + HEAD_ROWS, end)
+                rows_SH = x_TH[first_row + begin - span.start : first_row + stop - span.start]
+                targets = request.token_ids[begin + 1 : stop + 1]
+                entries[begin + 1 : stop + 1] = score(self._logits(rows_SH), targets, top)
+
+    def _logits(self, x_SH: torch.Tensor) -> torch.Tensor:
+        return self._decoder.logits(self._decoder.final_norm(x_SH))
+
+
+def _sampling_row(request: Request) -> SamplingRow:
+    return SamplingRow(request.sampling, request.token_ids, request.num_prompt_tokens, request.stop_ids)
