@@ -1,0 +1,1 @@
+"""Data, training and evaluation of the bundled ``coserve-demo`` model."""
