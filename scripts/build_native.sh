@@ -4,7 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=$1
-cmake=$(command -v cmake || echo "$venv/bin/cmake")
+cmake=$venv/bin/cmake
+[ -x "$cmake" ] || cmake=cmake
 log=build/native/build.log
 mkdir -p build/native
 if ! {
@@ -13,6 +14,6 @@ if ! {
     "$cmake" --install build/native --prefix .
 } >"$log" 2>&1; then
     tail -n 40 "$log" >&2
-    echo "setup: the native kernels did not build (a C++17 compiler is needed; whole log in $log)" >&2
+    echo "setup: the native kernels did not build (they need a C++17 compiler and Python's headers; whole log in $log)" >&2
     exit 1
 fi

@@ -3,6 +3,7 @@
 # Usage: setup_venv.sh PYTHON VENV TORCH_VERSION [TORCH_INDEX_URL]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+cmake_minimum=3.25
 python=$1 venv=$2 torch_version=$3 torch_index_url=${4:-}
 
 [ -n "$python" ] || { echo "setup: no python3 found; install Python 3.11 or pass PYTHON=..." >&2; exit 2; }
@@ -24,6 +25,7 @@ fi
 "${pip[@]}" --config-settings=wheel.cmake=false --config-settings=editable.mode=inplace \
     --editable '.[test,demo,bench]'
 
-if ! command -v cmake >/dev/null; then
-    "${pip[@]}" cmake
+have=$(cmake --version 2>/dev/null | sed -n 's/^cmake version //p' || true)
+if [ "$(printf '%s\n' "$cmake_minimum" "${have:-0}" | sort -V | head -n 1)" != "$cmake_minimum" ]; then
+    "${pip[@]}" "cmake>=$cmake_minimum"
 fi

@@ -1,0 +1,181 @@
+"""The command line without a server: how values are read, what is refused, and with which exit code."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coserve.cli import main as command
+from coserve.cli import serve
+from coserve.cli.finetune import settings
+from coserve.cli.values import pairs, size_in_bytes
+from coserve.config import DEMO_MODEL_DIR, DEMO_MODEL_NAME, ServerConfig
+from coserve.errors import ConfigError
+
+NOWHERE = "127.0.0.1:9"  # the discard port: nothing answers there
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerConfig]:
+    """Configurations that `coserve serve` would run; nothing is started."""
+    module = type(sys)("coserve.server.main")
+    seen: list[ServerConfig] = []
+    module.run_server = lambda config: seen.append(config)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "coserve.server.main", module)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0),
+        ("1073741824", 2**30),
+        ("512MiB", 2**29),
+        ("2GB", 2 * 10**9),
+        ("1.5Gi", 3 * 2**29),
+        ("4k", 4000),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert size_in_bytes(text, "--kv-cache-memory-bytes") == size
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1", "5 apples", "1e9", "MiB"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="--kv-cache-memory-bytes"):
+        size_in_bytes(text, "--kv-cache-memory-bytes")
+
+
+def test_pairs() -> None:
+    assert pairs(["a=/x", "b=/y=z"], "--lora-modules") == (("a", "/x"), ("b", "/y=z"))
+
+
+@pytest.mark.parametrize("values", [["a"], ["=x"], ["a="], ["a=1", "a=2"]])
+def test_pairs_that_are_none(values: list[str]) -> None:
+    with pytest.raises(ConfigError, match="--lora-modules"):
+        pairs(values, "--lora-modules")
+
+
+def test_serve_defaults_to_the_demo_model(served: list[ServerConfig]) -> None:
+    assert command.run(["serve"]) == 0
+    (config,) = served
+    assert config.engine.model == str(DEMO_MODEL_DIR)
+    assert config.engine.served_model_name == DEMO_MODEL_NAME
+    assert (config.host, config.port, config.grpc_port) == ("127.0.0.1", 8000, 50051)
+    assert Path(config.state_dir).is_absolute()
+
+
+def test_serve_reads_its_flags(served: list[ServerConfig], tmp_path: Path) -> None:
+    flags = (
+        "--port 0 --metrics-port 0 --max-num-seqs 4 --kv-cache-memory-bytes 64MiB --no-enable-prefix-caching "
+        "--max-lora-rank 32 --dtype bfloat16 --slo-tpot-ms 40 --served-model-name mine --api-key one "
+        f"--api-key two --admin-api-key boss --adapter-root {tmp_path} --lora-modules style={tmp_path} "
+        f"--state-dir {tmp_path}/state"
+    )
+    assert command.run(["serve", str(tmp_path), *flags.split()]) == 0
+    (config,) = served
+    assert config.engine.model == str(tmp_path)
+    assert config.engine.served_model_name == "mine"
+    assert config.engine.kv_cache_memory_bytes == 64 * 2**20
+    assert (config.engine.max_num_seqs, config.engine.max_lora_rank, config.engine.dtype) == (
+        4,
+        32,
+        "bfloat16",
+    )
+    assert config.engine.enable_prefix_caching is False
+    assert config.engine.slo_tpot_ms == 40.0
+    assert config.api_keys == ("one", "two") and config.admin_api_keys == ("boss",)
+    assert config.adapter_roots == (str(tmp_path),)
+    assert config.lora_modules == (("style", str(tmp_path)),)
+    assert (config.port, config.metrics_port) == (0, 0)
+
+
+def test_a_model_directory_names_itself(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny-model"
+    folder.mkdir()
+    assert serve.find_model(str(folder)) == (folder, "tiny-model")
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("", 2, "Missing command"),
+        ("fly", 2, "fly"),
+        ("jobs", 2, "Missing command"),
+        ("serve --bogus 1", 2, "--bogus"),
+        ("serve --port 70000", 2, "--port"),
+        ("serve --port many", 2, "--port"),
+        ("serve --max-num-seqs 0", 2, "--max-num-seqs"),
+        ("serve --kv-cache-memory-bytes lots", 2, "--kv-cache-memory-bytes"),
+        ("serve --lora-modules x", 2, "--lora-modules"),
+        ("serve --adapter-root /no/such/dir", 2, "--adapter-root"),
+        ("serve --chat-template /no/such/file", 2, "--chat-template"),
+        ("serve --ssl-keyfile /dev/null", 2, "--ssl-certfile"),
+        ("serve /no/such/model", 2, "/no/such/model"),
+        ("serve a --model b", 2, "--model b"),
+        ("finetune data.jsonl", 2, "--adapter"),
+        ("finetune /no/such.jsonl --adapter a", 2, "/no/such.jsonl"),
+        (f"finetune {__file__} --adapter a --rank 0", 2, "--rank"),
+        (f"finetune {__file__} --adapter a --grpc {NOWHERE}", 1, "coserve serve"),
+        (f"jobs list --grpc {NOWHERE}", 1, NOWHERE),
+        (f"jobs get ftjob-1 --grpc {NOWHERE}", 1, NOWHERE),
+        (f"adapters list --grpc {NOWHERE}", 1, NOWHERE),
+        ("adapters download a /tmp", 2, "/tmp"),
+        (f"chat hello --url http://{NOWHERE}", 1, NOWHERE),
+        ("bench nothing", 2, "nothing"),
+    ],
+)
+def test_refusals_are_one_line(capsys: pytest.CaptureFixture[str], line: str, code: int, words: str) -> None:
+    assert command.run(line.split()) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("coserve: ") and said.err.count("\n") == 1
+    assert words in said.err
+
+
+def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve, "server_config", interrupted)
+    assert command.run(["serve"]) == 128 + signal.SIGINT
+
+
+def test_the_server_s_exit_code_is_the_command_s(served: list[ServerConfig]) -> None:
+    sys.modules["coserve.server.main"].run_server = lambda _: 2  # type: ignore[attr-defined]
+    assert command.run(["serve"]) == 2
+
+
+def test_settings_not_given_stay_absent() -> None:
+    given: dict[str, Any] = dict.fromkeys(
+        [
+            "rank", "lora_alpha", "epochs", "max_steps", "batch_size", "learning_rate", "lr_scheduler_type",
+            "warmup_ratio", "weight_decay", "max_grad_norm", "max_length", "checkpoint_steps", "seed",
+        ]
+    )  # fmt: skip
+    given |= {"target_modules": "", "model": "", "adapter": "a", "init_from": "", "priority": 0, "tag": None}
+    lora, training, rest = settings(given)
+    assert (lora, training) == ({}, {})
+    assert rest == {"model": "", "adapter": "a", "init_from": "", "priority": 0, "metadata": {}}
+
+    given |= {"rank": 8, "target_modules": "q_proj, v_proj", "epochs": 2, "max_grad_norm": 0.0, "seed": 0}
+    lora, training, rest = settings(given | {"tag": ["team=red"]})
+    assert lora == {"r": 8, "target_modules": ["q_proj", "v_proj"]}
+    assert training == {"n_epochs": 2, "max_grad_norm": 0.0}
+    assert (rest["seed"], rest["metadata"]) == (0, {"team": "red"})
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    program = (
+        "import sys; from coserve.cli.main import run; code = run(['--help']) or run(['serve', '--help']);"
+        "heavy = {'torch', 'transformers', 'grpc', 'fastapi', 'numpy', 'httpx'} & set(sys.modules);"
+        "sys.exit(code or ', '.join(sorted(heavy)) or 0)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "finetune" in ended.stdout
