@@ -41,7 +41,7 @@ demo: setup ## serve, chat and fine-tune at once, and show what each costs the o
 	$(BIN)/python -m examples.demo $(DEMO_ARGS)
 
 serve: setup ## serve the bundled model in the foreground (SERVE_ARGS= adds flags)
-	$(BIN)/coserve serve --hints $(SERVE_ARGS)
+	$(BIN)/python scripts/serve.py $(SERVE_ARGS)
 
 test: setup ## the tests, with a seeded sample of the long matrices
 	$(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts.make_docs import broken_links
+
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = ("setup", "print-venv", "demo", "serve", "test", "test-all", "lint", "bench", "proto", "docs")
 NEED_SETUP = ("demo", "serve", "test", "test-all", "lint", "bench", "proto", "docs")
@@ -59,9 +61,4 @@ def test_file_is_there(name: str) -> None:
 
 
 def test_links_in_the_documents_lead_somewhere() -> None:
-    broken = []
-    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
-            if "://" not in target and not (page.parent / target).exists():
-                broken.append(f"{page.relative_to(ROOT)} -> {target}")
-    assert broken == []
+    assert broken_links() == []
