@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from coserve.kernels.dispatch import native_for, require
+
 
 def adamw_(
     param: torch.Tensor,
@@ -32,6 +34,33 @@ def adamw_(
     step_size = lr / (1 - beta1**step)
     root_correction = (1 - beta2**step) ** 0.5
     decay = 1 - lr * weight_decay
+    native = native_for(param)
+    if native is not None:
+        for name, tensor in (
+            ("param", param),
+            ("grad", grad),
+            ("exp_avg", exp_avg),
+            ("exp_avg_sq", exp_avg_sq),
+        ):
+            require(
+                tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.numel() == param.numel(),
+                f"{name} must be contiguous fp32 with {param.numel()} elements",
+            )
+        native.adamw(
+            param.data_ptr(),
+            grad.data_ptr(),
+            exp_avg.data_ptr(),
+            exp_avg_sq.data_ptr(),
+            param.numel(),
+            step_size,
+            beta1,
+            beta2,
+            eps,
+            decay,
+            root_correction,
+            grad_scale,
+        )
+        return
     _adamw_reference_(
         param, grad, exp_avg, exp_avg_sq, step_size, beta1, beta2, eps, decay, root_correction, grad_scale
     )

@@ -82,6 +82,40 @@ def use_isa(level: str) -> Iterator[None]:
         native.set_isa(before)
 
 
+def require(condition: bool, message: str) -> None:
+    """ValueError with `message` unless `condition`."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_like(x: torch.Tensor, *, contiguous: bool = False, **others: torch.Tensor) -> None:
+    """Each of `others` must have x's dtype, be on the CPU and be contiguous in all but its first dimension.
+
+    `contiguous` asks it of the first dimension too. Size-one dimensions don't count.
+    """
+    for name, other in others.items():
+        if other.dtype != x.dtype or not other.is_cpu:
+            raise ValueError(f"{name} is {other.dtype} on {other.device}, expected {x.dtype} on the CPU")
+        if not other.is_contiguous() and (contiguous or not _rows_contiguous(other)):
+            raise ValueError(
+                f"{name} of strides {other.stride()} is not contiguous; call .contiguous() first"
+            )
+
+
+def require_index(dtype: torch.dtype, **tensors: torch.Tensor) -> None:
+    """Each tensor must be a contiguous CPU tensor of the integer `dtype`."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} is {tensor.dtype} of strides {tensor.stride()} on {tensor.device}, "
+                f"expected contiguous {dtype} on the CPU"
+            )
+
+
+def _rows_contiguous(x: torch.Tensor) -> bool:
+    return len(x) == 0 or x[0].is_contiguous()
+
+
 def wide(x: torch.Tensor) -> torch.Tensor:
     """`x` in the type that statistics are kept in: fp32 (float64 stays, for oracles)."""
     return x if x.dtype == torch.float64 else x.float()

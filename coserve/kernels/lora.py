@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from coserve.kernels.dispatch import wide
+from coserve.kernels.dispatch import DTYPE_CODES, native_for, require, require_index, require_like, wide
 
 TILE = 64
 
@@ -51,7 +51,40 @@ def lora_forward_(
     `y` may be a column slice (row stride > N); `x` [T, K], `a`, `b` have its dtype. `ranks` [S] int32 is the
     module's rank per segment, 0 where the adapter leaves the module alone.
     """
-    return _lora_forward_reference_(y_TN, x_TK, a_RK, b_RN, segments, ranks_S)
+    native = native_for(y_TN)
+    if native is None:
+        return _lora_forward_reference_(y_TN, x_TK, a_RK, b_RN, segments, ranks_S)
+    N, K = y_TN.shape[1], x_TK.shape[1]
+    require_like(y_TN, y=y_TN, x=x_TK)
+    require_like(y_TN, contiguous=True, a=a_RK, b=b_RN)
+    require_index(
+        torch.int32,
+        token_start=segments.token_start,
+        token_end=segments.token_end,
+        row_offset=segments.row_offset,
+        rows=segments.rows,
+        ranks=ranks_S,
+    )
+    require(a_RK.shape[1] == K and b_RN.shape[1] == N, f"a and b are not [rows, {K}] and [rows, {N}]")
+    require(len(ranks_S) == len(segments), f"{len(ranks_S)} ranks for {len(segments)} segments")
+    native.lora_forward(
+        DTYPE_CODES[y_TN.dtype],
+        y_TN.data_ptr(),
+        y_TN.stride(0),
+        x_TK.data_ptr(),
+        x_TK.stride(0),
+        a_RK.data_ptr(),
+        b_RN.data_ptr(),
+        segments.token_start.data_ptr(),
+        segments.token_end.data_ptr(),
+        segments.row_offset.data_ptr(),
+        segments.rows.data_ptr(),
+        ranks_S.data_ptr(),
+        len(ranks_S),
+        N,
+        K,
+    )
+    return y_TN
 
 
 def lora_backward(
@@ -70,7 +103,39 @@ def lora_backward(
     `rows` [r] int32 are the adapter's pool rows; `db` is w.r.t. the scaled b. The window's first token has
     index `token_offset` in its microbatch. `dy`, `x`, `dx` may be column slices.
     """
-    _lora_backward_reference(dy_TN, x_TK, a_RK, b_RN, rows, dx_TK, da_rK, db_rN, token_offset)
+    native = native_for(dy_TN)
+    if native is None:
+        return _lora_backward_reference(dy_TN, x_TK, a_RK, b_RN, rows, dx_TK, da_rK, db_rN, token_offset)
+    (T, N), K, rank = dy_TN.shape, x_TK.shape[1], len(rows)
+    require_like(dy_TN, dy=dy_TN, x=x_TK, dx=dx_TK)
+    require_like(dy_TN, contiguous=True, a=a_RK, b=b_RN)
+    require_index(torch.int32, rows=rows)
+    require(a_RK.shape[1] == K and b_RN.shape[1] == N, f"a and b are not [rows, {K}] and [rows, {N}]")
+    require(x_TK.shape == (T, K) and dx_TK.shape == (T, K), f"x and dx are not [{T}, {K}]")
+    require(
+        da_rK.shape == (rank, K) and db_rN.shape == (rank, N), f"da, db are not [{rank}, {K}], [{rank}, {N}]"
+    )
+    for name, grad in (("da", da_rK), ("db", db_rN)):
+        require(grad.dtype == torch.float32 and grad.is_contiguous(), f"{name} must be contiguous fp32")
+    native.lora_backward(
+        DTYPE_CODES[dy_TN.dtype],
+        dy_TN.data_ptr(),
+        dy_TN.stride(0),
+        x_TK.data_ptr(),
+        x_TK.stride(0),
+        a_RK.data_ptr(),
+        b_RN.data_ptr(),
+        rows.data_ptr(),
+        rank,
+        dx_TK.data_ptr(),
+        dx_TK.stride(0),
+        da_rK.data_ptr(),
+        db_rN.data_ptr(),
+        token_offset,
+        T,
+        N,
+        K,
+    )
 
 
 def _lora_forward_reference_(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from coserve.kernels.dispatch import wide
+from coserve.kernels.dispatch import DTYPE_CODES, native_for, require, require_index, require_like, wide
 
 
 def paged_attention(
@@ -28,9 +28,47 @@ def paged_attention(
     its keys including those of the queries, found through block_tables[s]. Caches are
     [B, block_size, Nkv, D] with a free block stride; tables, starts and lengths are int32.
     """
-    return _paged_attention_reference(
-        q_TND, k_cache, v_cache, block_tables_SB, query_start_S1, context_lens_S, scale
+    native = native_for(q_TND)
+    if native is None:
+        return _paged_attention_reference(
+            q_TND, k_cache, v_cache, block_tables_SB, query_start_S1, context_lens_S, scale
+        )
+    _, N, D = q_TND.shape
+    block_size, Nkv = k_cache.shape[1], k_cache.shape[2]
+    S = len(context_lens_S)
+    require_like(q_TND, q=q_TND, k_cache=k_cache, v_cache=v_cache)
+    require_index(
+        torch.int32, query_start=query_start_S1, context_lens=context_lens_S, block_tables=block_tables_SB
     )
+    require(
+        k_cache.shape == v_cache.shape and k_cache.shape[3] == D, "k_cache, v_cache and q differ in shape"
+    )
+    require(N % Nkv == 0, f"{N} query heads are no multiple of {Nkv} KV heads")
+    require(
+        len(query_start_S1) == S + 1 and len(block_tables_SB) == S, f"tables are not those of {S} sequences"
+    )
+    o_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype)
+    native.paged_attention(
+        DTYPE_CODES[q_TND.dtype],
+        q_TND.data_ptr(),
+        q_TND.stride(0),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        k_cache.stride(0),
+        v_cache.stride(0),
+        block_size,
+        block_tables_SB.data_ptr(),
+        block_tables_SB.stride(0),
+        query_start_S1.data_ptr(),
+        context_lens_S.data_ptr(),
+        S,
+        N,
+        Nkv,
+        D,
+        scale,
+        o_TND.data_ptr(),
+    )
+    return o_TND
 
 
 def _paged_attention_reference(

@@ -10,25 +10,94 @@ from __future__ import annotations
 
 import torch
 
-from coserve.kernels.dispatch import wide
+from coserve.kernels.dispatch import DTYPE_CODES, native_for, require, require_like, wide
 
 
 def rms_norm(x_TH: torch.Tensor, w_H: torch.Tensor, eps: float) -> torch.Tensor:
     """Norm of every row of `x` [..., H]; fp32 or bf16, result in x's dtype."""
-    return _rms_norm_reference(x_TH, w_H, eps)
+    native = native_for(x_TH)
+    if native is None:
+        return _rms_norm_reference(x_TH, w_H, eps)
+    H = x_TH.shape[-1]
+    require_like(x_TH, x=x_TH, w=w_H)
+    require(w_H.shape == (H,), f"w has shape {tuple(w_H.shape)}, expected ({H},)")
+    y_TH = torch.empty(x_TH.shape, dtype=x_TH.dtype)
+    rows, x_stride, inner = _row_layout(x_TH)
+    native.rms_norm(
+        DTYPE_CODES[x_TH.dtype],
+        x_TH.data_ptr(),
+        x_stride,
+        inner,
+        0,
+        w_H.data_ptr(),
+        rows,
+        H,
+        eps,
+        0,
+        y_TH.data_ptr(),
+    )
+    return y_TH
+
+
+def _row_layout(x: torch.Tensor) -> tuple[int, int, int]:
+    """`(rows, stride, inner)`: rows of the last dimension, `inner` adjacent ones every `stride` elements."""
+    H = x.shape[-1]
+    rows = x.numel() // H
+    if x.is_contiguous():
+        return rows, H, 1
+    return rows, x.stride(0), rows // len(x)
 
 
 def add_rms_norm(
     x_TH: torch.Tensor, residual_TH: torch.Tensor, w_H: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(norm(x + residual), x + residual)`, the sum rounded to the dtype before it is normed."""
-    total = x_TH + residual_TH
-    return _rms_norm_reference(total, w_H, eps), total
+    native = native_for(x_TH)
+    if native is None:
+        total = x_TH + residual_TH
+        return _rms_norm_reference(total, w_H, eps), total
+    H = x_TH.shape[-1]
+    require_like(x_TH, contiguous=True, x=x_TH, residual=residual_TH, w=w_H)
+    require(residual_TH.shape == x_TH.shape, f"residual {tuple(residual_TH.shape)}, x {tuple(x_TH.shape)}")
+    require(w_H.shape == (H,), f"w has shape {tuple(w_H.shape)}, expected ({H},)")
+    y_TH, total = torch.empty_like(x_TH), torch.empty_like(x_TH)
+    native.rms_norm(
+        DTYPE_CODES[x_TH.dtype],
+        x_TH.data_ptr(),
+        H,
+        1,
+        residual_TH.data_ptr(),
+        w_H.data_ptr(),
+        x_TH.numel() // H,
+        H,
+        eps,
+        total.data_ptr(),
+        y_TH.data_ptr(),
+    )
+    return y_TH, total
 
 
 def rms_norm_backward(dy_TH: torch.Tensor, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float) -> torch.Tensor:
     """Gradient w.r.t. `x` [..., H], in dy's dtype."""
-    return _rms_norm_backward_reference(dy_TH, x_TH, w_H, eps)
+    native = native_for(dy_TH)
+    if native is None:
+        return _rms_norm_backward_reference(dy_TH, x_TH, w_H, eps)
+    H = x_TH.shape[-1]
+    require_like(dy_TH, contiguous=True, dy=dy_TH, x=x_TH, w=w_H)
+    require(dy_TH.shape == x_TH.shape, f"dy {tuple(dy_TH.shape)}, x {tuple(x_TH.shape)}")
+    require(w_H.shape == (H,), f"w has shape {tuple(w_H.shape)}, expected ({H},)")
+    dx_TH = torch.empty_like(dy_TH)
+    native.rms_norm_backward(
+        DTYPE_CODES[dy_TH.dtype],
+        dy_TH.data_ptr(),
+        x_TH.data_ptr(),
+        w_H.data_ptr(),
+        x_TH.numel() // H,
+        H,
+        eps,
+        dx_TH.data_ptr(),
+    )
+    return dx_TH
 
 
 def _rms_norm_reference(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:

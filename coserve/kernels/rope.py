@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from coserve.kernels.dispatch import wide
+from coserve.kernels.dispatch import DTYPE_CODES, native_for, require, require_index, require_like, wide
 
 
 def apply_rope_(
@@ -24,7 +24,31 @@ def apply_rope_(
 
     `positions` [T] int64 index the fp32 tables `cos`, `sin` [P, D/2].
     """
-    return _rope_reference_(x_TND, positions_T, cos_PD2, sin_PD2, inverse)
+    native = native_for(x_TND)
+    if native is None:
+        return _rope_reference_(x_TND, positions_T, cos_PD2, sin_PD2, inverse)
+    T, N, D = x_TND.shape
+    half = cos_PD2.shape[1]
+    require_like(x_TND, x=x_TND)
+    require_index(torch.int64, positions=positions_T)
+    for table in (cos_PD2, sin_PD2):
+        require(table.dtype == torch.float32 and table.is_contiguous(), "rope tables must be contiguous fp32")
+    require(2 * half <= D, f"rope tables of {half} frequencies need a head dim of {2 * half}, not {D}")
+    require(len(positions_T) == T, f"{len(positions_T)} positions for {T} tokens")
+    native.rope(
+        DTYPE_CODES[x_TND.dtype],
+        x_TND.data_ptr(),
+        x_TND.stride(0),
+        T,
+        N,
+        D,
+        positions_T.data_ptr(),
+        cos_PD2.data_ptr(),
+        sin_PD2.data_ptr(),
+        half,
+        int(inverse),
+    )
+    return x_TND
 
 
 def _rope_reference_(

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from coserve.kernels.dispatch import wide
+from coserve.kernels.dispatch import DTYPE_CODES, native_for, require, require_like, wide
 
 Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh")
@@ -22,13 +22,46 @@ ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh")
 def swiglu(gate_up_T2I: torch.Tensor, act: Activation = "silu") -> torch.Tensor:
     """`act(gate) * up` [T, I] of `gate_up` [T, 2I] (gate first); fp32 or bf16."""
     _check_activation(act)
-    return _swiglu_reference(gate_up_T2I, act)
+    native = native_for(gate_up_T2I)
+    if native is None:
+        return _swiglu_reference(gate_up_T2I, act)
+    T, double = gate_up_T2I.shape
+    require_like(gate_up_T2I, contiguous=True, gate_up=gate_up_T2I)
+    require(double % 2 == 0, f"gate_up has {double} columns, expected an even number")
+    y_TI = torch.empty((T, double // 2), dtype=gate_up_T2I.dtype)
+    native.swiglu(
+        DTYPE_CODES[y_TI.dtype],
+        gate_up_T2I.data_ptr(),
+        T,
+        double // 2,
+        ACTIVATIONS.index(act),
+        y_TI.data_ptr(),
+    )
+    return y_TI
 
 
 def swiglu_backward(dy_TI: torch.Tensor, gate_up_T2I: torch.Tensor, act: Activation = "silu") -> torch.Tensor:
     """Gradient w.r.t. `gate_up` [T, 2I], in its dtype."""
     _check_activation(act)
-    return _swiglu_backward_reference(dy_TI, gate_up_T2I, act)
+    native = native_for(gate_up_T2I)
+    if native is None:
+        return _swiglu_backward_reference(dy_TI, gate_up_T2I, act)
+    T, width = dy_TI.shape
+    require_like(gate_up_T2I, contiguous=True, gate_up=gate_up_T2I, dy=dy_TI)
+    require(
+        gate_up_T2I.shape == (T, 2 * width), f"gate_up {tuple(gate_up_T2I.shape)}, dy {tuple(dy_TI.shape)}"
+    )
+    dgate_up_T2I = torch.empty_like(gate_up_T2I)
+    native.swiglu_backward(
+        DTYPE_CODES[dy_TI.dtype],
+        dy_TI.data_ptr(),
+        gate_up_T2I.data_ptr(),
+        T,
+        width,
+        ACTIVATIONS.index(act),
+        dgate_up_T2I.data_ptr(),
+    )
+    return dgate_up_T2I
 
 
 def _check_activation(act: str) -> None:

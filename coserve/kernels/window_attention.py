@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from coserve.kernels.dispatch import wide
+from coserve.kernels.dispatch import DTYPE_CODES, native_for, require, require_index, require_like, wide
 
 TILE = 64
 
@@ -31,7 +31,32 @@ def window_attention(
 
     `k`, `v` [T, Nkv, D] hold the microbatch's stream, valid up to the window's end; `sample_start` [W] int32.
     """
-    return _window_attention_reference(q_WND, k_TND, v_TND, sample_start_W, window_start, scale)
+    native = native_for(q_WND)
+    if native is None:
+        return _window_attention_reference(q_WND, k_TND, v_TND, sample_start_W, window_start, scale)
+    W, N, D = q_WND.shape
+    _check(q_WND, k_TND, v_TND, sample_start_W, window_start)
+    o_WND = torch.empty(q_WND.shape, dtype=q_WND.dtype)
+    lse_WN = torch.empty((W, N), dtype=torch.float32)
+    native.window_attention(
+        DTYPE_CODES[q_WND.dtype],
+        q_WND.data_ptr(),
+        q_WND.stride(0),
+        k_TND.data_ptr(),
+        k_TND.stride(0),
+        v_TND.data_ptr(),
+        v_TND.stride(0),
+        sample_start_W.data_ptr(),
+        window_start,
+        W,
+        N,
+        k_TND.shape[1],
+        D,
+        scale,
+        o_WND.data_ptr(),
+        lse_WN.data_ptr(),
+    )
+    return o_WND, lse_WN
 
 
 def window_attention_backward(
@@ -48,9 +73,58 @@ def window_attention_backward(
     dv_TND: torch.Tensor,
 ) -> torch.Tensor:
     """Gradient w.r.t. the window's `q`, in its dtype; adds those of all keys it sees into fp32 `dk`, `dv`."""
-    return _window_attention_backward_reference(
-        do_WND, q_WND, o_WND, lse_WN, k_TND, v_TND, sample_start_W, window_start, scale, dk_TND, dv_TND
+    native = native_for(q_WND)
+    if native is None:
+        return _window_attention_backward_reference(
+            do_WND, q_WND, o_WND, lse_WN, k_TND, v_TND, sample_start_W, window_start, scale, dk_TND, dv_TND
+        )
+    W, N, D = q_WND.shape
+    _check(q_WND, k_TND, v_TND, sample_start_W, window_start)
+    require_like(q_WND, do=do_WND, o=o_WND)
+    require(do_WND.shape == q_WND.shape and o_WND.shape == q_WND.shape, "do, o and q differ in shape")
+    require(lse_WN.shape == (W, N) and lse_WN.is_contiguous(), f"lse must be contiguous [{W}, {N}]")
+    for name, grad in (("lse", lse_WN), ("dk", dk_TND), ("dv", dv_TND)):
+        require(grad.dtype == torch.float32 and grad.is_contiguous(), f"{name} must be contiguous fp32")
+    require(dk_TND.shape == k_TND.shape and dv_TND.shape == k_TND.shape, "dk, dv and k differ in shape")
+    dq_WND = torch.empty(q_WND.shape, dtype=q_WND.dtype)
+    native.window_attention_backward(
+        DTYPE_CODES[q_WND.dtype],
+        do_WND.data_ptr(),
+        do_WND.stride(0),
+        q_WND.data_ptr(),
+        q_WND.stride(0),
+        o_WND.data_ptr(),
+        o_WND.stride(0),
+        lse_WN.data_ptr(),
+        k_TND.data_ptr(),
+        k_TND.stride(0),
+        v_TND.data_ptr(),
+        v_TND.stride(0),
+        sample_start_W.data_ptr(),
+        window_start,
+        W,
+        N,
+        k_TND.shape[1],
+        D,
+        scale,
+        dk_TND.data_ptr(),
+        dv_TND.data_ptr(),
+        dq_WND.data_ptr(),
     )
+    return dq_WND
+
+
+def _check(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sample_start: torch.Tensor, window_start: int
+) -> None:
+    require_like(q, q=q, k=k, v=v)
+    require_index(torch.int32, sample_start=sample_start)
+    require(k.shape == v.shape and k.shape[2] == q.shape[2], "k, v and q differ in shape")
+    require(
+        q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads are no multiple of {k.shape[1]} KV heads"
+    )
+    require(len(sample_start) == len(q), f"{len(sample_start)} sample starts for {len(q)} queries")
+    require(window_start + len(q) <= len(k), f"the window ends at {window_start + len(q)}, k at {len(k)}")
 
 
 def _hidden_keys(sample_start: torch.Tensor, first: int, end: int) -> torch.Tensor:

@@ -1,0 +1,74 @@
+// What every instruction set level offers: one table of functions over raw pointers. Strides are in elements.
+// `dtype` is 0 for fp32, 1 for bf16, and is that of every pointer declared void*.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace coserve {
+
+struct Kernels {
+  // linear.cpp
+  void (*pack)(const float* w, int64_t n_stride, int64_t k_stride, int64_t N, int64_t K, float* pack);
+  void (*linear)(const float* x, int64_t x_stride, int64_t M, const float* pack, int64_t N, int64_t K,
+                 const float* bias, float* y, int64_t y_stride);
+  // attention.cpp
+  void (*paged_attention)(int64_t dtype, const void* q, int64_t q_stride, const void* k, const void* v,
+                          int64_t k_block_stride, int64_t v_block_stride, int64_t block_size,
+                          const int32_t* tables, int64_t table_stride, const int32_t* query_start,
+                          const int32_t* context_lens, int64_t S, int64_t N, int64_t Nkv, int64_t D,
+                          double scale, void* o);
+  void (*window_attention)(int64_t dtype, const void* q, int64_t q_stride, const void* k, int64_t k_stride,
+                           const void* v, int64_t v_stride, const int32_t* sample_start,
+                           int64_t window_start, int64_t W, int64_t N, int64_t Nkv, int64_t D, double scale,
+                           void* o, float* lse);
+  // attention_backward.cpp
+  void (*window_attention_backward)(int64_t dtype, const void* dout, int64_t dout_stride, const void* q,
+                                    int64_t q_stride, const void* o, int64_t o_stride, const float* lse,
+                                    const void* k, int64_t k_stride, const void* v, int64_t v_stride,
+                                    const int32_t* sample_start, int64_t window_start, int64_t W, int64_t N,
+                                    int64_t Nkv, int64_t D, double scale, float* dk, float* dv, void* dq);
+  // lora.cpp
+  void (*lora_forward)(int64_t dtype, void* y, int64_t y_stride, const void* x, int64_t x_stride,
+                       const void* a, const void* b, const int32_t* token_start, const int32_t* token_end,
+                       const int32_t* row_offset, const int32_t* rows, const int32_t* ranks, int64_t S,
+                       int64_t N, int64_t K);
+  void (*lora_backward)(int64_t dtype, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
+                        const void* a, const void* b, const int32_t* rows, int64_t rank, void* dx,
+                        int64_t dx_stride, float* da, float* db, int64_t token_offset, int64_t T, int64_t N,
+                        int64_t K);
+  // elementwise.cpp
+  void (*rms_norm)(int64_t dtype, const void* x, int64_t x_stride, int64_t inner, const void* residual,
+                   const void* w, int64_t T, int64_t H, double eps, void* sum, void* y);
+  void (*rms_norm_backward)(int64_t dtype, const void* dy, const void* x, const void* w, int64_t T,
+                            int64_t H, double eps, void* dx);
+  void (*rope)(int64_t dtype, void* x, int64_t x_stride, int64_t T, int64_t N, int64_t D,
+               const int64_t* positions, const float* cos, const float* sin, int64_t half, int64_t inverse);
+  void (*swiglu)(int64_t dtype, const void* gate_up, int64_t T, int64_t I, int64_t act, void* y);
+  void (*swiglu_backward)(int64_t dtype, const void* dy, const void* gate_up, int64_t T, int64_t I,
+                          int64_t act, void* dgate_up);
+  void (*kv_store)(int64_t element_size, const void* k, int64_t k_stride, const void* v, int64_t v_stride,
+                   void* k_cache, int64_t k_block_stride, void* v_cache, int64_t v_block_stride,
+                   const int64_t* slots, int64_t T, int64_t row, int64_t block_size);
+  // loss.cpp
+  void (*cross_entropy)(int64_t dtype, void* logits, const int64_t* targets, int64_t C, int64_t V,
+                        double grad_scale, float* losses);
+  void (*adamw)(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, int64_t n,
+                double step_size, double beta1, double beta2, double eps, double decay,
+                double root_correction, double grad_scale);
+};
+
+namespace plain {
+const Kernels& kernels();
+}
+namespace avx2 {
+const Kernels& kernels();
+}
+namespace avx512 {
+const Kernels& kernels();
+}
+
+// Memory of the calling thread, at least `bytes` long and 64-byte aligned, kept until the thread ends; a call
+// for the same slot may move it. Slot 0 is a task's own, slot 1 the caller's for a whole operation.
+void* scratch(int slot, size_t bytes);
+
+}  // namespace coserve

@@ -1,0 +1,39 @@
+// Loops over the one pool of OpenMP threads. A region uses all threads or one: libgomp ends the threads that
+// a smaller team leaves idle, and starting them again costs more than the region.
+#pragma once
+#include <omp.h>
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace coserve {
+namespace COSERVE_ISA {
+
+constexpr double SERIAL_WORK = 200e3;  // multiply-adds (or moved floats) below which a region costs more
+
+template <class Body>
+static inline void parallel_for(int64_t tasks, double work, const Body& body) {
+  if (tasks < 2 || work < SERIAL_WORK || omp_get_max_threads() == 1 || omp_in_parallel()) {
+    for (int64_t i = 0; i < tasks; i++) body(i);
+    return;
+  }
+#pragma omp parallel for schedule(dynamic, 1)
+  for (int64_t i = 0; i < tasks; i++) body(i);
+}
+
+static inline int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+static inline int64_t round_up(int64_t a, int64_t b) {
+  return divide_up(a, b) * b;
+}
+static inline int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+static inline int64_t larger(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+
+}  // namespace COSERVE_ISA
+}  // namespace coserve

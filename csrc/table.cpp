@@ -1,0 +1,31 @@
+// The table of one instruction set level.
+#include "kernels.h"
+
+namespace coserve {
+namespace COSERVE_ISA {
+
+void add_linear(Kernels&);
+void add_attention(Kernels&);
+void add_attention_backward(Kernels&);
+void add_lora(Kernels&);
+void add_elementwise(Kernels&);
+void add_loss(Kernels&);
+
+static Kernels make() {
+  Kernels table{};
+  add_linear(table);
+  add_attention(table);
+  add_attention_backward(table);
+  add_lora(table);
+  add_elementwise(table);
+  add_loss(table);
+  return table;
+}
+
+const Kernels& kernels() {
+  static const Kernels table = make();
+  return table;
+}
+
+}  // namespace COSERVE_ISA
+}  // namespace coserve
