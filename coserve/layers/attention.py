@@ -63,7 +63,7 @@ class Attention:
             rows_of = window.batch_rows
             parts.append(self._window(q_TND[rows_of], k_TND[rows_of], v_TND[rows_of], window, layer))
         o_TND = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self.out.forward(o_TND.view(len(x_TH), -1), batch.lora, layer)
+        return self.out.forward(o_TND.reshape(len(x_TH), -1), batch.lora, layer)
 
     def _project(
         self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int
@@ -107,7 +107,7 @@ class Attention:
             q_WND, saved.k_TND, saved.v_TND, window.sample_start_W, window.window_start, self.scale
         )
         if saved.attn_out_TH is not None and saved.lse_TN is not None:
-            saved.attn_out_TH[stream] = o_WND.view(window.rows, -1)
+            saved.attn_out_TH[stream] = o_WND.reshape(window.rows, -1)
             saved.lse_TN[stream] = lse_WN
         return o_WND
 

@@ -53,21 +53,6 @@ class MicrobatchActivations:
         sizes = (math.prod(shape) * kind.itemsize for _, shape, kind in shapes)
         return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
-    @classmethod
-    def allocate(
-        cls,
-        config: BlockShape,
-        num_layers: int,
-        tokens: int,
-        dtype: torch.dtype,
-        lowest_layer: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> MicrobatchActivations:
-        """In memory of its own."""
-        size = cls.nbytes(config, num_layers, tokens, dtype, lowest_layer)
-        extent = torch.empty(size, dtype=torch.uint8, device=device)
-        return cls(extent, config, num_layers, tokens, dtype, lowest_layer)
-
     def layer(self, layer: int) -> LayerActivations:
         """Buffers of one layer."""
         return self._layers[layer]

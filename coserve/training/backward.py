@@ -1,0 +1,120 @@
+"""The backward pass of a microbatch as a list of small units, in one fixed order.
+
+Loss chunks; then layer by layer from the top to the lowest adapted one, in each the windows last to first.
+The units follow from the data and the configuration alone, never from how the forward was cut, and the pass
+may rest between any two of them. Sums over tokens run in tiles of 64 anchored at the microbatch's start, so
+windows of any multiple of 64 give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from coserve.core.training_sequence import BackwardUnit
+from coserve.layers.batch import BackwardWindow, LoraPool
+from coserve.models.decoder import Decoder
+from coserve.training.loss import CHUNK, loss_chunk
+from coserve.training.microbatch import Microbatch
+from coserve.training.trainable_adapter import TrainableAdapter
+
+DEFAULT_WINDOW = 128  # tokens: within a tenth of the speed of whole sequences, at a fraction of the latency
+
+
+def window_bounds(num_tokens: int, window_tokens: int) -> list[tuple[int, int]]:
+    """(start, end) of each window, ascending; `window_tokens` 0 stands for `DEFAULT_WINDOW`."""
+    width = window_tokens or DEFAULT_WINDOW
+    return [(start, min(start + width, num_tokens)) for start in range(0, num_tokens, width)]
+
+
+def backward_units(
+    num_tokens: int, num_trained: int, num_layers: int, lowest_layer: int, window_tokens: int = 0
+) -> tuple[BackwardUnit, ...]:
+    """Kind ("loss" or "layer") and tokens of every unit of a microbatch, in order.
+
+    `num_trained` must be positive: a microbatch without loss has no gradient.
+    """
+    if num_trained <= 0:
+        raise ValueError("a microbatch without trained tokens has no backward")
+    loss = [BackwardUnit("loss", min(CHUNK, num_trained - first)) for first in range(0, num_trained, CHUNK)]
+    windows = reversed(window_bounds(num_tokens, window_tokens))
+    layer = [BackwardUnit("layer", end - start) for start, end in windows]
+    return tuple(loss + layer * (num_layers - lowest_layer))
+
+
+class MicrobatchBackward:
+    """Runs a microbatch's units. The adapter's gradients are added to, in microbatch order of the caller.
+
+    `rows` are the pool rows that the forward used; `grad_scale` is 1 / (trained tokens of the whole optimizer
+    step). `cursor` is the next unit's index.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        microbatch: Microbatch,
+        adapter: TrainableAdapter,
+        pool: LoraPool,
+        rows: Sequence[int],
+        *,
+        grad_scale: float,
+        window_tokens: int = 0,
+    ) -> None:
+        self.decoder = decoder
+        self.microbatch = microbatch
+        self.adapter = adapter
+        self.pool = pool
+        self.grad_scale = grad_scale
+        self.cursor = 0
+        device = microbatch.token_ids_T.device
+        self._rows = torch.tensor(list(rows), dtype=torch.int32, device=device)
+        self._windows = window_bounds(microbatch.num_tokens, window_tokens)[::-1]
+        self.units = backward_units(
+            microbatch.num_tokens,
+            microbatch.num_trained,
+            decoder.config.num_layers,
+            adapter.lowest_layer,
+            window_tokens,
+        )
+        self._num_chunks = -(-microbatch.num_trained // CHUNK)
+
+    @property
+    def next(self) -> BackwardUnit | None:
+        """The unit that `run_next` would run; None when all are done."""
+        return self.units[self.cursor] if self.cursor < len(self.units) else None
+
+    @property
+    def done(self) -> bool:
+        """The microbatch's gradients are complete."""
+        return self.cursor == len(self.units)
+
+    def run_next(self) -> None:
+        """Run one unit. IndexError when none is left."""
+        if self.done:
+            raise IndexError("all units of the microbatch have run")
+        if self.cursor < self._num_chunks:
+            loss_chunk(self.decoder, self.microbatch, self.cursor, self.grad_scale)
+        else:
+            depth, window = divmod(self.cursor - self._num_chunks, len(self._windows))
+            self._run_window(self.decoder.config.num_layers - 1 - depth, window)
+        self.cursor += 1
+
+    def _run_window(self, layer: int, window: int) -> None:
+        microbatch, saved = self.microbatch, self.microbatch.activations
+        if window == 0:
+            saved.dk_TND.zero_()
+            saved.dv_TND.zero_()
+        start, end = self._windows[window]
+        work = BackwardWindow(
+            start,
+            end,
+            microbatch.sample_start_T,
+            microbatch.positions_T,
+            saved.layer(layer),
+            saved.dk_TND,
+            saved.dv_TND,
+            self.adapter.layer_gradients(self.pool, self._rows, layer),
+        )
+        dx_WH = self.decoder.layers[layer].backward(saved.dh_TH[start:end], work)
+        saved.dh_TH[start:end] = dx_WH

@@ -1,0 +1,210 @@
+"""The adapter in training: fp32 masters and gradients in two flat buffers, and its rows in the pool.
+
+    y += s x A^T B^T,   A [r, in] from U(-1/sqrt(in), 1/sqrt(in)), B [out, r] zero
+
+as PEFT starts it (Kaiming-uniform with a = sqrt 5). B lies transposed in the buffer, as the pool's rows do.
+The pool's rows carry s B, so a gradient found there is that of B once multiplied by s (`finish_gradients`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from coserve.errors import InvalidRequest
+from coserve.layers.batch import LoraPool, ModuleGradient
+from coserve.lora.peft_config import PeftConfig
+from coserve.lora.peft_files import make_config, tensor_key, write_adapter
+from coserve.models.config import LINEAR_MODULES, ModelConfig
+from coserve.training.job import LoraSpec
+
+
+class WritablePool(LoraPool, Protocol):
+    """The part of lora/adapter_pool.py that a training adapter writes through."""
+
+    def place(self, rows: Sequence[int], ranks_LM: torch.Tensor) -> None: ...
+
+    def write_module(
+        self, rows: Sequence[int], module: int, layer: int, a_RK: torch.Tensor, scaled_b_RN: torch.Tensor
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainableModule:
+    """One adapted linear: views of the masters (a_RK, b_RN = B transposed) and of their gradients."""
+
+    layer: int
+    module: int
+    path: str
+    rank: int
+    scale: float
+    a_RK: torch.Tensor
+    b_RN: torch.Tensor
+    da_RK: torch.Tensor
+    db_RN: torch.Tensor
+
+
+def resolve_lora(spec: LoraSpec, config: ModelConfig) -> PeftConfig:
+    """The settings with their defaults filled in, checked against the model.
+
+    Raises InvalidRequest with param "lora" for unknown or unsupported target modules, pattern keys and layers
+    that match nothing.
+    """
+    raw = peft_config(spec)
+    paths = {
+        config.module_path(layer, name): layer
+        for layer in range(config.num_layers)
+        for name in LINEAR_MODULES
+    }
+    beyond = [layer for layer in spec.layers_to_transform if not 0 <= layer < config.num_layers]
+    if beyond:
+        raise InvalidRequest(
+            f"layers_to_transform has {beyond[0]}; the model's layers are 0 to {config.num_layers - 1}",
+            param="lora.layers_to_transform",
+        )
+    try:
+        resolved = PeftConfig.parse(raw)
+        wanted = {path: layer for path, layer in paths.items() if resolved.targets(path, layer)}
+        resolved.check_names(paths, wanted)
+    except InvalidRequest as error:
+        raise InvalidRequest(error.message, param="lora") from error
+    return resolved
+
+
+def peft_config(spec: LoraSpec, base_model_name: str = "") -> dict[str, Any]:
+    """adapter_config.json of an adapter with these settings."""
+    return make_config(
+        r=spec.r,
+        lora_alpha=spec.lora_alpha or 2 * spec.r,
+        target_modules=spec.target_modules or LINEAR_MODULES,
+        base_model_name=base_model_name,
+        rank_pattern=spec.rank_pattern,
+        alpha_pattern=spec.alpha_pattern,
+        use_rslora=spec.use_rslora,
+        layers_to_transform=spec.layers_to_transform,
+    )
+
+
+class TrainableAdapter:
+    """`parameters` and `gradients` are flat fp32 tensors of all modules, layer by layer."""
+
+    def __init__(
+        self,
+        spec: LoraSpec,
+        config: ModelConfig,
+        seed: int,
+        *,
+        base_model_name: str = "",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """A new adapter drawn from `seed`. Raises InvalidRequest as `resolve_lora` does."""
+        resolved = resolve_lora(spec, config)
+        self.config = peft_config(spec, base_model_name)
+        places = [
+            (layer, module, config.module_path(layer, name), config.module_shape(name))
+            for layer in range(config.num_layers)
+            for module, name in enumerate(LINEAR_MODULES)
+            if resolved.targets(config.module_path(layer, name), layer)
+        ]
+        sizes = [resolved.rank(path) * (out + into) for _, _, path, (out, into) in places]
+        self.parameters = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        self.gradients = torch.zeros_like(self.parameters)
+        self.ranks_LM = torch.zeros(config.num_layers, len(LINEAR_MODULES), dtype=torch.int32)
+        self.modules: list[TrainableModule] = []
+        end = 0
+        for (layer, module, path, (out, into)), size in zip(places, sizes, strict=True):
+            rank = resolved.rank(path)
+            views = []
+            for flat in (self.parameters, self.gradients):
+                part = flat[end : end + size]
+                views += [part[: rank * into].view(rank, into), part[rank * into :].view(rank, out)]
+            end += size
+            self.ranks_LM[layer, module] = rank
+            self.modules.append(TrainableModule(layer, module, path, rank, resolved.scale(path), *views))
+        self._by_layer: dict[int, list[TrainableModule]] = {}
+        for trainable in self.modules:
+            self._by_layer.setdefault(trainable.layer, []).append(trainable)
+        self._draw(seed)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its modules: how many pool rows it needs."""
+        return max(module.rank for module in self.modules)
+
+    @property
+    def lowest_layer(self) -> int:
+        """The lowest layer with an adapter; no backward goes below it."""
+        return min(self._by_layer)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of masters and gradients."""
+        return self.parameters.nbytes + self.gradients.nbytes
+
+    def _draw(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules:
+            bound = module.a_RK.shape[1] ** -0.5
+            drawn = torch.rand(module.a_RK.shape, generator=generator)
+            module.a_RK.copy_(drawn.mul_(2 * bound).sub_(bound))
+
+    # ------------------------------------------------------------------ gradients
+
+    def zero_gradients(self) -> None:
+        """Before the first backward unit of an optimizer step."""
+        self.gradients.zero_()
+
+    def layer_gradients(self, pool: LoraPool, rows: torch.Tensor, layer: int) -> dict[int, ModuleGradient]:
+        """Module number -> weights and sums for one layer's backward; `rows` int32 are the pool's."""
+        return {
+            m.module: ModuleGradient(*pool.rows(m.module, layer), rows[: m.rank], m.da_RK, m.db_RN)
+            for m in self._by_layer.get(layer, ())
+        }
+
+    def finish_gradients(self) -> None:
+        """After the last backward unit of an optimizer step, once: from the scaled B's gradient to B's."""
+        for module in self.modules:
+            module.db_RN.mul_(module.scale)
+
+    # ------------------------------------------------------------------ rows
+
+    def place(self, pool: WritablePool, rows: Sequence[int]) -> None:
+        """Take `rows` (as many as `rank`) of the pool and write the weights there."""
+        pool.place(rows, self.ranks_LM)
+        self.write_rows(pool, rows)
+
+    def write_rows(self, pool: WritablePool, rows: Sequence[int]) -> None:
+        """Masters -> the pool's rows in the compute dtype, after each optimizer step."""
+        for m in self.modules:
+            pool.write_module(rows, m.module, m.layer, m.a_RK, m.b_RN * m.scale)
+
+    # ------------------------------------------------------------------ files
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """PEFT's key -> fp32 master, A [r, in] and B [out, r]; views."""
+        named = {}
+        for module in self.modules:
+            named[tensor_key(module.path, "A")] = module.a_RK
+            named[tensor_key(module.path, "B")] = module.b_RN.t()
+        return named
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set the masters from PEFT's tensors. Raises InvalidRequest when names or shapes differ."""
+        own = self.tensors()
+        wrong = sorted(own.keys() ^ tensors.keys())
+        wrong += [key for key in own if key in tensors and own[key].shape != tensors[key].shape]
+        if wrong:
+            raise InvalidRequest(
+                f"the adapter to start from differs from the job's in {wrong[0]} ({len(wrong)} tensors)",
+                param="init_from",
+            )
+        for key, master in own.items():
+            master.copy_(tensors[key])
+
+    def export(self, directory: str | Path) -> None:
+        """Write the fp32 masters as a PEFT directory; Conflict when it exists."""
+        write_adapter(directory, self.tensors(), self.config)

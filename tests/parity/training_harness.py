@@ -1,0 +1,168 @@
+"""Training without scheduler or engine, and the same through PEFT and autograd."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from coserve.kernels.lora import LoraSegments
+from coserve.layers.batch import ForwardBatch, LoraBatch
+from coserve.lora.adapter_pool import AdapterPool
+from coserve.models.decoder import Decoder
+from coserve.training.backward import MicrobatchBackward
+from coserve.training.batching import pack
+from coserve.training.microbatch import Microbatch, Sample
+from coserve.training.trainable_adapter import TrainableAdapter
+
+
+@dataclass
+class Trainer:
+    """A decoder, an adapter and its rows in a pool; other rows hold garbage."""
+
+    decoder: Decoder
+    adapter: TrainableAdapter
+    rows: list[int]
+    pool: AdapterPool
+
+    @classmethod
+    def make(cls, decoder: Decoder, adapter: TrainableAdapter) -> Trainer:
+        pool = AdapterPool(decoder.config, adapter.rank + 3, decoder.dtype, decoder.device)
+        for layer in range(decoder.config.num_layers):
+            for module in range(7):
+                for tensor in pool.rows(module, layer):
+                    tensor.fill_(float("nan"))
+        rows = list(range(adapter.rank + 2, 2, -1))
+        adapter.place(pool, rows)
+        return cls(decoder, adapter, rows, pool)
+
+    def lora_batch(self, tokens: int) -> LoraBatch:
+        values = [0], [tokens], [0], self.rows
+        segments = LoraSegments(*(torch.tensor(v, dtype=torch.int32) for v in values))
+        return LoraBatch(segments, self.adapter.ranks_LM[..., None].contiguous(), self.pool)
+
+    def forward(self, microbatch: Microbatch, window_tokens: int) -> None:
+        width = window_tokens or microbatch.num_tokens
+        for start in range(0, microbatch.num_tokens, width):
+            length = min(width, microbatch.num_tokens - start)
+            span = slice(start, start + length)
+            batch = ForwardBatch(
+                microbatch.token_ids_T[span],
+                microbatch.positions_T[span],
+                None,
+                [microbatch.window(0, start, length)],
+                self.lora_batch(length),
+            )
+            self.decoder.forward(batch)
+
+    @torch.no_grad()
+    def gradients(
+        self,
+        samples: Sequence[Sample],
+        *,
+        forward_window: int = 0,
+        backward_window: int = 0,
+        microbatch_tokens: int = 1 << 30,
+    ) -> float:
+        """Fills the adapter's gradients of the mean loss over all samples' trained tokens; returns it."""
+        adapter, config = self.adapter, self.decoder.config
+        trained = sum(sum(label != -100 for label in labels[1:]) for _, labels in samples)
+        adapter.zero_gradients()
+        losses = []
+        for run in pack([len(ids) for ids, _ in samples], microbatch_tokens):
+            microbatch = Microbatch(
+                [samples[i] for i in run],
+                config,
+                dtype=self.decoder.dtype,
+                lowest_layer=adapter.lowest_layer,
+            )
+            microbatch.place(torch.full((microbatch.nbytes,), 255, dtype=torch.uint8))
+            self.forward(microbatch, forward_window)
+            backward = MicrobatchBackward(
+                self.decoder,
+                microbatch,
+                adapter,
+                self.pool,
+                self.rows,
+                grad_scale=1 / trained,
+                window_tokens=backward_window or microbatch.num_tokens,
+            )
+            while not backward.done:
+                backward.run_next()
+            losses.append(microbatch.loss_sum())
+        adapter.finish_gradients()
+        return sum(losses) / trained
+
+
+def gradient_tensors(adapter: TrainableAdapter) -> dict[str, torch.Tensor]:
+    """PEFT's key -> gradient in PEFT's shape."""
+    masters, keys = adapter.tensors(), iter(adapter.tensors())
+    found = {}
+    for module in adapter.modules:
+        found[next(keys)] = module.da_RK.clone()
+        found[next(keys)] = module.db_RN.t().clone()
+    assert masters.keys() == found.keys()
+    return found
+
+
+def fill_b(adapter: TrainableAdapter, size: float = 0.3) -> None:
+    """B away from zero, so that A has a gradient."""
+    generator = torch.Generator().manual_seed(5)
+    for module in adapter.modules:
+        module.b_RN.copy_(torch.randn(module.b_RN.shape, generator=generator) * size)
+
+
+def make_peft(
+    reference: PreTrainedModel, adapter: TrainableAdapter, dtype: torch.dtype, adapter_dtype: torch.dtype
+) -> PeftModel:
+    """PEFT around a copy of the reference, with the adapter's weights."""
+    accepted = LoraConfig.__dataclass_fields__.keys()
+    settings = {k: v for k, v in adapter.config.items() if k in accepted and k != "inference_mode"}
+    base = copy.deepcopy(reference).to(dtype)
+    model = get_peft_model(base, LoraConfig(**settings))
+    result = set_peft_model_state_dict(model, {k: v.clone() for k, v in adapter.tensors().items()})
+    assert not result.unexpected_keys
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(adapter_dtype)
+    return model.train()
+
+
+def peft_loss(model: PeftModel, samples: Sequence[Sample], autocast: bool = False) -> torch.Tensor:
+    """Mean loss over all samples' trained tokens, each sample run by itself."""
+    total, trained = torch.zeros(()), 0
+    for ids, labels in samples:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(torch.tensor([list(ids)])).logits[0, :-1]
+        if logits.dtype == torch.bfloat16:
+            logits = logits.float()
+        targets = torch.tensor(list(labels[1:]))
+        total = total + cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+        trained += int((targets != -100).sum())
+    return total / trained
+
+
+def peft_gradients(model: PeftModel) -> dict[str, torch.Tensor]:
+    """PEFT's exported key -> gradient."""
+    return {
+        name.replace(".default", ""): parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def make_samples(lengths: Sequence[int], vocab: int, seed: int = 3) -> list[Sample]:
+    """Random tokens; about a third of the labels are not trained, the second half of them always are."""
+    generator = torch.Generator().manual_seed(seed)
+    samples: list[Sample] = []
+    for length in lengths:
+        ids = torch.randint(0, vocab, (length,), generator=generator)
+        masked = torch.rand(length, generator=generator) < 0.6
+        masked[length // 2 :] = False
+        samples.append((ids.tolist(), torch.where(masked, -100, ids).tolist()))
+    return samples
