@@ -1,4 +1,4 @@
-"""A scheduler and a model runner on a tiny random model: what the engine does, in one process, without jobs."""
+"""A scheduler and a model runner on a tiny random model: what the engine does, without processes and jobs."""
 
 from __future__ import annotations
 
