@@ -11,6 +11,7 @@ from coserve.errors import ConfigError
 from coserve.models.config import ModelConfig
 
 CPU_POOL_DEFAULT = 4 << 30  # bytes of KV and activations on a CPU, where memory is everybody's
+SMALL_MODEL = 50_000_000  # parameters
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -25,13 +26,23 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def resolve_threads(config: ModelConfig) -> int:
+    """Compute threads: every core, but one less for a small model.
+
+    Its parallel regions last microseconds, and a core that the server's process needs too stalls the whole
+    team for a time slice at each of them.
+    """
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores - 1) if config.num_parameters < SMALL_MODEL else cores
+
+
 def resolve_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
     """ "auto" is the checkpoint's own dtype; small models run in fp32 on a CPU, where bf16 gains nothing."""
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
         raise ConfigError(f"--dtype {name}: use auto, float32 or bfloat16.", param="dtype")
-    small = config.num_parameters < 50_000_000 and device.type == "cpu"
+    small = config.num_parameters < SMALL_MODEL and device.type == "cpu"
     return torch.float32 if small or config.torch_dtype == "float32" else torch.bfloat16
 
 

@@ -20,7 +20,7 @@ from coserve.core.scheduler import Scheduler, SchedulerLimits
 from coserve.core.slo import LatencyTargets
 from coserve.core.step_plan import StepPlan
 from coserve.engine import messages as m
-from coserve.engine.device import memory_plan, resolve_device, resolve_dtype
+from coserve.engine.device import memory_plan, resolve_device, resolve_dtype, resolve_threads
 from coserve.engine.outbox import Outbox
 from coserve.engine.stats import StatsKeeper
 from coserve.errors import CoserveError
@@ -54,6 +54,7 @@ class Engine:
         self.stopped = False
         torch.set_grad_enabled(False)
         self.model_config = ModelConfig.from_dir(config.model)
+        torch.set_num_threads(resolve_threads(self.model_config))
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, self.model_config, device)
         self.decoder = load_model(config.model, device, dtype)

@@ -88,7 +88,7 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def require_like(x: torch.Tensor, *, contiguous: bool = False, **others: torch.Tensor) -> None:
+def require_like(x: torch.Tensor, /, *, contiguous: bool = False, **others: torch.Tensor) -> None:
     """Each of `others` must have x's dtype, be on the CPU and be contiguous in all but its first dimension.
 
     `contiguous` asks it of the first dimension too. Size-one dimensions don't count.

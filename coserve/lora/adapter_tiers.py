@@ -149,7 +149,7 @@ class AdapterTiers:
         if got is None:
             return False
         slot, evicted = got
-        self._pool.write(slot.rows, adapter, key=digest)
+        self._pool.write(slot.rows, adapter)
         self._host.move_to_end(digest)
         self.swaps["load"] += 1
         self.swaps["evict"] += len(evicted)

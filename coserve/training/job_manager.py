@@ -78,7 +78,7 @@ class JobManager:
     @property
     def workspace_bytes(self) -> int:
         """What the microbatches under way hold outside the pool."""
-        return sum(microbatch.workspace_bytes for microbatch in self.microbatches.values())
+        return sum(microbatch.nbytes for microbatch in self.microbatches.values())
 
     def take_token_counts(self) -> tuple[int, int]:
         """Forward and backward tokens since the last call."""
@@ -132,10 +132,11 @@ class JobManager:
         if plan.evicted:
             self._forget_evicted(plan.evicted)
         for span in plan.training_forward:
-            microbatch = self.microbatches[span.sequence.sequence_id]
-            if not microbatch.placed:
-                assert span.sequence.extent is not None
-                microbatch.place(self._kv.extent(span.sequence.extent, span.sequence.slabs))
+            sequence = span.sequence
+            if self.microbatches[sequence.sequence_id].activations is None:
+                assert sequence.extent is not None
+                extent = self._kv.extent(sequence.extent, sequence.slabs * self._kv.slab_bytes)
+                self._jobs[sequence.job_id].place(sequence.sequence_id, extent)
 
     def commit_forward(self, plan: StepPlan, alone: float, seconds: float) -> None:
         """The plan's forward windows ran in a step forward of `seconds`, of which inference alone would
@@ -180,11 +181,9 @@ class JobManager:
     # ------------------------------------------------------------------ parts
 
     def _run_unit(self, sequence: TrainingSequence) -> None:
-        job = self._jobs[sequence.job_id]
-        microbatch = self.microbatches[sequence.sequence_id]
         unit = sequence.backward_units[sequence.backward_cursor]
         began = time.perf_counter()
-        job.run_backward_unit(microbatch, sequence.backward_cursor)
+        self._jobs[sequence.job_id].run_backward_unit(sequence.sequence_id)
         seconds = time.perf_counter() - began
         sequence.backward_cursor += 1
         self._model.observe_unit(unit.kind, unit.tokens, seconds)
@@ -192,7 +191,6 @@ class JobManager:
         if sequence.done:
             self._backward_tokens += sequence.num_tokens
             self._queue.release(sequence)
-            microbatch.release()
 
     def _charge(self, job_id: str, seconds: float) -> None:
         self._queue.charge(job_id, seconds)
@@ -228,8 +226,7 @@ class JobManager:
 
     def _begin_step(self, job: RunningJob) -> None:
         job.begin_step(self._kv.slab_bytes)
-        for sequence, microbatch in zip(job.sequences, job.microbatches, strict=True):
-            self.microbatches[sequence.sequence_id] = microbatch
+        self.microbatches.update(job.microbatches)
         self._queue.submit(job.spec.job_id, job.sequences, job.spec.priority)
 
     def _commit_step(self, job: RunningJob) -> None:
@@ -238,7 +235,7 @@ class JobManager:
         except CoserveError as error:
             self._end(job, "failed", error)
             return
-        self._forget_step(job)
+        self._drop_microbatches(job)
         self._listener.progress(job.spec.job_id, metrics)
         if job.checkpoint_due:
             self._checkpoint(job)
@@ -268,22 +265,17 @@ class JobManager:
     def _drop_step(self, job: RunningJob) -> None:
         """Leave the optimizer step under way: its memory is free, its gradients are forgotten."""
         self._queue.remove(job.spec.job_id)
-        self._forget_step(job)
+        self._drop_microbatches(job)
+
+    def _drop_microbatches(self, job: RunningJob) -> None:
+        for sequence_id in job.microbatches:
+            del self.microbatches[sequence_id]
         job.drop_step()
 
-    def _forget_step(self, job: RunningJob) -> None:
-        for sequence in job.sequences:
-            self.microbatches.pop(sequence.sequence_id, None)
-
     def _forget_evicted(self, evicted: list[TrainingSequence]) -> None:
-        for sequence in evicted:
-            microbatch = self.microbatches.get(sequence.sequence_id)
-            if microbatch is not None:
-                microbatch.release()
-        for job in self._jobs.values():
-            mine = [s for s in evicted if s.job_id == job.spec.job_id]
-            if mine and len(mine) == len(job.sequences):
-                job.restart_step()
+        for job_id in {sequence.job_id for sequence in evicted}:
+            lost = {s.sequence_id for s in evicted if s.job_id == job_id}
+            self._jobs[job_id].forget_activations(lost)
 
 
 def _as_error(job_id: str, error: Exception) -> CoserveError:

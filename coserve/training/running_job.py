@@ -1,0 +1,233 @@
+"""One fine-tuning job in the engine: its adapter, its optimizer, and the optimizer step under way.
+
+Between two steps its whole state is (step, masters, moments): data order, schedule and initial weights follow
+from the settings and the seed. So a step can be dropped or restarted at any time and comes out the same.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors.torch import load_file
+
+from coserve.core.training_sequence import TrainingSequence
+from coserve.errors import FailedPrecondition
+from coserve.lora.adapter_pool import AdapterPool
+from coserve.lora.peft_files import TENSOR_FILE
+from coserve.models.decoder import Decoder
+from coserve.training import checkpoint
+from coserve.training.activations import MicrobatchActivations
+from coserve.training.backward import MicrobatchBackward, backward_units
+from coserve.training.batching import BatchPlan, StepBatch
+from coserve.training.dataset import TokenDataset
+from coserve.training.job import JobSpec, StepMetrics
+from coserve.training.microbatch import Microbatch
+from coserve.training.optimizer import AdamW
+from coserve.training.schedule import Schedule
+from coserve.training.trainable_adapter import TrainableAdapter
+
+
+class RunningJob:
+    """A job from its newest whole checkpoint on. `pool` and `rows` are where its compute weights live.
+
+    Raises InvalidRequest or ConfigError when its data or settings don't hold.
+    """
+
+    def __init__(self, spec: JobSpec, decoder: Decoder, pool: AdapterPool, rows: list[int]) -> None:
+        self.spec = spec
+        self.paused = spec.paused
+        self.sequences: list[TrainingSequence] = []
+        self.microbatches: dict[str, Microbatch] = {}
+        self.device_seconds = 0.0
+        self._decoder, self._pool, self._rows = decoder, pool, rows
+        dataset = TokenDataset.open(spec.data_path)
+        self._dataset = dataset
+        self._plan = BatchPlan(dataset, spec.training, spec.seed)
+        self._schedule = Schedule(spec.training, self._plan.total_steps)
+        self._adapter = TrainableAdapter(
+            spec.lora,
+            decoder.config,
+            spec.seed,
+            base_model_name=spec.base_model_name,
+            device=decoder.device,
+        )
+        self._optimizer = AdamW(self._adapter, spec.training)
+        self.step = 0
+        self.last_loss = math.nan
+        self._events: list[StepMetrics] = []
+        self.restored_events: list[StepMetrics] = []
+        self.restored_path: str | None = None
+        self._restore()
+        self._adapter.place(pool, rows)
+        self._batch: StepBatch | None = None
+        self._passes: dict[str, MicrobatchBackward] = {}
+        self._began = time.perf_counter()
+
+    @staticmethod
+    def rank(spec: JobSpec) -> int:
+        """Pool rows that the job's adapter needs."""
+        return max([spec.lora.r, *spec.lora.rank_pattern.values()])
+
+    @property
+    def finished(self) -> bool:
+        """All optimizer steps are done."""
+        return self.step >= self._plan.total_steps
+
+    @property
+    def state_bytes(self) -> int:
+        """Masters, gradients and moments."""
+        return self._adapter.nbytes + self._optimizer.nbytes
+
+    @property
+    def steps_since_checkpoint(self) -> int:
+        return len(self._events)
+
+    @property
+    def checkpoint_due(self) -> bool:
+        """By the job's rule: every `checkpoint_steps`, or at each epoch's end; and after the last step."""
+        every = self.spec.training.checkpoint_steps or self._plan.steps_per_epoch
+        return self.finished or self.step % every == 0
+
+    # ------------------------------------------------------------------ one optimizer step
+
+    def begin_step(self, slab_bytes: int) -> None:
+        """Make the next step's microbatches; they owe all their tokens. `slab_bytes`: the pool's unit."""
+        self._batch = self._plan.step(self.step + 1)
+        self._adapter.zero_gradients()
+        self._began = time.perf_counter()
+        self.device_seconds = 0.0
+        for index, examples in enumerate(self._batch.microbatches):
+            microbatch = Microbatch([self._dataset[i] for i in examples], self._decoder.device)
+            units = backward_units(
+                microbatch.num_tokens,
+                microbatch.num_trained,
+                self._decoder.config.num_layers,
+                self._adapter.lowest_layer,
+                self.spec.training.window_tokens,
+            )
+            sequence = TrainingSequence(
+                f"{self.spec.job_id}/{self.step + 1}/{index}",
+                self.spec.job_id,
+                index,
+                microbatch.num_tokens,
+                units,
+                adapter=self.spec.job_id,
+                slabs=-(-self._activation_bytes(microbatch) // slab_bytes),
+                window_tokens=self.spec.training.window_tokens,
+            )
+            self.sequences.append(sequence)
+            self.microbatches[sequence.sequence_id] = microbatch
+
+    def place(self, sequence_id: str, extent: torch.Tensor) -> None:
+        """Give a microbatch memory for its activations, uint8 [nbytes]."""
+        microbatch = self.microbatches[sequence_id]
+        config = self._decoder.config
+        microbatch.activations = MicrobatchActivations(
+            extent,
+            config,
+            config.num_layers,
+            microbatch.num_tokens,
+            self._decoder.dtype,
+            self._adapter.lowest_layer,
+        )
+
+    def run_backward_unit(self, sequence_id: str) -> None:
+        """Run the microbatch's next backward unit; its memory is given up after the last."""
+        current = self._passes.get(sequence_id)
+        if current is None:
+            assert self._batch is not None
+            current = self._passes[sequence_id] = MicrobatchBackward(
+                self._decoder,
+                self.microbatches[sequence_id],
+                self._adapter,
+                self._pool,
+                self._rows,
+                grad_scale=1.0 / self._batch.trained_tokens,
+                window_tokens=self.spec.training.window_tokens,
+            )
+        current.run_next()
+        if current.done:
+            del self._passes[sequence_id]
+            self.microbatches[sequence_id].activations = None
+
+    def forget_activations(self, sequence_ids: set[str]) -> None:
+        """Memory was taken away. When all microbatches lost theirs, half-made gradients start over."""
+        for sequence_id in sequence_ids:
+            self.microbatches[sequence_id].activations = None
+            self._passes.pop(sequence_id, None)
+        if sequence_ids == self.microbatches.keys():
+            self._adapter.zero_gradients()
+
+    def commit_step(self) -> StepMetrics:
+        """Clip, update, write the compute rows. Raises FailedPrecondition when the step isn't finite."""
+        assert self._batch is not None
+        batch = self._batch
+        loss = math.fsum(m.loss_sum() for m in self.microbatches.values()) / batch.trained_tokens
+        if not math.isfinite(loss):
+            raise FailedPrecondition(
+                f"training diverged: the loss of step {batch.step} is not finite; lower the learning rate",
+                code="training_diverged",
+            )
+        self._adapter.finish_gradients()
+        learning_rate = self._schedule.learning_rate(batch.step)
+        norm = self._optimizer.step(learning_rate)
+        self._adapter.write_rows(self._pool, self._rows)
+        self.step, self.last_loss = batch.step, loss
+        seconds = time.perf_counter() - self._began
+        metrics = StepMetrics(
+            step=batch.step,
+            total_steps=self._plan.total_steps,
+            epoch=batch.epoch,
+            loss=loss,
+            learning_rate=learning_rate,
+            grad_norm=norm,
+            trained_tokens=batch.trained_tokens,
+            tokens=batch.tokens,
+            tokens_per_second=batch.tokens / seconds,
+            share=min(1.0, self.device_seconds / seconds),
+            time=time.time(),
+        )
+        self._events.append(metrics)
+        return metrics
+
+    def drop_step(self) -> None:
+        """Forget the step under way; `begin_step` makes it again."""
+        self.sequences = []
+        self.microbatches = {}
+        self._passes = {}
+        self._batch = None
+
+    def _activation_bytes(self, microbatch: Microbatch) -> int:
+        config = self._decoder.config
+        return MicrobatchActivations.nbytes(
+            config,
+            config.num_layers,
+            microbatch.num_tokens,
+            self._decoder.dtype,
+            self._adapter.lowest_layer,
+        )
+
+    # ------------------------------------------------------------------ files
+
+    def write_checkpoint(self) -> str:
+        """Make the last committed step durable; returns the checkpoint's directory."""
+        path = checkpoint.write(
+            self.spec.checkpoint_dir, self.step, self._adapter, self._optimizer, self._events, self.spec
+        )
+        self._events = []
+        return str(path)
+
+    def _restore(self) -> None:
+        found = checkpoint.newest_whole(self.spec.checkpoint_dir, self.spec)
+        if found is not None:
+            found.load_into(self._adapter, self._optimizer)
+            self.step = found.step
+            self.restored_events = [msgspec.convert(event, StepMetrics) for event in found.events]
+            self.restored_path = str(found.path)
+            self.last_loss = self.restored_events[-1].loss if self.restored_events else math.nan
+        elif self.spec.init_path is not None:
+            self._adapter.load(load_file(Path(self.spec.init_path) / TENSOR_FILE))
