@@ -8,10 +8,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import common
 import torch
 from transformers import AutoModelForCausalLM
 
-import common
 from coserve.core.sampling_params import SamplingParams
 from coserve.engine.local import LocalEngine
 

@@ -11,11 +11,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import common
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-import common
 from coserve.engine import messages as m
 from coserve.engine.local import LocalEngine
 from coserve.training.dataset import TokenDataset

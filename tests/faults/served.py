@@ -24,13 +24,14 @@ class Served:
 
     def __init__(self, state_dir: Path, *flags: str) -> None:
         self.state_dir = state_dir
+        self._log = state_dir.with_suffix(".log").open("ab")
         self.process = subprocess.Popen(
             [
                 sys.executable, "-m", "coserve.cli.main", "serve",
                 "--port", "0", "--grpc-port", "0", "--state-dir", str(state_dir), *flags,
             ],
             stdout=subprocess.PIPE,
-            stderr=open(state_dir.with_suffix(".log"), "ab"),
+            stderr=self._log,
             text=True,
         )  # fmt: skip
         assert self.process.stdout is not None
@@ -52,6 +53,7 @@ class Served:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+        self._log.close()
 
     # ------------------------------------------------------------------ calls
 

@@ -39,7 +39,8 @@ def test_a_killed_engine_comes_back_and_the_job_goes_on(tmp_path: Path, undistur
         job_id = served.start_job(**JOB)
         served.wait_for_step(job_id, 4)
         served.kill_engine()
-        served.wait(lambda: served.http.get("/ready").status_code == 200 and served.chat("Who are you?") == before)
+        served.wait(lambda: served.http.get("/ready").status_code == 200)
+        assert served.chat("Who are you?") == before
         check_job(served, job_id, undisturbed)
 
 
@@ -53,7 +54,7 @@ def test_requests_in_flight_get_a_503_they_may_retry(tmp_path: Path) -> None:
 
         asking = threading.Thread(target=ask)
         asking.start()
-        served.wait(lambda: "vllm:num_requests_running" in served.http.get("/metrics").text and running(served))
+        served.wait(lambda: running(served))
         served.kill_engine()
         asking.join()
         assert answers[0].status_code == 503
