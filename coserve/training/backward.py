@@ -101,7 +101,7 @@ class MicrobatchBackward:
         self.cursor += 1
 
     def _run_window(self, layer: int, window: int) -> None:
-        microbatch, saved = self.microbatch, self.microbatch.activations
+        microbatch, saved = self.microbatch, self.microbatch.saved
         if window == 0:
             saved.dk_TND.zero_()
             saved.dv_TND.zero_()

@@ -15,7 +15,7 @@ CHUNK = 64  # trained tokens of one loss unit
 def loss_chunk(decoder: Decoder, microbatch: Microbatch, chunk: int, grad_scale: float) -> None:
     """Losses of the trained tokens [64 chunk, 64 (chunk + 1)) into `losses_T`, and the gradient w.r.t. the
     last layer's output, times `grad_scale`, into `dh_TH`, whose other rows the first chunk sets to zero."""
-    saved = microbatch.activations
+    saved = microbatch.saved
     if chunk == 0:
         saved.dh_TH.zero_()
     rows = microbatch.trained_rows[chunk * CHUNK : (chunk + 1) * CHUNK]

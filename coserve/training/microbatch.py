@@ -10,7 +10,6 @@ import torch
 
 from coserve.kernels.linear_cross_entropy import IGNORED
 from coserve.layers.batch import TrainingWindow
-from coserve.models.config import ModelConfig
 from coserve.training.activations import MicrobatchActivations
 
 Sample = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
@@ -20,19 +19,12 @@ class Microbatch:
     """The stream of `samples`: (token_ids, labels), labels aligned with tokens, -100 where not trained.
 
     token_ids_T, targets_T, positions_T int64; sample_start_T int32; losses_T fp32 (after the loss units).
-    The target at a token is the label of the next one of the same sample. Its activations lie in an extent
-    of `nbytes` bytes that `place` gives and `release` takes away.
+    The target at a token is the label of the next one of the same sample. Whoever owns the memory sets
+    `activations` before the first forward window and takes it back (None) after the backward.
     """
 
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        config: ModelConfig,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        lowest_layer: int = 0,
-    ) -> None:
+    def __init__(self, samples: Sequence[Sample], device: torch.device | str = "cpu") -> None:
+        self.activations: MicrobatchActivations | None = None
         lengths = [len(ids) for ids, _ in samples]
         starts = np.cumsum([0, *lengths])
         targets = np.full(starts[-1], IGNORED, dtype=np.int64)
@@ -48,10 +40,6 @@ class Microbatch:
         self.sample_start_T = torch.from_numpy(sample_start).to(device)
         self.losses_T = torch.zeros(self.num_tokens, dtype=torch.float32, device=device)
         self.trained_rows = (self.targets_T != IGNORED).nonzero().flatten()
-        self.lowest_layer = lowest_layer
-        self._shape = (config, config.num_layers, self.num_tokens, dtype, lowest_layer)
-        self._device = device
-        self._activations: MicrobatchActivations | None = None
 
     @property
     def num_trained(self) -> int:
@@ -59,43 +47,22 @@ class Microbatch:
         return len(self.trained_rows)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the extent that `place` wants."""
-        return MicrobatchActivations.nbytes(*self._shape)
-
-    @property
     def workspace_bytes(self) -> int:
-        """Bytes held outside the extent."""
+        """Bytes held beside the activations."""
         held = (self.token_ids_T, self.targets_T, self.positions_T, self.sample_start_T, self.losses_T)
         return sum(tensor.nbytes for tensor in held) + self.trained_rows.nbytes
 
     @property
-    def placed(self) -> bool:
-        """It has memory for its activations."""
-        return self._activations is not None
-
-    @property
-    def activations(self) -> MicrobatchActivations:
-        """The buffers in its extent. ValueError before `place`."""
-        if self._activations is None:
-            raise ValueError("the microbatch has no memory for its activations yet")
-        return self._activations
-
-    def place(self, extent: torch.Tensor | None = None) -> None:
-        """Take `extent` (uint8, at least `nbytes` long, aligned to 64 bytes) for the activations; None
-        allocates one."""
-        if extent is None:
-            extent = torch.empty(self.nbytes, dtype=torch.uint8, device=self._device)
-        self._activations = MicrobatchActivations(extent, *self._shape)
-
-    def release(self) -> None:
-        """Let go of the extent; what was computed is lost but for `losses_T`."""
-        self._activations = None
+    def saved(self) -> MicrobatchActivations:
+        """The activations; ValueError while there is no memory for them."""
+        if self.activations is None:
+            raise ValueError("the microbatch has no memory for its activations")
+        return self.activations
 
     def window(self, row_start: int, start: int, length: int) -> TrainingWindow:
         """Tokens [start, start + length) as rows of a forward batch, from row `row_start` on."""
         starts_W = self.sample_start_T[start : start + length]
-        return TrainingWindow(row_start, length, start, starts_W, self.activations)
+        return TrainingWindow(row_start, length, start, starts_W, self.saved)
 
     def loss_sum(self) -> float:
         """Sum of the tokens' losses, exactly rounded so that no order matters; valid after the loss units."""

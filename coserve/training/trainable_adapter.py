@@ -17,6 +17,7 @@ import torch
 
 from coserve.errors import InvalidRequest
 from coserve.layers.batch import LoraPool, ModuleGradient
+from coserve.lora.adapter import load_adapter
 from coserve.lora.peft_config import PeftConfig
 from coserve.lora.peft_files import make_config, tensor_key, write_adapter
 from coserve.models.config import LINEAR_MODULES, ModelConfig
@@ -204,6 +205,21 @@ class TrainableAdapter:
             )
         for key, master in own.items():
             master.copy_(tensors[key])
+
+    def start_from(self, directory: str | Path, model: ModelConfig) -> None:
+        """Set the masters from a PEFT directory so that the adapter computes the same, whatever its scale.
+
+        Raises InvalidRequest when its modules or ranks differ, NotFound when there is none.
+        """
+        given = load_adapter(directory, model, param="init_from")
+        tensors = {}
+        scales = {(m.layer, LINEAR_MODULES[m.module]): m.scale for m in self.modules}
+        for place, weights in given.modules.items():
+            path = model.module_path(*place)
+            ratio = weights.scale / scales.get(place, weights.scale)
+            tensors[tensor_key(path, "A")] = weights.a_RK
+            tensors[tensor_key(path, "B")] = weights.b_NR if ratio == 1.0 else weights.b_NR * ratio
+        self.load(tensors)
 
     def export(self, directory: str | Path) -> None:
         """Write the fp32 masters as a PEFT directory; Conflict when it exists."""

@@ -15,6 +15,7 @@ from coserve.kernels.lora import LoraSegments
 from coserve.layers.batch import ForwardBatch, LoraBatch
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.models.decoder import Decoder
+from coserve.training.activations import MicrobatchActivations
 from coserve.training.backward import MicrobatchBackward
 from coserve.training.batching import pack
 from coserve.training.microbatch import Microbatch, Sample
@@ -75,13 +76,16 @@ class Trainer:
         adapter.zero_gradients()
         losses = []
         for run in pack([len(ids) for ids, _ in samples], microbatch_tokens):
-            microbatch = Microbatch(
-                [samples[i] for i in run],
+            microbatch = Microbatch([samples[i] for i in run])
+            shape = (
                 config,
-                dtype=self.decoder.dtype,
-                lowest_layer=adapter.lowest_layer,
+                config.num_layers,
+                microbatch.num_tokens,
+                self.decoder.dtype,
+                adapter.lowest_layer,
             )
-            microbatch.place(torch.full((microbatch.nbytes,), 255, dtype=torch.uint8))
+            extent = torch.full((MicrobatchActivations.nbytes(*shape),), 255, dtype=torch.uint8)
+            microbatch.activations = MicrobatchActivations(extent, *shape)
             self.forward(microbatch, forward_window)
             backward = MicrobatchBackward(
                 self.decoder,

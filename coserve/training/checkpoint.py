@@ -1,0 +1,170 @@
+"""Checkpoints at optimizer boundaries: all that a job needs to go on to the same bits.
+
+    step-000012/
+        adapter_model.safetensors, adapter_config.json   the fp32 masters, a PEFT directory
+        optimizer.safetensors                            AdamW's moments, fp32
+        state.json                                       step, events, the settings' fingerprint, sha256 of files
+
+A checkpoint is put together under a name ending in .tmp, synced, renamed, and its parent synced: it is there
+whole or not at all. Its events are those of the steps since the checkpoint before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from safetensors.torch import load_file, save_file
+
+from coserve.errors import FailedPrecondition
+from coserve.lora.peft_files import CONFIG_FILE, TENSOR_FILE, write_adapter_files
+from coserve.training.job import JobSpec, StepMetrics
+from coserve.training.optimizer import AdamW
+from coserve.training.trainable_adapter import TrainableAdapter
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+FORMAT = 1
+KEPT = 3
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One on disk that was checked against its sums. `events` are `StepMetrics` as plain dicts."""
+
+    path: Path
+    step: int
+    events: list[dict[str, Any]]
+
+    def load_into(self, adapter: TrainableAdapter, optimizer: AdamW) -> None:
+        """Set masters, moments and the optimizer's step count."""
+        adapter.load(load_file(self.path / TENSOR_FILE))
+        optimizer.load_state(load_file(self.path / OPTIMIZER_FILE), self.step)
+
+
+def fingerprint(spec: JobSpec) -> str:
+    """sha256 (hex) over the settings that decide what is computed."""
+    fields = {"seed": spec.seed, "lora": spec.lora, "training": spec.training, "init": bool(spec.init_path)}
+    return hashlib.sha256(msgspec.json.encode(fields, order="deterministic")).hexdigest()
+
+
+def write(
+    directory: str | Path,
+    step: int,
+    adapter: TrainableAdapter,
+    optimizer: AdamW,
+    events: Sequence[StepMetrics],
+    spec: JobSpec,
+) -> Path:
+    """Make the state after optimizer step `step` durable, and forget all but the newest `KEPT`.
+
+    Returns the checkpoint's directory. A whole one of the same step is left as it is: replay makes the same.
+    """
+    parent = Path(directory)
+    target = parent / f"step-{step:06d}"
+    if target.exists():
+        if _read_state(target) is not None:
+            return target
+        shutil.rmtree(target)
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write_adapter_files(temporary, adapter.tensors(), adapter.config)
+        moments = {name: tensor.cpu() for name, tensor in optimizer.state().items()}
+        save_file(moments, temporary / OPTIMIZER_FILE)
+        files = (TENSOR_FILE, CONFIG_FILE, OPTIMIZER_FILE)
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "fingerprint": fingerprint(spec),
+            "sha256": {name: _sha256(temporary / name) for name in files},
+            "events": msgspec.to_builtins(list(events)),
+        }
+        (temporary / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        for path in (temporary / OPTIMIZER_FILE, temporary / STATE_FILE, temporary):
+            _sync(path)
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(parent)
+    prune(parent)
+    return target
+
+
+def newest_whole(directory: str | Path, spec: JobSpec) -> Checkpoint | None:
+    """The latest checkpoint whose files are all there and match their sums; None when there is none.
+
+    Raises FailedPrecondition when it was made under other settings than `spec`.
+    """
+    for path in sorted(_checkpoints(Path(directory)), key=_step, reverse=True):
+        state = _read_state(path)
+        if state is None:
+            continue
+        if state["fingerprint"] != fingerprint(spec):
+            raise FailedPrecondition(
+                f"the checkpoint {path.name} was made with other settings; start a new job",
+                code="checkpoint_mismatch",
+            )
+        return Checkpoint(path, state["step"], state["events"])
+    return None
+
+
+def prune(directory: str | Path, keep: int = KEPT) -> None:
+    """Remove all but the `keep` latest checkpoints, and what was left half made."""
+    parent = Path(directory)
+    for path in parent.glob("step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in sorted(_checkpoints(parent), key=_step)[:-keep]:
+        # Renamed first, so that a kill in between leaves no half checkpoint under its name.
+        doomed = path.with_name(path.name + ".tmp")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _checkpoints(parent: Path) -> list[Path]:
+    return [path for path in parent.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _read_state(path: Path) -> dict[str, Any] | None:
+    """state.json of a whole checkpoint; None for a broken one."""
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        whole = (
+            state["format"] == FORMAT
+            and state["step"] == _step(path)
+            and isinstance(state["events"], list)
+            and isinstance(state["fingerprint"], str)
+            and state["sha256"].keys() == {TENSOR_FILE, CONFIG_FILE, OPTIMIZER_FILE}
+            and all(_sha256(path / name) == digest for name, digest in state["sha256"].items())
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return state if whole else None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
