@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from coserve.cli.jobs import follow_job
 from coserve.cli.values import existing_file, pairs
 
 PREVIEW_ROWS = 3
+PREVIEW_LINES = 100  # of the file; enough to show, and small enough for one message
 # Flag of this command -> field of `LoraConfig` and of `TrainingConfig`. A flag not given stays absent.
 _LORA_FIELDS = {"rank": "r", "lora_alpha": "lora_alpha"}
 _TRAINING_FIELDS = {
@@ -74,7 +76,7 @@ def finetune(
         config = pb.TrainingConfig(**training)
         if preview:
             request = pb.PreviewDatasetRequest(
-                data=path.read_bytes(), model=model, training=config, limit=PREVIEW_ROWS
+                data=first_lines(path), model=model, training=config, limit=PREVIEW_ROWS
             )
             _print_preview(stub.PreviewDataset(request, metadata=metadata(api_key)))
             return
@@ -107,6 +109,12 @@ def upload(request: Any, path: Path) -> Iterator[Any]:
     yield request(info={"filename": path.name, "purpose": "fine-tune"})
     for piece in chunks(path):
         yield request(data=piece)
+
+
+def first_lines(path: Path) -> bytes:
+    """The file's first `PREVIEW_LINES` lines."""
+    with path.open("rb") as file:
+        return b"".join(islice(file, PREVIEW_LINES))
 
 
 def _print_preview(answer: Any) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import grpc
 
-from coserve.server.grpc_gen.coserve.v1 import finetuning_pb2 as pb
-from coserve.server.grpc_gen.coserve.v1 import finetuning_pb2_grpc
+from coserve.server.grpc_gen import fine_tuning_pb2 as pb
+from coserve.server.grpc_gen import fine_tuning_pb2_grpc
 from examples.demo.figures import Training
 
 LEARNING_RATE = 1e-3
@@ -22,7 +22,7 @@ async def fine_tune(address: str, data: Path, adapter: str, epochs: int, trainin
     Raises RuntimeError with the job's own words unless it succeeds, grpc.RpcError when the server refuses.
     """
     async with grpc.aio.insecure_channel(address) as channel:
-        stub = finetuning_pb2_grpc.FineTuningServiceStub(channel)
+        stub = fine_tuning_pb2_grpc.FineTuningServiceStub(channel)
         file = await stub.UploadFile(_upload(data))
         job = await stub.CreateJob(
             pb.CreateJobRequest(
