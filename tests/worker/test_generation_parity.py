@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from coserve.kernels.dispatch import native, use_backend
 from tests.worker.generation import Generation
 
 PROMPTS = {
@@ -74,31 +75,35 @@ def test_a_cached_prefix_belongs_to_its_adapter(models, expected):
     assert engine.requests["b again"].num_cached_tokens > 0
 
 
-def test_rows_do_not_depend_on_batch_mates(models):
-    """To the bit: tokens, and their log-probabilities as floats."""
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_rows_do_not_depend_on_batch_mates(models, backend):
+    """Tokens and log-probabilities: to the bit on the CPU kernels, within rounding on the references."""
     wanted = {"temperature": 0.8, "seed": 11, "logprobs": 3, "prompt_logprobs": 2}
-    alone, beside = {}, {}
-    for name, (prompt, adapter) in PROMPTS.items():
-        engine = generation(models, max_tokens=64)
-        engine.add(name, prompt, adapter=adapter, **wanted)
-        alone[name] = (engine.run()[name], engine.logprobs[name], engine.prompt_logprobs[name])
-    engine = generation(models, max_tokens=5)
-    for name, (prompt, adapter) in PROMPTS.items():
-        engine.add(name, prompt, adapter=adapter, **wanted)
-    outputs = engine.run()
+    with use_backend(backend):
+        alone = {}
+        for name, (prompt, adapter) in PROMPTS.items():
+            engine = generation(models, max_tokens=64)
+            engine.add(name, prompt, adapter=adapter, **wanted)
+            alone[name] = (engine.run()[name], engine.logprobs[name], engine.prompt_logprobs[name])
+        engine = generation(models, max_tokens=5)
+        for name, (prompt, adapter) in PROMPTS.items():
+            engine.add(name, prompt, adapter=adapter, **wanted)
+        outputs = engine.run()
+    exact = backend == "auto" and native is not None
     for name in PROMPTS:
-        beside[name] = (outputs[name], engine.logprobs[name], engine.prompt_logprobs[name])
-    for name in PROMPTS:
-        assert beside[name][0] == alone[name][0]
-        assert_close(beside[name][1], alone[name][1])
-        assert_close(beside[name][2][1:], alone[name][2][1:])
+        tokens, sampled, prompt = alone[name]
+        assert outputs[name] == tokens
+        assert_same(engine.logprobs[name], sampled, exact)
+        assert_same(engine.prompt_logprobs[name][1:], prompt[1:], exact)
 
 
-def assert_close(got, want):
+def assert_same(got, want, exact):
     for one, other in zip(got, want, strict=True):
+        if exact:
+            assert one == other
         assert (one.token_id, one.rank) == (other.token_id, other.rank)
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
-        assert [t for t, _ in one.top] == [t for t, _ in other.top]
+        assert [token for token, _ in one.top] == [token for token, _ in other.top]
 
 
 @pytest.mark.parametrize("max_tokens", [64, 5])
