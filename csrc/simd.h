@@ -29,7 +29,7 @@ struct bf16 {
 };
 
 static inline vf splat(float x) {
-  return vf{} + x;
+  return x - vf{};  // x + 0 would turn -0 into 0 and cost an addition
 }
 static inline vf vmax(vf a, vf b) {
   return a > b ? a : b;

@@ -1,0 +1,27 @@
+"""Every test that takes `isa` runs the C++ kernels on each instruction set that this CPU has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from coserve.kernels import dispatch
+
+
+@pytest.fixture(params=dispatch.ISA_LEVELS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    if dispatch.native is None:
+        pytest.skip("the compiled kernels are not built")
+    if dispatch.ISA_LEVELS.index(request.param) > dispatch.native.max_isa():
+        pytest.skip(f"this CPU has no {request.param}")
+    with dispatch.use_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield

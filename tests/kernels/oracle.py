@@ -1,0 +1,45 @@
+"""Comparison of a kernel with the same formula in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from coserve.kernels.dispatch import use_backend
+
+FP32_BOUND = 2e-6
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest difference over the largest value of the float64 `want` (at least 0.1); NaN is infinite."""
+    if want.numel() == 0:
+        return 0.0
+    scale = max(float(want.abs().max()), 0.1)
+    difference = (got.double() - want).abs().nan_to_num(nan=float("inf"))
+    return float(difference.max()) / scale
+
+
+def as_double(args: tuple) -> tuple:
+    """Floating tensors of `args` as fresh float64 copies, the rest unchanged."""
+    return tuple(
+        arg.double().clone() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg
+        for arg in args
+    )
+
+
+def check(run: Callable[..., tuple[torch.Tensor, ...]], *args: object, bound: float = FP32_BOUND) -> None:
+    """`run(*args)` on C++ against float64: fp32 within `bound`, bf16 within twice the reference's error."""
+    wants = run(*as_double(args))
+    copies = tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
+    with use_backend("reference"):
+        references = run(*copies)
+    for got, reference, want in zip(run(*args), references, wants, strict=True):
+        low = next(a.dtype for a in args if isinstance(a, torch.Tensor)) == torch.bfloat16
+        limit = 2 * error(reference, want) + 1e-6 if low else bound
+        assert error(got, want) <= limit
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coserve.kernels.kv_store import kv_store
+from coserve.kernels.paged_attention import paged_attention
+from coserve.kernels.window_attention import window_attention, window_attention_backward
+from tests.kernels.oracle import DTYPES, check, error, ints
+
+WINDOWS = [
+    ((1, 1, 16), 1, 0),
+    ((4, 2, 32), 64, 0),
+    ((7, 1, 64), 150, 70),
+    ((8, 1, 80), 66, 65),
+    ((6, 6, 128), 130, 0),
+    ((3, 3, 20), 65, 0),
+    ((2, 1, 5), 150, 64),
+]
+HEADS = [(1, 1, 16), (4, 2, 32), (7, 1, 64), (8, 1, 80), (6, 6, 128), (3, 3, 20), (2, 1, 5)]
+
+
+def paged_case(
+    lengths: list[int],
+    queries: list[int],
+    heads: tuple[int, int, int],
+    dtype: torch.dtype,
+    block_size: int = 16,
+) -> tuple:
+    """q, caches in a slab [block, k or v, ...] with scattered blocks and NaN where nothing was stored."""
+    N, Nkv, D = heads
+    blocks = [-(-length // block_size) for length in lengths]
+    slab = torch.full((sum(blocks) + 2, 2, block_size, Nkv, D), float("nan"), dtype=dtype)
+    order = torch.randperm(sum(blocks) + 2)[: sum(blocks)].int()
+    tables = torch.zeros(len(lengths), max(max(blocks, default=0), 1), dtype=torch.int32)
+    for s, (table, length) in enumerate(zip(order.split(blocks), lengths, strict=True)):
+        tables[s, : len(table)] = table
+        token = torch.arange(length)
+        slots = table.long()[token // block_size] * block_size + token % block_size
+        new = torch.randn(2, length, Nkv, D).to(dtype)
+        kv_store(new[0], new[1], slab[:, 0], slab[:, 1], slots)
+    q = torch.randn(sum(queries), N, D).to(dtype)
+    starts = ints(0, *torch.tensor(queries).cumsum(0).tolist())
+    return q, slab[:, 0], slab[:, 1], tables, starts, ints(*lengths), D**-0.5
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_paged_attention_matches_float64(isa: str, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    lengths, queries = [1, 64, 65, 150, 33], [1, 1, 65, 3, 0]
+    args = paged_case(lengths, queries, heads, dtype)
+    check(lambda *a: (paged_attention(*a),), *args)
+
+
+def test_paged_prefill_and_decode_agree_to_the_bit(isa: str) -> None:
+    q, k, v, tables, _, lengths, scale = paged_case([150], [150], (4, 2, 64), torch.float32)
+    whole = paged_attention(q, k, v, tables, ints(0, 150), lengths, scale)
+    for cut in (1, 37, 64, 149):
+        parts = [
+            paged_attention(q[a:b], k, v, tables, ints(0, b - a), ints(b), scale)
+            for a, b in ((0, cut), (cut, 150))
+        ]
+        assert torch.equal(torch.cat(parts), whole)
+    single = [paged_attention(q[i : i + 1], k, v, tables, ints(0, 1), ints(i + 1), scale) for i in range(150)]
+    assert torch.equal(torch.cat(single), whole)
+
+
+def test_paged_row_does_not_depend_on_its_batch(isa: str) -> None:
+    q, k, v, tables, starts, lengths, scale = paged_case([70, 5, 129], [1, 5, 40], (4, 2, 16), torch.float32)
+    whole = paged_attention(q, k, v, tables, starts, lengths, scale)
+    for s in range(3):
+        begin, end = int(starts[s]), int(starts[s + 1])
+        alone = paged_attention(
+            q[begin:end], k, v, tables[s : s + 1], ints(0, end - begin), lengths[s : s + 1], scale
+        )
+        assert torch.equal(alone, whole[begin:end])
+
+
+def test_paged_attention_refuses_wrong_tables() -> None:
+    q, k, v, tables, starts, lengths, scale = paged_case([4], [1], (2, 1, 16), torch.float32)
+    with pytest.raises(ValueError, match="block_tables"):
+        paged_attention(q, k, v, tables.long(), starts, lengths, scale)
+    with pytest.raises(ValueError, match="k_cache"):
+        paged_attention(q, k.bfloat16(), v, tables, starts, lengths, scale)
+    with pytest.raises(ValueError, match="multiple"):
+        paged_attention(
+            q.repeat(1, 2, 1)[:, :3], k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1), tables, starts, lengths, 1.0
+        )
+
+
+def stream(T: int, heads: tuple[int, int, int], dtype: torch.dtype, samples: tuple[int, ...]) -> tuple:
+    N, Nkv, D = heads
+    q, do = torch.randn(T, N, D).to(dtype), (torch.randn(T, N, D) / D**0.5).to(dtype)
+    k, v = torch.randn(T, Nkv, D).to(dtype), torch.randn(T, Nkv, D).to(dtype)
+    sample_start = torch.zeros(T, dtype=torch.int32)
+    for start in samples:
+        sample_start[start:] = start
+    return q, k, v, do, sample_start
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "T", "window_start"), WINDOWS)
+def test_window_attention_matches_float64(
+    isa: str, heads: tuple[int, int, int], dtype: torch.dtype, T: int, window_start: int
+) -> None:
+    q, k, v, do, sample_start = stream(T, heads, dtype, (40, 41, 128))
+    scale, starts = heads[2] ** -0.5, sample_start[window_start:]
+
+    def run(q, k, v, do):  # type: ignore[no-untyped-def]
+        o, lse = window_attention(q, k, v, starts, window_start, scale)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dk, dv = torch.zeros(k.shape, dtype=wide), torch.zeros(v.shape, dtype=wide)
+        dq = window_attention_backward(do, q, o, lse, k, v, starts, window_start, scale, dk, dv)
+        return o, lse, dq, dk, dv
+
+    check(run, q[window_start:], k, v, do[window_start:], bound=4e-6)
+
+
+def test_window_backward_matches_autograd(isa: str) -> None:
+    q, k, v, do, sample_start = stream(130, (4, 2, 16), torch.float32, (50,))
+    with torch.enable_grad():
+        leaves = [t.double().requires_grad_() for t in (q, k, v)]
+        position = torch.arange(130)
+        hidden = (position[None] > position[:, None]) | (position[None] < sample_start[:, None])
+        kk, vv = (t.repeat_interleave(2, 1) for t in leaves[1:])
+        scores = torch.einsum("tnd,jnd->ntj", leaves[0], kk) * 0.25
+        p = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        wants = torch.autograd.grad(torch.einsum("ntj,jnd->tnd", p, vv), leaves, do.double())
+    o, lse = window_attention(q, k, v, sample_start, 0, 0.25)
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    dq = window_attention_backward(do, q, o, lse, k, v, sample_start, 0, 0.25, dk, dv)
+    for got, want in zip((dq, dk, dv), wants, strict=True):
+        assert error(got, want) < 2e-6
+
+
+def in_windows(T: int, cut: int, case: tuple) -> tuple[torch.Tensor, ...]:
+    q, k, v, do, sample_start = case
+    edges = [(a, min(a + cut, T)) for a in range(0, T, cut)]
+    parts = [window_attention(q[a:b], k, v, sample_start[a:b], a, 0.125) for a, b in edges]
+    dk, dv = torch.zeros(k.shape), torch.zeros(v.shape)
+    dq = torch.empty_like(q)
+    for (a, b), (o, lse) in reversed(list(zip(edges, parts, strict=True))):
+        dq[a:b] = window_attention_backward(
+            do[a:b], q[a:b], o, lse, k, v, sample_start[a:b], a, 0.125, dk, dv
+        )
+    return torch.cat([o for o, _ in parts]), torch.cat([lse for _, lse in parts]), dq, dk, dv
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_window_cuts(isa: str, dtype: torch.dtype) -> None:
+    T = 530
+    case = stream(T, (4, 2, 16), dtype, (100, 131))
+    whole = in_windows(T, T, case)
+    for cut in (64, 128, 512):
+        assert all(torch.equal(a, b) for a, b in zip(in_windows(T, cut, case), whole, strict=True))
+    for cut in (7, 100):
+        o, lse, *gradients = in_windows(T, cut, case)
+        assert torch.equal(o, whole[0]) and torch.equal(lse, whole[1])
+        bound = 2e-6 if dtype == torch.float32 else 1e-2
+        assert all(error(a, b.double()) < bound for a, b in zip(gradients, whole[2:], strict=True))
+    one = stream(70, (2, 1, 16), torch.float32, ())
+    assert torch.equal(in_windows(70, 1, one)[0], in_windows(70, 70, one)[0])
+
+
+def test_window_backward_does_not_depend_on_threads() -> None:
+    case = stream(700, (2, 1, 32), torch.float32, ())
+    before = torch.get_num_threads()
+    both = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        both.append(in_windows(700, 700, case))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
+def test_window_attention_takes_column_slices(isa: str) -> None:
+    merged = torch.randn(20, 8, 16)
+    q, k, v = merged[:, :4], merged[:, 4:6], merged[:, 6:]
+    starts = torch.zeros(20, dtype=torch.int32)
+    sliced = window_attention(q, k, v, starts, 0, 0.25)
+    copied = window_attention(q.contiguous(), k.contiguous(), v.contiguous(), starts, 0, 0.25)
+    assert all(torch.equal(a, b) for a, b in zip(sliced, copied, strict=True))
+    with pytest.raises(ValueError, match="q of strides"):
+        window_attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, starts, 0, 0.25)
+    with pytest.raises(ValueError, match="window ends"):
+        window_attention(q, k, v, starts, 1, 0.25)

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coserve.kernels.lora import LoraSegments, lora_backward, lora_forward_
+from tests.kernels.oracle import DTYPES, check, error, ints
+
+POOL = 150
+SHAPES = [(16, 16), (33, 50), (1, 1), (128, 96), (200, 257)]
+
+
+def pool(N: int, K: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return (torch.randn(POOL, K) / K**0.5).to(dtype), torch.randn(POOL, N).to(dtype)
+
+
+def segments(*spans: tuple[int, int, int]) -> tuple[LoraSegments, torch.Tensor]:
+    """Of (start, end, rank): each segment's rows are scattered over the pool."""
+    ranks = [rank for *_, rank in spans]
+    offsets = [sum(ranks[:s]) for s in range(len(ranks))]
+    rows = torch.randperm(POOL)[: sum(ranks)].int()
+    starts, ends = ints(*(a for a, _, _ in spans)), ints(*(b for _, b, _ in spans))
+    return LoraSegments(starts, ends, ints(*offsets), rows), ints(*ranks)
+
+
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_matches_float64(isa: str, N: int, K: int, dtype: torch.dtype) -> None:
+    spans, ranks = segments((0, 1, 1), (1, 4, 64), (4, 4, 8), (6, 27, 16), (27, 30, 0), (30, 35, 3))
+    a, b = pool(N, K, dtype)
+    y, x = torch.randn(40, N).to(dtype), torch.randn(40, K).to(dtype)
+    check(lambda y, x, a, b: (lora_forward_(y, x, a, b, spans, ranks),), y, x, a, b)
+
+
+def test_forward_writes_only_its_columns_and_tokens(isa: str) -> None:
+    spans, ranks = segments((1, 3, 4))
+    a, b = pool(20, 16, torch.float32)
+    merged, x = torch.zeros(5, 60), torch.randn(5, 16)
+    lora_forward_(merged[:, 20:40], x, a, b, spans, ranks)
+    assert merged[1:3, 20:40].abs().min() > 0
+    merged[1:3, 20:40] = 0
+    assert not merged.any()
+
+
+def test_forward_row_does_not_depend_on_its_batch(isa: str) -> None:
+    a, b = pool(70, 90, torch.float32)
+    spans, ranks = segments((0, 50, 19))
+    y, x = torch.randn(50, 70), torch.randn(50, 90)
+    whole = lora_forward_(y.clone(), x, a, b, spans, ranks)
+    for size in (1, 3, 4, 16, 17):
+        parts = []
+        for at in range(0, 50, size):
+            end = min(size, 50 - at)
+            part = LoraSegments(ints(0), ints(end), spans.row_offset, spans.rows)
+            parts.append(lora_forward_(y[at : at + size].clone(), x[at : at + size], a, b, part, ranks))
+        assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "rank", "offset"), [(1, 1, 0), (64, 8, 0), (130, 64, 0), (70, 5, 60)])
+def test_backward_matches_float64(
+    isa: str, N: int, K: int, dtype: torch.dtype, T: int, rank: int, offset: int
+) -> None:
+    a, b = pool(N, K, dtype)
+    rows = torch.randperm(POOL)[:rank].int()
+    dy, x, dx = (torch.randn(T, size).to(dtype) for size in (N, K, K))
+
+    def run(dy, x, a, b, dx):  # type: ignore[no-untyped-def]
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        da, db = torch.ones(rank, K, dtype=wide), torch.ones(rank, N, dtype=wide)
+        lora_backward(dy, x, a, b, rows, dx, da, db, offset)
+        return dx, da, db
+
+    check(run, dy, x, a, b, dx)
+
+
+def test_backward_matches_autograd(isa: str) -> None:
+    a, b = pool(24, 40, torch.float32)
+    rows, x, dy = ints(7, 3, 90), torch.randn(100, 40), torch.randn(100, 24)
+    with torch.enable_grad():
+        leaves = [t.double().requires_grad_() for t in (x, a[rows.long()], b[rows.long()])]
+        wants = torch.autograd.grad(leaves[0] @ leaves[1].t() @ leaves[2], leaves, dy.double())
+    dx, da, db = torch.zeros(100, 40), torch.zeros(3, 40), torch.zeros(3, 24)
+    lora_backward(dy, x, a, b, rows, dx, da, db, 0)
+    for got, want in zip((dx, da, db), wants, strict=True):
+        assert error(got, want) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_cuts(isa: str, dtype: torch.dtype) -> None:
+    T, N, K = 300, 50, 70
+    a, b = pool(N, K, dtype)
+    rows = torch.randperm(POOL)[:9].int()
+    dy, x = torch.randn(T, N).to(dtype), torch.randn(T, K).to(dtype)
+
+    def in_windows(cut: int) -> tuple[torch.Tensor, ...]:
+        dx, da, db = torch.zeros(T, K).to(dtype), torch.zeros(9, K), torch.zeros(9, N)
+        for at in reversed(range(0, T, cut)):
+            span = slice(at, at + cut)
+            lora_backward(dy[span], x[span], a, b, rows, dx[span], da, db, at)
+        return dx, da, db
+
+    whole = in_windows(T)
+    for cut in (64, 128):
+        assert all(torch.equal(p, q) for p, q in zip(in_windows(cut), whole, strict=True))
+    for cut in (1, 7):
+        dx, da, db = in_windows(cut)
+        assert torch.equal(dx, whole[0])
+        assert max(error(da, whole[1].double()), error(db, whole[2].double())) < 2e-6
+
+
+def test_wrong_input_is_refused() -> None:
+    a, b = pool(16, 8, torch.float32)
+    spans, ranks = segments((0, 2, 4))
+    with pytest.raises(ValueError, match="ranks"):
+        lora_forward_(torch.zeros(2, 16), torch.zeros(2, 8), a, b, spans, ranks.long())
+    with pytest.raises(ValueError, match="a and b"):
+        lora_forward_(torch.zeros(2, 16), torch.zeros(2, 9), a, b, spans, ranks)
+    with pytest.raises(ValueError, match="da must be contiguous fp32"):
+        da, db = torch.zeros(1, 8).bfloat16(), torch.zeros(1, 16)
+        lora_backward(torch.zeros(2, 16), torch.zeros(2, 8), a, b, ints(1), torch.zeros(2, 8), da, db, 0)
