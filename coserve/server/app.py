@@ -1,0 +1,161 @@
+"""The HTTP application: request ids, keys, draining, routing, and errors in OpenAI's envelope."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route as StarletteRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from coserve import errors
+from coserve.log import line
+from coserve.server import adapter_routes, health, vllm_routes
+from coserve.server.auth import Authenticator
+from coserve.server.context import Context
+from coserve.server.http import Route, error_response, gone_response, logger, request_id
+from coserve.server.openai import chat_completions, completions, files, fine_tuning, models
+
+OPEN_PATHS = frozenset({"/health", "/ready"})
+_WHILE_DRAINING = OPEN_PATHS | {"/ping", "/metrics", "/version"}
+
+
+class Gate:
+    """Outermost layer: gives every request its id, checks its key, refuses work while draining."""
+
+    def __init__(self, app: ASGIApp, context: Context) -> None:
+        self._app = app
+        self._context = context
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        identity = request_id(headers)
+        state = scope.setdefault("state", {})
+        state["request_id"] = identity
+        started = time.monotonic()
+        status = 0
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", identity.encode("latin-1")),
+                ]
+            await send(message)
+
+        path = scope["path"]
+        try:
+            try:
+                authorization = headers.get(b"authorization")
+                text = authorization.decode("latin-1") if authorization is not None else None
+                state["role"] = None if path in OPEN_PATHS else self._context.auth.role(text)
+                if path not in _WHILE_DRAINING:
+                    self._context.lifecycle.check_open()
+            except errors.CoserveError as error:
+                self._context.metrics.rejected(error.code)
+                response = error_response(error)
+                if isinstance(error, errors.Unauthenticated):
+                    response.headers["www-authenticate"] = "Bearer"
+                await response(scope, receive, send_named)
+            else:
+                await self._app(scope, receive, send_named)
+        finally:
+            if path not in _WHILE_DRAINING:
+                seconds = time.monotonic() - started
+                method = scope["method"]
+                logger.info(
+                    line("http", id=identity, method=method, path=path, status=status, seconds=seconds)
+                )
+
+
+def _endpoint(route: Route, context: Context) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        try:
+            Authenticator.require(request.state.role, route.right)
+            return await route.handler(request)
+        except ClientDisconnect:
+            return gone_response()
+        except errors.CoserveError as error:
+            context.metrics.rejected(error.code)
+            return error_response(error)
+
+    return endpoint
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    method, path = request.method, request.url.path[:200]
+    if error.status_code == 404:
+        return error_response(errors.NotFound(f"There is no route {method} {path}."))
+    if error.status_code == 405:
+        response = error_response(errors.MethodNotAllowed(f"{path} does not take {method}."))
+        if error.headers and "Allow" in error.headers:
+            response.headers["allow"] = error.headers["Allow"]
+        return response
+    return error_response(errors.InvalidRequest(str(error.detail)))
+
+
+def all_routes(context: Context) -> list[Route]:
+    """Every route of the server."""
+    parts = (health, chat_completions, completions, models, files, fine_tuning, vllm_routes, adapter_routes)
+    return [route for part in parts for route in part.routes(context)]
+
+
+def create_app(context: Context) -> ASGIApp:
+    """The ASGI application of a server."""
+    routes = []
+    by_path: dict[str, list[Route]] = {}
+    for route in all_routes(context):
+        by_path.setdefault(route.path, []).append(route)
+    for path, group in by_path.items():
+        handlers = {route.method: _endpoint(route, context) for route in group}
+        routes.append(StarletteRoute(path, _by_method(handlers), methods=list(handlers)))
+    app = Starlette(
+        routes=routes,
+        exception_handlers={HTTPException: _http_error},
+        middleware=[Middleware(_Faults)],
+    )
+    app.router.redirect_slashes = False
+    return Gate(app, context)
+
+
+def _by_method(
+    handlers: dict[str, Callable[[Request], Awaitable[Response]]],
+) -> Callable[[Request], Awaitable[Response]]:
+    async def dispatch(request: Request) -> Response:
+        method = "GET" if request.method == "HEAD" and "HEAD" not in handlers else request.method
+        return await handlers[method](request)
+
+    return dispatch
+
+
+class _Faults:
+    """Turns a fault of ours before the first byte into a 500 envelope; its traceback goes to the log once."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watch(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watch)
+        except Exception as error:
+            response = error_response(error)
+            if not started:
+                await response(scope, receive, send)

@@ -1,0 +1,398 @@
+"""Adapters: loading, publishing, rolling back, removing; and which weights a `model` means.
+
+Every version lies as files of its own under the state directory, so nobody outside can change what was
+checked. Order of a publication: files durable, row committed, engine loaded, pointer swapped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from coserve.engine.client import EngineClient
+from coserve.engine.messages import AdapterRef
+from coserve.errors import (
+    ConfigError,
+    CoserveError,
+    FailedPrecondition,
+    InvalidRequest,
+    NotFound,
+    Unavailable,
+)
+from coserve.log import line
+from coserve.lora.peft_files import CONFIG_FILE, TENSOR_FILE, AdapterInfo, read_adapter_info
+from coserve.lora.registry import AdapterRegistry, AdapterVersion, check_adapter_name
+from coserve.metrics import Metrics
+from coserve.models.config import ModelConfig
+from coserve.server import adapter_store
+from coserve.server.adapter_store import AdapterRow
+from coserve.server.application.archives import extract
+from coserve.server.application.generation import Generator
+from coserve.server.application.models import BaseModel, Target, unknown_model
+from coserve.server.database import Database
+from coserve.server.state_dir import StateDir, copy_directory
+
+logger = logging.getLogger(__name__)
+
+_PEFT_FILES = (CONFIG_FILE, TENSOR_FILE, "README.md")
+
+
+class Adapters:
+    """The adapters of one server."""
+
+    def __init__(
+        self,
+        *,
+        base: BaseModel,
+        model_config: ModelConfig,
+        engine: EngineClient,
+        database: Database,
+        state: StateDir,
+        generator: Generator,
+        metrics: Metrics,
+        max_rank: int,
+        roots: Sequence[str],
+    ) -> None:
+        self._base = base
+        self._model_config = model_config
+        self._engine = engine
+        self._database = database
+        self._state = state
+        self._generator = generator
+        self._metrics = metrics
+        self._max_rank = max_rank
+        self._roots = [Path(root).expanduser().resolve() for root in roots]
+        self._registry = AdapterRegistry({base.name})
+        self._rows: dict[tuple[str, int], AdapterRow] = {}
+        self._checkpoints: dict[str, AdapterRef] = {}
+        self._tiers: dict[str, str] = {}
+        self._lock = asyncio.Lock()
+        self._removals: set[asyncio.Task[None]] = set()
+
+    # ------------------------------------------------------------------ reading
+
+    async def restore(self) -> None:
+        """Read the rows, and discard version folders that no row points to (publications cut short)."""
+        rows = await self._database.run(adapter_store.all_rows)
+        currents = await self._database.run(adapter_store.currents)
+        for row in rows:
+            version = row.version
+            self._rows[version.name, version.version] = row
+            if row.listed:
+                self._registry.publish(version, make_current=version.version == currents.get(version.name))
+        kept = {Path(row.version.path) for row in rows}
+        for folder in self._state.adapters.glob("*/*"):
+            if folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+        self._count()
+
+    async def load_pinned(self) -> None:
+        """Bring pinned versions to a fresh engine; the others come when they are asked for."""
+        for version in self._registry.all_versions():
+            if version.pinned:
+                with contextlib.suppress(Unavailable):
+                    await self._engine.load_adapter(ref(version), True)
+
+    async def load_at_start(self, name: str, path: str) -> None:
+        """An adapter of `--lora-modules`: a new version unless its files are those of the current one.
+
+        Raises ConfigError.
+        """
+        try:
+            source = Path(path).expanduser()
+            info = await asyncio.to_thread(read_adapter_info, source, self._model_config, self._max_rank)
+            if self.knows(name) and self._registry.get(name).digest == info.digest:
+                return
+            await self.load(name, path, pinned=False, replace_existing=True, trusted=True)
+        except CoserveError as error:
+            raise ConfigError(
+                f"--lora-modules {name}={path}: {error.message}", param="lora_modules"
+            ) from None
+
+    def resolve(self, model: str | None) -> Target:
+        """What a request's `model` runs on; ModelNotFound for a name nobody knows, never the base instead."""
+        if model is None or model == self._base.name:
+            return Target(self._base.name, None)
+        if model in self._checkpoints:
+            return Target(model, self._checkpoints[model])
+        return Target(model, ref(self._registry.resolve(model)))
+
+    def newest(self) -> list[AdapterRow]:
+        """The current version of every name, with its origin."""
+        return [self._rows[version.name, version.version] for version in self._registry.current()]
+
+    def get(self, name: str, version: int = 0) -> AdapterRow:
+        """A version by name (or "name@3") and number, 0 for the current one; ModelNotFound."""
+        plain, at, number = name.partition("@")
+        if at:
+            if not number.isascii() or not number.isdigit() or version:
+                raise unknown_model(name)
+            version = int(number)
+        try:
+            found = self._registry.get(plain, version)
+        except NotFound:
+            raise unknown_model(name if not version or at else f"{name}@{version}") from None
+        return self._rows[found.name, found.version]
+
+    def all_versions(self) -> list[AdapterRow]:
+        """Every version in service."""
+        return [self._rows[version.name, version.version] for version in self._registry.all_versions()]
+
+    def tier(self, digest: str) -> str:
+        """Where a version's weights are: "device", "host" or "disk"."""
+        return self._tiers.get(digest, "disk")
+
+    def take_tiers(self, tiers: dict[str, str]) -> None:
+        """The engine's latest word on where weights are."""
+        self._tiers = tiers
+        self._count()
+
+    def _count(self) -> None:
+        found = [self.tier(version.digest) for version in self._registry.all_versions()]
+        self._metrics.adapters({tier: found.count(tier) for tier in set(found)})
+
+    def check_name(self, name: str, param: str) -> None:
+        """Raise InvalidRequest for a name that can't be an adapter's."""
+        check_adapter_name(name, {self._base.name}, param=param)
+        if name.startswith(("ftjob-", "ftckpt-")) or name.endswith(":live"):
+            raise InvalidRequest(f"{param} must not look like a job or a checkpoint.", param=param)
+
+    def knows(self, name: str) -> bool:
+        """True when the name is an adapter in service."""
+        with contextlib.suppress(NotFound):
+            return bool(self._registry.get(name))
+        return False
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def add_checkpoint(self, names: Sequence[str], reference: AdapterRef) -> None:
+        """Let a checkpoint answer by its own names."""
+        for name in names:
+            self._checkpoints[name] = reference
+
+    async def drop_checkpoint(self, names: Sequence[str]) -> None:
+        """Forget a checkpoint's names and free its weights."""
+        gone = {name: self._checkpoints.pop(name, None) for name in names}
+        for digest in {reference.digest for reference in gone.values() if reference is not None}:
+            await self._release(digest)
+
+    # ------------------------------------------------------------------ changing
+
+    async def load(
+        self, name: str, path: str, *, pinned: bool, replace_existing: bool, trusted: bool = False
+    ) -> AdapterRow:
+        """Load an adapter from a directory of the server's, or bring an unloaded name back (no `path`).
+
+        `trusted` paths come from the command line; others must lie under --adapter-root. Raises
+        FailedPrecondition for a name in service without `replace_existing`, NotFound, InvalidRequest.
+        """
+        self.check_name(name, "lora_name")
+        async with self._lock:
+            if self.knows(name) and not replace_existing:
+                raise FailedPrecondition(
+                    f"The adapter {name!r} is loaded already; unload it first, or replace it.",
+                    param="lora_name",
+                )
+            if not path:
+                return await self._list_again(name)
+            source = Path(path).expanduser()
+            source = source.resolve() if trusted else self._allowed(source)
+            return await self._publish(name, source, root=path, origin="load", pinned=pinned)
+
+    def _allowed(self, path: Path) -> Path:
+        resolved = path.resolve()
+        if not any(resolved.is_relative_to(root) for root in self._roots):
+            raise InvalidRequest(
+                "This path is not under an --adapter-root of the server.",
+                param="lora_path",
+                code="path_not_allowed",
+            )
+        if not resolved.is_dir():
+            raise NotFound("There is no adapter directory at this path.", param="lora_path")
+        return resolved
+
+    async def _list_again(self, name: str) -> AdapterRow:
+        rows = [row for row in self._rows.values() if row.version.name == name]
+        if not rows:
+            raise InvalidRequest("A path is required: no such adapter was here before.", param="lora_path")
+        currents = await self._database.run(adapter_store.currents)
+        current = next((row for row in rows if row.version.version == currents.get(name)), rows[-1])
+        await self._engine.load_adapter(ref(current.version), current.version.pinned)
+        await self._database.run(lambda db: adapter_store.set_listed(db, name, True))
+        for row in rows:
+            listed = replace(row, listed=True)
+            self._rows[name, row.version.version] = listed
+            if not self._in_service(row.version):
+                self._registry.publish(row.version, make_current=row is current)
+        self._count()
+        return self._rows[name, current.version.version]
+
+    def _in_service(self, version: AdapterVersion) -> bool:
+        with contextlib.suppress(NotFound):
+            return bool(self._registry.get(version.name, version.version))
+        return False
+
+    async def upload(self, name: str, archive: Path, limit: int) -> AdapterRow:
+        """Make a version of an uploaded tar or zip."""
+        self.check_name(name, "name")
+        folder = self._state.root / f"upload-{uuid.uuid4().hex}.tmp"
+        try:
+            await asyncio.to_thread(extract, archive, folder, limit)
+            async with self._lock:
+                return await self._publish(name, folder, root=f"upload:{name}", origin="upload")
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    async def publish(
+        self, name: str, source: Path, *, job_id: str, origin: str = "checkpoint"
+    ) -> AdapterRow:
+        """Make a version of a job's checkpoint; `origin` "job" for the one its success publishes."""
+        async with self._lock:
+            with self._metrics.publish_seconds.time():
+                return await self._publish(name, source, root=job_id, origin=origin, job_id=job_id)
+
+    async def _publish(
+        self, name: str, source: Path, *, root: str, origin: str, job_id: str = "", pinned: bool = False
+    ) -> AdapterRow:
+        param = "lora_path" if origin == "load" else "file"
+        info = await asyncio.to_thread(
+            read_adapter_info, source, self._model_config, self._max_rank, param=param
+        )
+        number = await self._database.run(lambda db: adapter_store.next_version(db, name))
+        folder = self._state.adapter(name, number)
+        await asyncio.to_thread(copy_directory, source, folder, _PEFT_FILES)
+        try:
+            row = await self._row_of(name, number, folder, info, root, origin, job_id, pinned)
+            if origin != "job":
+                await self._engine.load_adapter(ref(row.version), pinned)
+            await self._database.run(lambda db: adapter_store.insert(db, row))
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if origin == "job":
+            await self._load_published(row)
+        self._rows[name, number] = row
+        self._registry.publish(row.version)
+        self._count()
+        logger.info(line("adapter published", name=name, version=number, origin=origin, rank=info.rank))
+        return row
+
+    async def _row_of(
+        self,
+        name: str,
+        number: int,
+        folder: Path,
+        info: AdapterInfo,
+        root: str,
+        origin: str,
+        job_id: str,
+        pinned: bool,
+    ) -> AdapterRow:
+        # The copy is what will be served, so the copy's digest is the one that counts.
+        copied = await asyncio.to_thread(read_adapter_info, folder, self._model_config, self._max_rank)
+        version = AdapterVersion(
+            name=name,
+            version=number,
+            digest=copied.digest,
+            path=str(folder),
+            rank=info.rank,
+            created_at=int(time.time()),
+            job_id=job_id,
+            pinned=pinned,
+        )
+        return AdapterRow(version, root=root, origin=origin, listed=True)
+
+    async def _load_published(self, row: AdapterRow) -> None:
+        """The row stands already: an engine that is away loads the version when it is asked for."""
+        try:
+            await self._engine.load_adapter(ref(row.version), row.version.pinned)
+        except CoserveError as error:
+            logger.warning(
+                line("adapter will be loaded on demand", name=row.version.name, reason=error.message)
+            )
+
+    async def rollback(self, name: str, version: int) -> AdapterRow:
+        """Point `name` at an earlier version; 0 is the one before the current."""
+        async with self._lock:
+            current = self.get(name).version
+            if not version:
+                earlier = [v.version for v in self._registry.versions(name) if v.version < current.version]
+                if not earlier:
+                    raise FailedPrecondition(f"The adapter {name!r} has no earlier version.", param="version")
+                version = max(earlier)
+            row = self.get(name, version)
+            await self._engine.load_adapter(ref(row.version), row.version.pinned)
+            await self._database.run(lambda db: adapter_store.set_current(db, name, version))
+            self._registry.rollback(name, version)
+            return row
+
+    async def unload(self, name: str) -> None:
+        """Take a name out of service. Files of a loaded one go; trained and uploaded ones can come back."""
+        async with self._lock:
+            self.get(name)
+            rows = [row for row in self._rows.values() if row.version.name == name]
+            self._registry.remove(name)
+            await self._database.run(lambda db: adapter_store.set_listed(db, name, False))
+            for row in rows:
+                self._rows[name, row.version.version] = replace(row, listed=False)
+            await self._retire(rows, [row for row in rows if row.origin == "load"])
+
+    async def delete(self, name: str) -> None:
+        """Delete an adapter ("name": all versions; "name@3": one) with its files."""
+        if name == self._base.name:
+            raise InvalidRequest("The base model can't be deleted.", param="model")
+        async with self._lock:
+            found = self.get(name).version
+            number = found.version if "@" in name else 0
+            gone = self._registry.remove(found.name, number)
+            rows = [self._rows[version.name, version.version] for version in gone]
+            if number and self.knows(found.name):
+                current = self._registry.get(found.name).version
+                await self._database.run(lambda db: adapter_store.set_current(db, found.name, current))
+            await self._retire(rows, rows)
+
+    async def _retire(self, rows: list[AdapterRow], forget: list[AdapterRow]) -> None:
+        """Free the weights of `rows`; rows and files of `forget` go, the files after their last reader."""
+
+        for row in forget:
+            version = row.version
+            del self._rows[version.name, version.version]
+            await self._database.run(self._deletion(version))
+        for row in rows:
+            await self._release(row.version.digest)
+        self._count()
+        for row in forget:
+            task = asyncio.create_task(self._delete_files(row.version))
+            self._removals.add(task)
+            task.add_done_callback(self._removals.discard)
+
+    @staticmethod
+    def _deletion(version: AdapterVersion) -> Callable[[object], None]:
+        return lambda db: adapter_store.delete(db, version.name, version.version)  # type: ignore[arg-type]
+
+    async def _release(self, digest: str) -> None:
+        held = {version.digest for version in self._registry.all_versions()}
+        held |= {reference.digest for reference in self._checkpoints.values()}
+        if digest in held:
+            return
+        with contextlib.suppress(Unavailable, NotFound):
+            await self._engine.unload_adapter(digest)
+
+    async def _delete_files(self, version: AdapterVersion) -> None:
+        await self._generator.unused(version.digest)
+        folder = Path(version.path)
+        await asyncio.to_thread(shutil.rmtree, folder, True)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
+
+
+def ref(version: AdapterVersion) -> AdapterRef:
+    """How the engine is told of a version."""
+    return AdapterRef(name=version.name, version=version.version, digest=version.digest, path=version.path)

@@ -1,0 +1,123 @@
+"""Uploaded files: durable before they are known by an id."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path, PureWindowsPath
+from typing import TypeVar
+
+from coserve.errors import InvalidRequest, NotFound, PayloadTooLarge
+from coserve.server import file_store
+from coserve.server.database import Database
+from coserve.server.file_store import FileRow
+from coserve.server.state_dir import StateDir, sync_directory
+
+MAX_UPLOAD_BYTES = 512 * 2**20
+PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals", "fine-tune-results")
+RESULTS = "fine-tune-results"
+_T = TypeVar("_T")
+
+
+class Files:
+    """The files of one server."""
+
+    def __init__(self, database: Database, state: StateDir) -> None:
+        self._database = database
+        self._state = state
+
+    @property
+    def folder(self) -> Path:
+        """Where uploads are written to, under temporary names."""
+        return self._state.files
+
+    def path(self, file_id: str) -> Path:
+        """Where a known file's bytes are."""
+        return self._state.files / file_id
+
+    async def restore(self) -> None:
+        """Remove bytes that no row names (uploads cut short after their rename)."""
+        known = {
+            file.id for file in await self._database.run(lambda db: file_store.all_files(db, None, False))
+        }
+        for path in self._state.files.iterdir():
+            if path.name not in known:
+                path.unlink()
+
+    async def add(self, temporary: Path, filename: str, purpose: str | None) -> FileRow:
+        """Take a finished temporary file over; InvalidRequest for an empty one or an unknown purpose."""
+        if purpose not in PURPOSES:
+            raise InvalidRequest(f"purpose must be one of {', '.join(PURPOSES)}.", param="purpose")
+        size = temporary.stat().st_size
+        if size == 0:
+            raise InvalidRequest("The file is empty.", param="file")
+        name = PureWindowsPath(filename).name[:255] or "upload"
+        file = FileRow(f"file-{uuid.uuid4().hex[:24]}", name, size, purpose, int(time.time()))
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.rename(temporary, self.path(file.id))
+        sync_directory(self._state.files)
+        await self._database.run(lambda db: file_store.insert(db, file))
+        return file
+
+    async def add_bytes(self, data: bytes, filename: str, purpose: str) -> FileRow:
+        """Keep a file that the server made."""
+        temporary = self._state.files / f"{uuid.uuid4().hex}.tmp"
+        temporary.write_bytes(data)
+        return await self.add(temporary, filename, purpose)
+
+    async def get(self, file_id: str, param: str | None = "file_id") -> FileRow:
+        """A file by id; NotFound."""
+        file = await self._database.run(lambda db: file_store.get(db, file_id))
+        if file is None:
+            raise NotFound(f"There is no file {file_id[:100]!r}.", param=param, code="file_not_found")
+        return file
+
+    async def list(self, purpose: str | None, newest_first: bool) -> list[FileRow]:
+        """All files (of a purpose)."""
+        return await self._database.run(lambda db: file_store.all_files(db, purpose, newest_first))
+
+    async def delete(self, file_id: str) -> None:
+        """Delete a file; jobs that read it already have their own copy of its tokens."""
+        await self.get(file_id)
+        await self._database.run(lambda db: file_store.delete(db, file_id))
+        self.path(file_id).unlink(missing_ok=True)
+
+
+class UploadWriter:
+    """A temporary file that grows chunk by chunk up to a limit."""
+
+    def __init__(self, folder: Path, limit: int = MAX_UPLOAD_BYTES) -> None:
+        self.path = folder / f"{uuid.uuid4().hex}.tmp"
+        self._file = self.path.open("wb")
+        self._left = limit
+        self._limit = limit
+
+    def write(self, data: bytes) -> None:
+        """Append; PayloadTooLarge past the limit."""
+        self._left -= len(data)
+        if self._left < 0:
+            raise PayloadTooLarge(f"The file is over the limit of {self._limit} bytes.", param="file")
+        self._file.write(data)
+
+    def close(self) -> Path:
+        """Finish writing."""
+        self._file.close()
+        return self.path
+
+    def discard(self) -> None:
+        """Close, and remove the file if nobody took it over."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+
+def page(items: Sequence[_T], ids: Sequence[str], after: str | None, limit: int) -> tuple[Sequence[_T], bool]:
+    """(one page after the item `after`, whether more follow); InvalidRequest for an unknown `after`."""
+    start = 0
+    if after is not None:
+        if after not in ids:
+            raise InvalidRequest(f"after names nothing in this list: {after[:100]!r}.", param="after")
+        start = ids.index(after) + 1
+    return items[start : start + limit], len(items) > start + limit

@@ -1,0 +1,320 @@
+"""From prompt ids to pieces of text: runs samples in the engine, decodes, stops, measures.
+
+Used by every route that generates. Closing the iterator aborts what is left in the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from coserve.core.sampling_params import SamplingParams
+from coserve.engine.client import EngineClient
+from coserve.engine.messages import AddRequest, RequestOutput, TokenLogprobs
+from coserve.errors import ContextLengthExceeded, InvalidRequest
+from coserve.metrics import Metrics, RequestTimes
+from coserve.server.application.lifecycle import Lifecycle
+from coserve.server.application.models import Target
+from coserve.server.application.sampling import SamplingRequest, check_token_ids
+from coserve.tokenizer import StopChecker, Tokenizer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence to generate; `index` is its place among the answer's choices."""
+
+    index: int
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What became known of one sample: text ready to show, the tokens behind it, and maybe its end.
+
+    `finish_reason` is "stop" or "length" on a sample's last delta; `stop_reason` the stop string or token id.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprobs] = ()
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    cached_tokens: int = 0
+
+
+@dataclass
+class Usage:
+    """Token counts of an answer: each prompt once, completions summed."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def add(self, delta: Delta) -> None:
+        self.completion_tokens += len(delta.token_ids)
+        self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass
+class Choice:
+    """A whole sample, for answers that aren't streamed."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
+    finish_reason: str = "stop"
+    stop_reason: str | int | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        if delta.finish_reason is not None:
+            self.finish_reason = delta.finish_reason
+            self.stop_reason = delta.stop_reason
+
+
+class Generation:
+    """All samples of one request on one target."""
+
+    def __init__(
+        self, generator: Generator, target: Target, request: SamplingRequest, prompts: list[list[int]]
+    ):
+        self._generator = generator
+        self.target = target
+        self.request = request
+        self.prompts = prompts
+        self.samples = generator.samples(request, prompts)
+        self.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in prompts))
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """Deltas of all samples as they come; `usage` counts along.
+
+        Raises Unavailable when the engine goes away, and what the engine refused the request with.
+        """
+        async with aclosing(self._generator.run(self.target, self.request, self.samples)) as deltas:
+            async for delta in deltas:
+                self.usage.add(delta)
+                yield delta
+
+    async def choices(self) -> list[Choice]:
+        """All samples to their end, in order of index."""
+        choices = [Choice(sample.index) for sample in self.samples]
+        async with aclosing(self.deltas()) as deltas:
+            async for delta in deltas:
+                choices[delta.index].add(delta)
+        return choices
+
+
+class Generator:
+    """Runs samples on the engine."""
+
+    def __init__(
+        self, engine: EngineClient, tokenizer: Tokenizer, lifecycle: Lifecycle, metrics: Metrics, max_model_len: int,
+        vocab_size: int,
+    ) -> None:  # fmt: skip
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._lifecycle = lifecycle
+        self._metrics = metrics
+        self._in_use: dict[str, int] = {}
+        self._released = asyncio.Condition()
+        self.max_model_len = max_model_len
+        self.vocab_size = vocab_size
+
+    def prepare(self, target: Target, request: SamplingRequest, prompts: list[list[int]]) -> Generation:
+        """Check prompts and lengths; everything that can be refused is refused here, before any output."""
+        self._lifecycle.check_ready()
+        return Generation(self, target, request, prompts)
+
+    def samples(self, request: SamplingRequest, prompts: list[list[int]]) -> list[Sample]:
+        """Samples of all prompts: index = prompt * n + sample."""
+        made = []
+        for place, prompt in enumerate(prompts):
+            if not prompt:
+                raise InvalidRequest("The prompt has no tokens.", param="prompt")
+            check_token_ids(prompt, self.vocab_size, "prompt")
+            limit = self._token_limit(request, len(prompt))
+            self._metrics.request_admitted(len(prompt), limit, request.n)
+            for number in range(request.n):
+                made.append(Sample(place * request.n + number, prompt, request.sampling_for(number, limit)))
+        return made
+
+    def _token_limit(self, request: SamplingRequest, prompt_tokens: int) -> int:
+        room = self.max_model_len - prompt_tokens
+        if request.max_tokens is None:
+            if room >= 1:
+                return room
+            wanted = "at least 1 for the completion"
+        elif request.max_tokens <= room:
+            return request.max_tokens
+        else:
+            wanted = f"{request.max_tokens} for the completion"
+        raise ContextLengthExceeded(
+            f"The model's context is {self.max_model_len} tokens; the prompt has {prompt_tokens} and {wanted} "
+            "were asked for. Shorten the prompt or lower max_tokens.",
+            param="max_tokens" if room >= 1 else "input_tokens",
+        )
+
+    async def run(
+        self, target: Target, request: SamplingRequest, samples: list[Sample]
+    ) -> AsyncIterator[Delta]:
+        """Deltas of all `samples`, merged as they come."""
+        with self._lifecycle.work():
+            async with self._using(target):
+                streams = [self._sample(target, request, sample) for sample in samples]
+                merged = streams[0] if len(streams) == 1 else _merge(streams)
+                async with aclosing(merged) as deltas:
+                    async for delta in deltas:
+                        yield delta
+
+    @contextlib.asynccontextmanager
+    async def _using(self, target: Target) -> AsyncIterator[None]:
+        """Count a request that may still read its adapter's files."""
+        if target.adapter is None:
+            yield
+            return
+        digest = target.adapter.digest
+        self._in_use[digest] = self._in_use.get(digest, 0) + 1
+        try:
+            yield
+        finally:
+            self._in_use[digest] -= 1
+            if self._in_use[digest] == 0:
+                del self._in_use[digest]
+                async with self._released:
+                    self._released.notify_all()
+
+    async def unused(self, digest: str) -> None:
+        """Wait until no request runs on an adapter version."""
+        async with self._released:
+            await self._released.wait_for(lambda: digest not in self._in_use)
+
+    async def _sample(self, target: Target, request: SamplingRequest, sample: Sample) -> AsyncIterator[Delta]:
+        times = RequestTimes(arrival=time.time())
+        add = AddRequest(
+            request_id=uuid.uuid4().hex,
+            prompt_token_ids=sample.prompt_token_ids,
+            sampling=sample.sampling,
+            adapter=target.adapter,
+            priority=request.priority,
+            arrival=times.arrival,
+        )
+        text = _TextStream(self._tokenizer, request)
+        generated = cached = preemptions = 0
+        reason = "abort"
+        try:
+            async with aclosing(self._engine.generate(add)) as outputs:
+                async for output in outputs:
+                    if output.finish_reason == "abort":
+                        break
+                    generated += len(output.token_ids)
+                    cached = max(cached, output.cached_tokens)
+                    preemptions = max(preemptions, output.num_preemptions)
+                    self._measure(times, output)
+                    delta = text.delta(sample.index, output)
+                    reason = delta.finish_reason or reason
+                    yield delta
+                    if delta.finish_reason is not None:
+                        break
+        except Exception:
+            reason = "error"
+            raise
+        finally:
+            prompt = len(sample.prompt_token_ids)
+            self._metrics.request_ended(reason, times, prompt, generated, cached, preemptions)
+
+    def _measure(self, times: RequestTimes, output: RequestOutput) -> None:
+        if output.scheduled_at is not None:
+            times.scheduled = output.scheduled_at
+        if not output.token_ids:
+            return
+        now = time.time()
+        gap = None if times.last_token is None else now - times.last_token
+        if times.first_token is None:
+            times.first_token = now
+            self._metrics.first_token(now - times.arrival)
+        times.last_token = now
+        self._metrics.tokens(len(output.token_ids), gap)
+
+
+class _TextStream:
+    """Turns a sample's engine outputs into deltas: decoding, stop strings, the end token's text."""
+
+    def __init__(self, tokenizer: Tokenizer, request: SamplingRequest) -> None:
+        self._decoder = tokenizer.incremental_decoder(request.skip_special_tokens, continues_text=True)
+        self._stops = StopChecker(request.stop, request.include_stop)
+        self._keep_stop_token = request.include_stop
+
+    def delta(self, index: int, output: RequestOutput) -> Delta:
+        shown = output.token_ids
+        ended_by_token = output.finish_reason == "stop" and output.stop_token_id is not None
+        if ended_by_token and not self._keep_stop_token and shown and shown[-1] == output.stop_token_id:
+            shown = shown[:-1]
+        decoded = self._decoder.push(shown)
+        if output.finish_reason is not None:
+            decoded += self._decoder.finish()
+        text, stopped_by = self._stops.feed(decoded)
+        reason: str | None = output.finish_reason
+        stop_reason: str | int | None = None
+        if stopped_by is not None:
+            reason, stop_reason = "stop", stopped_by
+        elif reason is not None:
+            text += self._stops.flush()
+            stop_reason = output.stop_token_id if ended_by_token else None
+        return Delta(
+            index=index,
+            text=text,
+            token_ids=output.token_ids,
+            logprobs=output.logprobs,
+            prompt_logprobs=output.prompt_logprobs,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            cached_tokens=output.cached_tokens,
+        )
+
+
+async def _merge(streams: list[AsyncIterator[Delta]]) -> AsyncIterator[Delta]:
+    """Items of all streams in order of arrival; the first error ends all of them."""
+    queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
+
+    async def pump(stream: AsyncIterator[Delta]) -> None:
+        try:
+            async with aclosing(stream) as items:
+                async for item in items:
+                    queue.put_nowait(item)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    try:
+        left = len(tasks)
+        while left:
+            item = await queue.get()
+            if item is None:
+                left -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

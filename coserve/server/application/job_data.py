@@ -1,0 +1,82 @@
+"""A job's files: its tokenised data, its table of results, checkpoints that go."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from coserve.server.job_store import JobEvent
+from coserve.tokenizer import Tokenizer
+from coserve.training.chat_data import read_chat_examples
+from coserve.training.dataset import TokenDataset
+from coserve.training.job import TrainingSpec
+
+_COLUMNS = ("step", "train_loss", "learning_rate", "grad_norm", "trained_tokens", "valid_loss")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What came of a training file: `truncated` examples were cut at the maximal length, `dropped` rows had
+    no trained token left."""
+
+    examples: int
+    trained_tokens: int
+    truncated: int
+    dropped: int
+
+    def remarks(self) -> list[tuple[str, str]]:
+        """(level, message) for the job's log."""
+        found = [("info", f"{self.examples} examples with {self.trained_tokens} trained tokens in an epoch")]
+        if self.truncated:
+            found.append(("warn", f"{self.truncated} examples were cut at the maximal length"))
+        if self.dropped:
+            found.append(("warn", f"{self.dropped} rows were dropped: no trained token is left of them"))
+        return found
+
+
+async def prepare(source: Path, target: Path, tokenizer: Tokenizer, max_length: int) -> Prepared:
+    """Tokenise `source` (JSONL) into the data set `target`, in a thread.
+
+    Raises DatasetError with the bad lines, InvalidRequest when nothing is left to train on.
+    """
+    return await asyncio.to_thread(_prepare, source, target, tokenizer, max_length)
+
+
+def _prepare(source: Path, target: Path, tokenizer: Tokenizer, max_length: int) -> Prepared:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as lines:
+        rows = read_chat_examples(lines, tokenizer, max_length)
+        TokenDataset.write(target, rows)
+    return Prepared(rows.examples, rows.trained_tokens, rows.truncated, rows.dropped)
+
+
+def total_steps(examples: int, training: TrainingSpec) -> int:
+    """Optimizer steps of a job; the last batch of an epoch may be short."""
+    return training.max_steps or training.n_epochs * math.ceil(examples / training.batch_size)
+
+
+def results_csv(events: Sequence[JobEvent]) -> bytes:
+    """One line for each optimizer step."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for event in sorted((event for event in events if event.type == "metrics"), key=lambda event: event.step):
+        writer.writerow(
+            (event.step, event.loss, event.learning_rate, event.grad_norm, event.trained_tokens, "")
+        )
+    return text.getvalue().encode()
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint's directory; it vanishes at once and then goes."""
+    gone = folder.with_name(folder.name + ".tmp")
+    if folder.is_dir():
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)

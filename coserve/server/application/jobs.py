@@ -1,0 +1,626 @@
+"""Fine-tuning jobs: created, prepared, handed to the engine, followed, published.
+
+Every change of a job is one transaction that reads its record, writes the next one and appends the events
+that say so; what the engine reports twice (after a restart) changes nothing the second time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from sqlite3 import Connection
+from typing import Any
+
+from msgspec.structs import replace as change
+
+from coserve.engine.client import EngineClient
+from coserve.engine.messages import AdapterRef, JobCheckpoint, JobProgress, JobStatus
+from coserve.errors import Conflict, CoserveError, FailedPrecondition, InvalidRequest, NotFound, Unavailable
+from coserve.log import line
+from coserve.lora.peft_files import read_adapter_info
+from coserve.metrics import Metrics
+from coserve.models.config import ModelConfig
+from coserve.server import adapter_store, job_store
+from coserve.server.application import job_data
+from coserve.server.application.adapters import Adapters
+from coserve.server.application.files import RESULTS, Files
+from coserve.server.application.job_events import Changes
+from coserve.server.application.job_request import JobRequest, lora_of, parse_job_request
+from coserve.server.application.lifecycle import Lifecycle
+from coserve.server.application.models import BaseModel
+from coserve.server.database import Database
+from coserve.server.errors import internal_error
+from coserve.server.job_store import CheckpointRow, JobError, JobEvent, JobRecord
+from coserve.server.state_dir import StateDir, copy_directory
+from coserve.tokenizer import Tokenizer
+from coserve.training.job import JobSpec, LoraSpec
+
+logger = logging.getLogger(__name__)
+
+KEPT_CHECKPOINTS = 3
+_CONTROL_WAIT = 10.0  # seconds for the engine's status to follow its reply
+Update = Callable[[JobRecord], tuple[JobRecord, Sequence[JobEvent]]]
+
+
+class Jobs:
+    """The jobs of one server."""
+
+    def __init__(
+        self,
+        *,
+        base: BaseModel,
+        model_config: ModelConfig,
+        engine: EngineClient,
+        tokenizer: Tokenizer,
+        database: Database,
+        state: StateDir,
+        files: Files,
+        adapters: Adapters,
+        lifecycle: Lifecycle,
+        metrics: Metrics,
+        max_rank: int,
+    ) -> None:
+        self._base = base
+        self._model_config = model_config
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._database = database
+        self._state = state
+        self._files = files
+        self._adapters = adapters
+        self._lifecycle = lifecycle
+        self._metrics = metrics
+        self._max_rank = max_rank
+        self._changes = Changes()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._submitted: set[str] = set()
+
+    # ------------------------------------------------------------------ reading
+
+    async def get(self, job_id: str) -> JobRecord:
+        """A job by id; NotFound."""
+        job = await self._database.run(lambda db: job_store.get(db, job_id))
+        if job is None:
+            raise NotFound(
+                f"There is no fine-tuning job {job_id[:100]!r}.", param="job_id", code="job_not_found"
+            )
+        return job
+
+    async def list(self, metadata: dict[str, str] | None = None) -> list[JobRecord]:
+        """All jobs, newest first, with these metadata pairs."""
+        wanted = (metadata or {}).items()
+        found = await self._database.run(job_store.all_jobs)
+        return [job for job in found if wanted <= job.metadata.items()]
+
+    async def checkpoints(self, job_id: str) -> Sequence[CheckpointRow]:
+        """A job's checkpoints, newest first."""
+        await self.get(job_id)
+        return await self._database.run(lambda db: job_store.checkpoints(db, job_id))
+
+    async def events(self, job_id: str) -> list[JobEvent]:
+        """A job's events, oldest first."""
+        await self.get(job_id)
+        return await self._database.run(lambda db: job_store.events_after(db, job_id, 0))
+
+    async def watch(self, job_id: str, after: str = "") -> AsyncIterator[JobEvent]:
+        """A job's events from the start (or after one) as they come, until its terminal status.
+
+        Raises NotFound, InvalidRequest for an unknown `after`, Unavailable when the server stops.
+        """
+        job = await self.get(job_id)
+        seq = await self._seq_of(job_id, after)
+        stopped = asyncio.ensure_future(self._lifecycle.stopped.wait())
+        try:
+            while True:
+                news = self._changes.next(job_id)
+                try:
+                    job = await self.get(job_id)
+                    last = seq
+                    for event in await self._database.run(
+                        lambda db: job_store.events_after(db, job_id, last)
+                    ):
+                        seq = event.seq
+                        yield event
+                    if job.is_over:
+                        return
+                    await asyncio.wait({news, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    self._changes.forget(job_id, news)
+                if stopped.done():
+                    raise Unavailable("The server is shutting down; watch again from the last event.")
+        finally:
+            stopped.cancel()
+
+    async def _seq_of(self, job_id: str, event_id: str) -> int:
+        if not event_id:
+            return 0
+        for event in await self.events(job_id):
+            if event.id == event_id:
+                return event.seq
+        raise InvalidRequest(f"after names no event of this job: {event_id[:100]!r}.", param="after")
+
+    # ------------------------------------------------------------------ creating
+
+    async def create(self, body: object) -> JobRecord:
+        """Check a request, note the job, and begin to prepare it.
+
+        Raises InvalidRequest, NotFound (file or adapter), Conflict (idempotency key used otherwise).
+        """
+        self._lifecycle.check_open()
+        request = parse_job_request(body, self._model_config, self._max_rank, self._base.max_model_len)
+        known = await self._known(request)
+        if known is not None:
+            return known
+        await self._files.get(request.training_file, param="training_file")
+        init_from, lora = request.init_from, request.lora
+        if request.model and request.model != self._base.name:
+            self._check_model(request.model)
+            init_from = init_from or request.model
+        if init_from:
+            lora = await self._shape_of(init_from, request.lora)
+        if request.adapter:
+            self._adapters.check_name(request.adapter, "adapter")
+        job = self._record(request, init_from, lora or LoraSpec())
+        if init_from:
+            source = self._init_source(init_from)
+            await asyncio.to_thread(copy_directory, source, self._state.job(job.id) / "init")
+        created = _event(job, "message", "Created fine-tuning job: " + job.id)
+        status = _status_event(job)
+
+        def insert(db: Connection) -> None:
+            job_store.insert(db, job)
+            job_store.add_event(db, created)
+            job_store.add_event(db, status)
+
+        await self._database.run(insert)
+        await self._count()
+        logger.info(line("job created", id=job.id, file=job.training_file, rank=job.lora.r))
+        self._prepare_soon(job)
+        return job
+
+    async def _known(self, request: JobRequest) -> JobRecord | None:
+        if not request.idempotency_key:
+            return None
+        known = await self._database.run(lambda db: job_store.by_key(db, request.idempotency_key))
+        if known is not None and known.request_digest != request.digest:
+            raise Conflict("This idempotency key was used with another request.", param="idempotency_key")
+        return known
+
+    def _check_model(self, model: str) -> None:
+        try:
+            self._adapters.resolve(model)
+        except CoserveError as error:
+            raise type(error)(error.message, param="model") from None
+
+    def _init_source(self, init_from: str) -> Path:
+        try:
+            adapter = self._adapters.resolve(init_from).adapter
+        except CoserveError as error:
+            raise type(error)(error.message, param="init_from") from None
+        if adapter is None:
+            raise InvalidRequest(
+                "init_from must name an adapter or a checkpoint, not the base.", param="init_from"
+            )
+        return Path(adapter.path)
+
+    async def _shape_of(self, init_from: str, wanted: LoraSpec | None) -> LoraSpec:
+        """The shape to go on with: that of the adapter, which an explicit `lora` must agree with."""
+        source = self._init_source(init_from)
+        info = await asyncio.to_thread(read_adapter_info, source, self._model_config, self._max_rank)
+        shape = lora_of(info.config, self._model_config)
+        if wanted is not None and change(wanted, alpha_pattern=shape.alpha_pattern) != shape:
+            raise InvalidRequest(
+                "lora differs from the adapter that init_from names; leave lora out to go on with its shape.",
+                param="lora",
+            )
+        return shape
+
+    def _record(self, request: JobRequest, init_from: str, lora: LoraSpec) -> JobRecord:
+        identity = uuid.uuid4().hex[:24]
+        name = request.adapter
+        if not name:
+            base, suffix = (
+                re.sub(r"[^A-Za-z0-9._-]+", "-", word) for word in (self._base.name, request.suffix)
+            )
+            name = f"ft:{base[:40]}:coserve:{suffix}:{identity[:8]}"
+        return JobRecord(
+            id=f"ftjob-{identity}",
+            status="validating_files",
+            model=self._base.name,
+            adapter=request.adapter,
+            publish_as=name,
+            suffix=request.suffix,
+            training_file=request.training_file,
+            method=request.method,
+            lora=lora,
+            training=request.training,
+            seed=request.seed,
+            init_from=init_from,
+            metadata=request.metadata,
+            priority=request.priority,
+            idempotency_key=request.idempotency_key,
+            request_digest=request.digest,
+            created_at=int(time.time()),
+        )
+
+    # ------------------------------------------------------------------ preparing and submitting
+
+    def _prepare_soon(self, job: JobRecord) -> None:
+        task = asyncio.create_task(self._prepare(job))
+        self._tasks[job.id] = task
+        task.add_done_callback(lambda done: self._tasks.pop(job.id, None))
+
+    async def _prepare(self, job: JobRecord) -> None:
+        """Tokenise the training file and submit the job; a bad file fails it."""
+        folder = self._state.job(job.id)
+        try:
+            if not (folder / "data").is_dir():
+                await self._files.get(job.training_file, param="training_file")
+                prepared = await job_data.prepare(
+                    self._files.path(job.training_file),
+                    folder / "data",
+                    self._tokenizer,
+                    job.training.max_length,
+                )
+                total = job_data.total_steps(prepared.examples, job.training)
+                await self._update(job.id, lambda now: _after_validation(now, prepared, total))
+            await self._submit(job.id)
+        except asyncio.CancelledError:
+            raise
+        except CoserveError as error:
+            await self._fail(job.id, error)
+        except Exception:
+            logger.exception("a job could not be prepared")
+            await self._fail(job.id, internal_error())
+
+    async def _submit(self, job_id: str) -> None:
+        job = await self.get(job_id)
+        if job.is_over or job_id in self._submitted:
+            return
+        folder = self._state.job(job_id)
+        spec = JobSpec(
+            job_id=job_id,
+            data_path=str(folder / "data"),
+            checkpoint_dir=str(folder / "checkpoints"),
+            seed=job.seed,
+            lora=job.lora,
+            training=job.training,
+            base_model_name=self._base.name,
+            init_path=str(folder / "init") if job.init_from else None,
+            priority=job.priority,
+            paused=job.status == "paused",
+        )
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        self._submitted.add(job_id)
+        try:
+            await self._engine.submit_job(spec)
+        except Unavailable:
+            self._submitted.discard(job_id)
+        except CoserveError:
+            self._submitted.discard(job_id)
+            raise
+
+    async def resume_all(self) -> None:
+        """After a start of the server or of the engine: bring every unfinished job on its way again."""
+        self._submitted.clear()
+        for job in reversed(await self.list()):
+            if job.is_over or job.id in self._tasks:
+                continue
+            published = await self._database.run(lambda db, job_id=job.id: adapter_store.of_job(db, job_id))
+            if published is not None:
+                await self._succeeded(job)
+            else:
+                self._prepare_soon(job)
+        await self._count()
+
+    async def restore(self) -> None:
+        """Before the engine starts: let checkpoints answer by their names again."""
+        for checkpoint in await self._database.run(job_store.checkpoints):
+            if Path(checkpoint.path).is_dir():
+                await self._name_checkpoint(await self.get(checkpoint.job_id), checkpoint)
+        await self._count()
+
+    async def close(self) -> None:
+        """Stop preparing; what is unfinished begins again at the next start."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # ------------------------------------------------------------------ controlling
+
+    async def cancel(self, job_id: str) -> JobRecord:
+        """Cancel a job; FailedPrecondition when it is over."""
+        return await self._control(job_id, "cancel", "cancelled", frozenset({"cancelled"}))
+
+    async def pause(self, job_id: str) -> JobRecord:
+        """Pause a job; FailedPrecondition when it is over."""
+        return await self._control(job_id, "pause", "paused", frozenset({"paused"}))
+
+    async def resume(self, job_id: str) -> JobRecord:
+        """Let a paused job go on; FailedPrecondition when it is over."""
+        going = frozenset({"running", "queued", "validating_files"})
+        return await self._control(job_id, "resume", "queued", going)
+
+    async def _control(self, job_id: str, action: str, status: str, reached: frozenset[str]) -> JobRecord:
+        job = await self.get(job_id)
+        if job.status in reached and action != "cancel":
+            return job
+        if job.is_over:
+            raise FailedPrecondition(
+                f"The job is over ({job.status}); there is nothing to {action}.", param="job_id"
+            )
+        if job_id not in self._submitted:
+            return await self._update(job_id, lambda now: _moved(now, status))
+        await self._engine.control_job(job_id, action)
+        deadline = asyncio.get_running_loop().time() + _CONTROL_WAIT
+        while job.status not in reached and not job.is_over:
+            news = self._changes.next(job_id)
+            job = await self.get(job_id)
+            left = deadline - asyncio.get_running_loop().time()
+            if job.status in reached or job.is_over or left <= 0.0:
+                self._changes.forget(job_id, news)
+                break
+            await asyncio.wait({news}, timeout=left)
+            self._changes.forget(job_id, news)
+        return job
+
+    async def publish_checkpoint(self, checkpoint_id: str, name: str) -> Any:
+        """Make a checkpoint a version of `name` (empty: the name the job publishes under)."""
+        checkpoint = await self._database.run(lambda db: job_store.checkpoint(db, checkpoint_id))
+        if checkpoint is None:
+            raise NotFound(f"There is no checkpoint {checkpoint_id[:100]!r}.", param="checkpoint")
+        job = await self.get(checkpoint.job_id)
+        name = name or job.publish_as
+        self._adapters.check_name(name, "name")
+        return await self._adapters.publish(name, Path(checkpoint.path), job_id=job.id)
+
+    # ------------------------------------------------------------------ what the engine reports
+
+    async def on_event(self, event: JobProgress | JobCheckpoint | JobStatus) -> None:
+        """Take one report of the engine; they come in order."""
+        if isinstance(event, JobProgress):
+            await self._on_progress(event)
+        elif isinstance(event, JobCheckpoint):
+            await self._on_checkpoint(event)
+        else:
+            await self._on_status(event)
+
+    async def _on_progress(self, progress: JobProgress) -> None:
+        metrics = progress.metrics
+        event = JobEvent(
+            job_id=progress.job_id,
+            type="metrics",
+            created_at=int(metrics.time or time.time()),
+            message=f"Step {metrics.step}/{metrics.total_steps}: training loss={metrics.loss:.4f}",
+            step=metrics.step,
+            total_steps=metrics.total_steps,
+            epoch=metrics.epoch,
+            loss=metrics.loss,
+            learning_rate=metrics.learning_rate,
+            grad_norm=metrics.grad_norm,
+            tokens_per_second=metrics.tokens_per_second,
+            share=metrics.share,
+            trained_tokens=metrics.trained_tokens,
+        )
+
+        def record(db: Connection) -> bool:
+            job = job_store.get(db, progress.job_id)
+            if job is None or job.is_over:
+                return False
+            known = job_store.metrics_event(db, progress.job_id, metrics.step)
+            if known is not None:
+                if not _same_step(known, event):
+                    warning = f"Step {metrics.step} came out differently when it was replayed."
+                    job_store.add_event(db, _event(job, "message", warning, level="warn"))
+                return False
+            job_store.add_event(db, event)
+            job_store.save(db, _progressed(job, event))
+            return True
+
+        if await self._database.run(record):
+            self._metrics.finetune_step(metrics.trained_tokens)
+        self._changes.notify(progress.job_id)
+
+    async def _on_checkpoint(self, event: JobCheckpoint) -> None:
+        job = await self.get(event.job_id)
+        checkpoint = CheckpointRow(
+            id=f"ftckpt-{job.id.removeprefix('ftjob-')}-{event.step}",
+            job_id=job.id,
+            step=event.step,
+            path=event.path,
+            train_loss=event.train_loss,
+            created_at=int(time.time()),
+        )
+
+        def record(db: Connection) -> Sequence[CheckpointRow]:
+            if job_store.add_checkpoint(db, checkpoint):
+                message = f"Checkpoint created at step {event.step}"
+                noted = _event(job, "checkpoint", message, step=event.step, checkpoint=checkpoint.id)
+                job_store.add_event(db, noted)
+            old = job_store.checkpoints(db, job.id)[KEPT_CHECKPOINTS:]
+            for row in old:
+                job_store.drop_checkpoint(db, row.id)
+            return old
+
+        old = await self._database.run(record)
+        await self._name_checkpoint(job, checkpoint)
+        for row in old:
+            await self._adapters.drop_checkpoint(checkpoint_names(job, row))
+            await asyncio.to_thread(job_data.remove, Path(row.path))
+        self._changes.notify(job.id)
+
+    async def _name_checkpoint(self, job: JobRecord, checkpoint: CheckpointRow) -> None:
+        try:
+            info = await asyncio.to_thread(
+                read_adapter_info, checkpoint.path, self._model_config, self._max_rank
+            )
+        except CoserveError as error:
+            logger.warning(line("checkpoint can't be served", id=checkpoint.id, reason=error.message))
+            return
+        reference = AdapterRef(checkpoint.id, checkpoint.step, info.digest, checkpoint.path)
+        self._adapters.add_checkpoint(checkpoint_names(job, checkpoint), reference)
+
+    async def _on_status(self, event: JobStatus) -> None:
+        job = await self.get(event.job_id)
+        if event.status == "succeeded":
+            await self._succeeded(job)
+        elif event.status == "failed":
+            error = JobError(event.error_code or "internal_error", event.message, event.error_param)
+            await self._update(job.id, lambda now: _failed(now, error))
+        else:
+            await self._update(job.id, lambda now: _moved(now, event.status))
+        logger.info(line("job status", id=job.id, status=event.status))
+
+    async def _succeeded(self, job: JobRecord) -> None:
+        """Publish the final checkpoint (once), then say so."""
+        if job.is_over:
+            return
+        try:
+            row = await self._database.run(lambda db: adapter_store.of_job(db, job.id))
+            if row is None:
+                newest = await self._database.run(lambda db: job_store.checkpoints(db, job.id))
+                if not newest:
+                    raise FailedPrecondition("The job ended without a checkpoint.")
+                row = await self._adapters.publish(
+                    job.publish_as, Path(newest[0].path), job_id=job.id, origin="job"
+                )
+            results = await self._results(job)
+            await self._update(job.id, lambda now: _success(now, row.version.name, results))
+        except CoserveError as error:
+            await self._fail(job.id, error)
+
+    async def _results(self, job: JobRecord) -> list[str]:
+        if job.result_files:
+            return job.result_files
+        data = job_data.results_csv(await self.events(job.id))
+        file = await self._files.add_bytes(data, f"step_metrics_{job.id}.csv", RESULTS)
+        return [file.id]
+
+    # ------------------------------------------------------------------ changing
+
+    async def _fail(self, job_id: str, error: CoserveError) -> None:
+        failure = JobError(error.code, error.message, error.param)
+        await self._update(job_id, lambda now: _failed(now, failure))
+
+    async def _update(self, job_id: str, update: Update) -> JobRecord:
+        """One change of a job that isn't over: record and events together."""
+
+        def record(db: Connection) -> JobRecord:
+            job = job_store.get(db, job_id)
+            if job is None:
+                raise NotFound(f"There is no fine-tuning job {job_id[:100]!r}.", param="job_id")
+            if job.is_over:
+                return job
+            after, events = update(job)
+            job_store.save(db, after)
+            for event in events:
+                job_store.add_event(db, event)
+            return after
+
+        job = await self._database.run(record)
+        if job.is_over:
+            self._submitted.discard(job_id)
+            with contextlib.suppress(KeyError):
+                if self._tasks[job_id] is not asyncio.current_task():
+                    self._tasks[job_id].cancel()
+        self._changes.notify(job_id)
+        await self._count()
+        return job
+
+    async def _count(self) -> None:
+        self._metrics.jobs(await self._database.run(job_store.count_by_status))
+
+
+def checkpoint_names(job: JobRecord, checkpoint: CheckpointRow) -> tuple[str, str]:
+    """A checkpoint's names: its id, and the name of its job's adapter with the step."""
+    return checkpoint.id, f"{job.publish_as}:ckpt-step-{checkpoint.step}"
+
+
+def _event(job: JobRecord, kind: str, message: str, level: str = "info", **values: Any) -> JobEvent:
+    return JobEvent(
+        job_id=job.id, type=kind, created_at=int(time.time()), level=level, message=message, **values
+    )
+
+
+_STATUS_MESSAGES = {
+    "validating_files": "Validating training file: {file}",
+    "queued": "Files validated, moving job to queued state",
+    "running": "Fine-tuning job started",
+    "paused": "Fine-tuning job paused",
+    "succeeded": "The job has successfully completed",
+    "failed": "The job failed: {error}",
+    "cancelled": "The job was cancelled",
+}
+
+
+def _status_event(job: JobRecord) -> JobEvent:
+    error = job.error.message if job.error else ""
+    message = _STATUS_MESSAGES[job.status].format(file=job.training_file, error=error)
+    level = "error" if job.status == "failed" else "info"
+    return _event(
+        job, "status", message, level=level, status=job.status, step=job.step, total_steps=job.total_steps
+    )
+
+
+def _moved(job: JobRecord, status: str) -> tuple[JobRecord, Sequence[JobEvent]]:
+    if status == job.status:
+        return job, []
+    after = change(job, status=status)
+    if status == "running" and job.started_at is None:
+        after = change(after, started_at=int(time.time()))
+    if status in job_store.TERMINAL:
+        after = change(after, finished_at=int(time.time()), estimated_finish=None, share=0.0)
+    return after, [_status_event(after)]
+
+
+def _after_validation(
+    job: JobRecord, prepared: job_data.Prepared, total_steps: int
+) -> tuple[JobRecord, Sequence[JobEvent]]:
+    events = [_event(job, "message", text, level=level) for level, text in prepared.remarks()]
+    after = change(job, total_steps=total_steps)
+    if job.status == "paused":
+        return after, events
+    after, moved = _moved(after, "queued")
+    return after, [*events, *moved]
+
+
+def _progressed(job: JobRecord, event: JobEvent) -> JobRecord:
+    now = time.time()
+    started = job.started_at or int(now)
+    pace = (now - started) / max(1, event.step)
+    return change(
+        job,
+        started_at=started,
+        step=max(job.step, event.step),
+        total_steps=event.total_steps,
+        epoch=event.epoch,
+        tokens_per_second=event.tokens_per_second,
+        share=event.share,
+        trained_tokens=job.trained_tokens + event.trained_tokens,
+        estimated_finish=int(now + pace * (event.total_steps - event.step)),
+    )
+
+
+def _same_step(known: JobEvent, again: JobEvent) -> bool:
+    """Whether a replayed step gave the same bits (its speed may differ)."""
+
+    def bits(event: JobEvent) -> tuple[float, ...]:
+        return event.loss, event.learning_rate, event.grad_norm, event.trained_tokens
+
+    return bits(known) == bits(again)
+
+
+def _failed(job: JobRecord, error: JobError) -> tuple[JobRecord, Sequence[JobEvent]]:
+    return _moved(change(job, error=error), "failed")
+
+
+def _success(job: JobRecord, name: str, results: list[str]) -> tuple[JobRecord, Sequence[JobEvent]]:
+    after, moved = _moved(change(job, fine_tuned_model=name, result_files=results), "succeeded")
+    return after, [_event(job, "message", f"New fine-tuned model created: {name}"), *moved]

@@ -1,0 +1,38 @@
+"""Which weights a `model` names."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from coserve.engine.messages import AdapterRef
+from coserve.errors import ModelNotFound
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The one base model that is served: its public name, where it came from, its sizes."""
+
+    name: str
+    root: str
+    max_model_len: int
+    vocab_size: int
+    created: int = 0
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a request runs on: the base (`adapter` None) or one immutable adapter version."""
+
+    name: str
+    adapter: AdapterRef | None
+
+
+def base_model(name: str, root: str, max_model_len: int, vocab_size: int) -> BaseModel:
+    """A BaseModel created now."""
+    return BaseModel(name, root, max_model_len, vocab_size, int(time.time()))
+
+
+def unknown_model(name: str) -> ModelNotFound:
+    """The error for a name that is neither the base nor an adapter."""
+    return ModelNotFound(f"The model {name[:200]!r} does not exist.", param="model")

@@ -1,0 +1,252 @@
+"""Sampling fields of a request, checked once: OpenAI's, vLLM's extras, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from coserve.core.sampling_params import SamplingParams
+from coserve.errors import InvalidRequest
+from coserve.server.fields import Fields
+
+logger = logging.getLogger(__name__)
+
+MAX_N = 16
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_SEED = 2**64
+
+_REFUSED = {
+    "suffix": "needs a fill-in-the-middle model, which this server has none of",
+    "functions": "is replaced by tools",
+    "function_call": "is replaced by tool_choice",
+    "audio": "is not supported: this server makes text only",
+    "prediction": "is not supported",
+    "web_search_options": "is not supported",
+    "moderation": "is not supported",
+    "structured_outputs": "is not supported",
+    "use_beam_search": "is not supported",
+    "bad_words": "is not supported; use logit_bias",
+    "logprob_token_ids": "is not supported",
+    "truncate_prompt_tokens": "is not supported; shorten the prompt",
+    "prompt_embeds": "is not supported",
+    "documents": "is not supported; put them into the messages",
+    "chat_template": "can't be sent with a request; start the server with --chat-template",
+    "stop_regex": "is not supported; use stop",
+    "regex": "is not supported",
+    "ebnf": "is not supported",
+    "lora_path": "is not supported; name the adapter as model",
+}
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What the model's generation_config.json sets for requests that leave it open."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> SamplingDefaults:
+        """Read a model directory; a missing or odd file means the plain defaults."""
+        try:
+            data = json.loads((Path(path) / "generation_config.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return cls()
+        if not isinstance(data, dict):
+            return cls()
+        known = {
+            name: type(getattr(cls, name))(data[name])
+            for name in cls.__dataclass_fields__
+            if isinstance(data.get(name), int | float) and not isinstance(data.get(name), bool)
+        }
+        if data.get("do_sample") is False:
+            known["temperature"] = 0.0
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class SamplingRequest:
+    """All that a request says about choosing tokens; `max_tokens` None: up to the context's end.
+
+    `sampling.seed` is the seed of the first of `n` samples; the others follow by counting on.
+    """
+
+    sampling: SamplingParams
+    max_tokens: int | None
+    n: int
+    stop: tuple[str, ...]
+    include_stop: bool
+    skip_special_tokens: bool
+    priority: int
+
+    def sampling_for(self, index: int, max_tokens: int) -> SamplingParams:
+        """Settings of sample `index` with its token limit resolved."""
+        seed = (self.sampling.seed + index) % MAX_SEED
+        return msgspec.structs.replace(self.sampling, max_tokens=max_tokens, seed=seed)
+
+
+def refuse_unsupported(fields: Fields) -> None:
+    """Raise InvalidRequest for a field that would change the output and can't be honoured."""
+    for name in fields.body:
+        if not fields.has(name):
+            continue
+        if name.startswith("guided_"):
+            raise fields.fail(name, "is not supported; it would be ignored silently.")
+        if name in _REFUSED and fields.raw(name) is not False:
+            raise fields.fail(name, f"{_REFUSED[name]}.")
+    modalities = fields.strings("modalities")
+    if modalities is not None and modalities != ["text"]:
+        raise fields.fail("modalities", 'must be ["text"]: this server makes text only.')
+    penalty = fields.number("length_penalty", 1.0)
+    if penalty != 1.0:
+        raise fields.fail("length_penalty", "is not supported: there is no beam search.")
+
+
+def check_response_format(fields: Fields) -> None:
+    """Accept text; refuse structured output by name."""
+    response_format = fields.object("response_format")
+    if response_format is None:
+        return
+    kind = response_format.choice("type", ("text", "json_object", "json_schema"))
+    if kind == "json_schema" and response_format.object("json_schema") is None:
+        raise response_format.fail("json_schema", "is required with type json_schema.")
+    if kind != "text":
+        raise response_format.fail("type", f"{kind} is not supported; only text is.")
+
+
+def _token_limit(fields: Fields, default: int | None, allow_zero: bool) -> int | None:
+    name = "max_completion_tokens" if fields.has("max_completion_tokens") else "max_tokens"
+    value = fields.integer(name, default)
+    if value is not None and value < (0 if allow_zero else 1):
+        hint = "" if allow_zero else " (0 scores a prompt: /v1/completions with echo)"
+        raise fields.fail(name, f"must be at least {0 if allow_zero else 1}, not {value}{hint}.")
+    return value
+
+
+def _stops(fields: Fields) -> tuple[str, ...]:
+    raw = fields.raw("stop")
+    stops = [raw] if isinstance(raw, str) else fields.strings("stop") or []
+    if len(stops) > MAX_STOPS:
+        raise fields.fail("stop", f"must have at most {MAX_STOPS} strings, not {len(stops)}.")
+    if "" in stops:
+        raise fields.fail("stop", "must not hold an empty string.")
+    return tuple(stops)
+
+
+def _token_ids(fields: Fields, name: str, vocab_size: int) -> tuple[int, ...]:
+    ids = fields.integers(name) or []
+    check_token_ids(ids, vocab_size, fields.path + name)
+    return tuple(ids)
+
+
+def check_token_ids(ids: list[int], vocab_size: int, param: str) -> None:
+    """Raise InvalidRequest unless every id is in the model's vocabulary."""
+    for token_id in ids:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequest(
+                f"{param}: token id {token_id} is outside the vocabulary of {vocab_size}.", param=param
+            )
+
+
+def _logit_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
+    raw = fields.raw("logit_bias")
+    if raw is None:
+        return {}
+    if not isinstance(raw, Mapping):
+        raise fields.fail("logit_bias", "must map token ids to numbers.")
+    biases = Fields({str(key): value for key, value in raw.items()}, fields.path + "logit_bias.")
+    result: dict[int, float] = {}
+    for key in biases.body:
+        if not key.lstrip("-").isdecimal() or len(key) > 12:
+            raise fields.fail("logit_bias", f"has a key that is no token id: {key[:40]!r}.")
+        check_token_ids([int(key)], vocab_size, fields.path + "logit_bias")
+        bias = biases.number(key, None, -100.0, 100.0)
+        if bias is None:
+            raise biases.fail(key, "must be a number.")
+        result[int(key)] = bias
+    return result
+
+
+def parse_sampling(
+    fields: Fields,
+    *,
+    vocab_size: int,
+    defaults: SamplingDefaults,
+    logprobs: int | None,
+    default_max_tokens: int | None,
+    allow_zero_tokens: bool = False,
+    prompt_logprobs: int | None = None,
+) -> SamplingRequest:
+    """Read and check the sampling fields common to all routes.
+
+    `logprobs` (alternatives beside the sampled token) differs in form between routes, so the caller reads
+    it. Raises InvalidRequest naming the field.
+    """
+    max_tokens = _token_limit(fields, default_max_tokens, allow_zero_tokens)
+    min_tokens = fields.integer("min_tokens", 0, 0) or 0
+    if max_tokens is not None and min_tokens > max_tokens:
+        raise fields.fail("min_tokens", f"must be at most max_tokens ({max_tokens}), not {min_tokens}.")
+    top_k = fields.integer("top_k", defaults.top_k, -1) or 0
+    seed = fields.integer("seed", None, -(2**63), 2**63 - 1)
+    penalty = fields.number("repetition_penalty", defaults.repetition_penalty, 0.0, 10.0)
+    if penalty is not None and penalty <= 0.0:
+        raise fields.fail("repetition_penalty", "must be greater than 0.")
+    top_p = fields.number("top_p", defaults.top_p, 0.0, 1.0)
+    if top_p == 0.0:
+        raise fields.fail("top_p", "must be greater than 0; use temperature 0 for the likeliest token.")
+    sampling = SamplingParams(
+        max_tokens=max_tokens or 0,
+        min_tokens=min_tokens,
+        temperature=fields.number("temperature", defaults.temperature, 0.0, 2.0),
+        top_p=top_p,
+        top_k=max(0, top_k),
+        min_p=fields.number("min_p", defaults.min_p, 0.0, 1.0),
+        seed=seed % MAX_SEED if seed is not None else secrets.randbits(63),
+        presence_penalty=fields.number("presence_penalty", 0.0, -2.0, 2.0),
+        frequency_penalty=fields.number("frequency_penalty", 0.0, -2.0, 2.0),
+        repetition_penalty=penalty,
+        logit_bias=_logit_bias(fields, vocab_size),
+        allowed_token_ids=_token_ids(fields, "allowed_token_ids", vocab_size),
+        stop_token_ids=_token_ids(fields, "stop_token_ids", vocab_size),
+        ignore_eos=fields.boolean("ignore_eos"),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+    n = fields.integer("n", 1, 1, MAX_N) or 1
+    best_of = fields.integer("best_of")
+    if best_of is not None and best_of != n:
+        raise fields.fail("best_of", f"is not supported beyond n ({n}); ask for n samples and choose.")
+    return SamplingRequest(
+        sampling=sampling,
+        max_tokens=max_tokens,
+        n=n,
+        stop=_stops(fields),
+        include_stop=fields.boolean("include_stop_str_in_output"),
+        skip_special_tokens=fields.boolean("skip_special_tokens", True),
+        priority=fields.integer("priority", 0, -(2**31), 2**31 - 1) or 0,
+    )
+
+
+def read_prompt_logprobs(fields: Fields, streaming: bool) -> int | None:
+    """vLLM's `prompt_logprobs`: None, or the number of alternatives for each prompt token."""
+    value = fields.integer("prompt_logprobs", None, 0, MAX_LOGPROBS)
+    if value is not None and streaming:
+        raise fields.fail("prompt_logprobs", "can't be combined with stream.")
+    return value
+
+
+def log_unknown(fields: Fields, known: frozenset[str]) -> None:
+    """Fields nobody defined are let pass, as OpenAI-compatible servers do, and noted."""
+    unknown = [str(name)[:60] for name in fields.body if name not in known]
+    if unknown:
+        logger.debug("request has unknown fields: %s", ", ".join(unknown[:10]))

@@ -1,0 +1,36 @@
+"""All parts of a running server, made once by main.py and handed to the routes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coserve.config import ServerConfig
+from coserve.engine.client import EngineClient
+from coserve.metrics import Metrics
+from coserve.server.application.adapters import Adapters
+from coserve.server.application.files import Files
+from coserve.server.application.generation import Generator
+from coserve.server.application.jobs import Jobs
+from coserve.server.application.lifecycle import Lifecycle
+from coserve.server.application.models import BaseModel
+from coserve.server.application.sampling import SamplingDefaults
+from coserve.server.auth import Authenticator
+from coserve.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Context:
+    """The application layer behind every route and RPC."""
+
+    config: ServerConfig
+    base: BaseModel
+    engine: EngineClient
+    tokenizer: Tokenizer
+    defaults: SamplingDefaults
+    lifecycle: Lifecycle
+    metrics: Metrics
+    auth: Authenticator
+    generator: Generator
+    adapters: Adapters
+    files: Files
+    jobs: Jobs

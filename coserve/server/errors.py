@@ -1,0 +1,111 @@
+"""The one place where the error tree becomes an HTTP envelope or a gRPC status."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from coserve import errors
+
+_HTTP: tuple[tuple[type[errors.CoserveError], int, str], ...] = (
+    (errors.Unauthenticated, 401, "invalid_request_error"),
+    (errors.PermissionDenied, 403, "permission_error"),
+    (errors.NotFound, 404, "invalid_request_error"),
+    (errors.MethodNotAllowed, 405, "invalid_request_error"),
+    (errors.Conflict, 409, "invalid_request_error"),
+    (errors.PayloadTooLarge, 413, "invalid_request_error"),
+    (errors.UnsupportedMediaType, 415, "invalid_request_error"),
+    (errors.InvalidRequest, 400, "invalid_request_error"),
+    (errors.FailedPrecondition, 400, "invalid_request_error"),
+    (errors.RateLimited, 429, "rate_limit_error"),
+    (errors.Unavailable, 503, "server_error"),
+)
+
+_GRPC: tuple[tuple[type[errors.CoserveError], grpc.StatusCode], ...] = (
+    (errors.Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
+    (errors.PermissionDenied, grpc.StatusCode.PERMISSION_DENIED),
+    (errors.NotFound, grpc.StatusCode.NOT_FOUND),
+    (errors.Conflict, grpc.StatusCode.ALREADY_EXISTS),
+    (errors.PayloadTooLarge, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.FailedPrecondition, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.RateLimited, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
+)
+
+_BY_CODE: dict[str, type[errors.CoserveError]] = {
+    kind.default_code: kind
+    for kind in (
+        errors.InvalidRequest,
+        errors.ContextLengthExceeded,
+        errors.FailedPrecondition,
+        errors.NotFound,
+        errors.ModelNotFound,
+        errors.Conflict,
+        errors.Unavailable,
+        errors.InternalError,
+    )
+}
+
+
+def internal_error() -> errors.InternalError:
+    """What a client is told of a fault whose details stay in the log."""
+    return errors.InternalError("The server had an internal error; its log has the details.")
+
+
+def from_code(code: str | None, message: str, param: str | None = None) -> errors.CoserveError:
+    """The error of the tree that an engine's `error_code` names; InternalError when it names none."""
+    kind = _BY_CODE.get(code or "", errors.InternalError)
+    return kind(message, param=param, code=code)
+
+
+def http_status(error: errors.CoserveError) -> tuple[int, str]:
+    """HTTP status and OpenAI `type` of an error."""
+    for kind, status, word in _HTTP:
+        if isinstance(error, kind):
+            return status, word
+    return 500, "server_error"
+
+
+def envelope(error: errors.CoserveError) -> dict[str, Any]:
+    """OpenAI's error body: all four keys, always."""
+    _, word = http_status(error)
+    return {"error": {"message": error.message, "type": word, "param": error.param, "code": error.code}}
+
+
+def http_headers(error: errors.CoserveError) -> dict[str, str]:
+    """Retry advice that OpenAI's client understands."""
+    if isinstance(error, errors.RateLimited | errors.Unavailable):
+        return {"retry-after": str(max(1, round(error.retry_after)))}
+    if isinstance(error, errors.Conflict | errors.InternalError):
+        return {"x-should-retry": "false"}
+    return {}
+
+
+def grpc_code(error: errors.CoserveError) -> grpc.StatusCode:
+    """gRPC status code of an error."""
+    for kind, code in _GRPC:
+        if isinstance(error, kind):
+            return code
+    return grpc.StatusCode.INTERNAL
+
+
+def grpc_status(error: errors.CoserveError) -> status_pb2.Status:
+    """google.rpc.Status with ErrorInfo (`reason` = code) and, for bad input, BadRequest details."""
+    metadata = {"code": error.code, "param": error.param or ""}
+    info = error_details_pb2.ErrorInfo(reason=error.code, domain="coserve", metadata=metadata)
+    details = [info]
+    if isinstance(error, errors.InvalidRequest | errors.PayloadTooLarge):
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.param or "", description=error.message, reason=error.code
+        )
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    packed = []
+    for detail in details:
+        box = any_pb2.Any()
+        box.Pack(detail)
+        packed.append(box)
+    return status_pb2.Status(code=grpc_code(error).value[0], message=error.message, details=packed)

@@ -1,0 +1,50 @@
+"""Rows of uploaded files. All functions run inside a `Database` transaction."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FileRow:
+    """An uploaded file, or one a job made; the bytes lie under the state directory by `id`."""
+
+    id: str
+    filename: str
+    bytes: int
+    purpose: str
+    created_at: int
+
+
+def _row(row: sqlite3.Row) -> FileRow:
+    return FileRow(**{name: row[name] for name in FileRow.__dataclass_fields__})
+
+
+def insert(connection: sqlite3.Connection, file: FileRow) -> None:
+    """Add a file."""
+    connection.execute(
+        "INSERT INTO files (id, filename, bytes, purpose, created_at) VALUES (?, ?, ?, ?, ?)",
+        (file.id, file.filename, file.bytes, file.purpose, file.created_at),
+    )
+
+
+def get(connection: sqlite3.Connection, file_id: str) -> FileRow | None:
+    """A file by its id."""
+    row = connection.execute("SELECT * FROM files WHERE id = ?", (file_id,)).fetchone()
+    return _row(row) if row else None
+
+
+def all_files(connection: sqlite3.Connection, purpose: str | None, newest_first: bool) -> list[FileRow]:
+    """All files (of a purpose) in order of creation."""
+    order = "DESC" if newest_first else "ASC"
+    where, values = ("WHERE purpose = ?", (purpose,)) if purpose else ("", ())
+    rows = connection.execute(
+        f"SELECT * FROM files {where} ORDER BY created_at {order}, rowid {order}", values
+    )
+    return [_row(row) for row in rows]
+
+
+def delete(connection: sqlite3.Connection, file_id: str) -> bool:
+    """Forget a file; False when there was none."""
+    return connection.execute("DELETE FROM files WHERE id = ?", (file_id,)).rowcount > 0

@@ -1,0 +1,102 @@
+"""coserve.v1.AdapterService."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc.aio
+
+from coserve.errors import InvalidRequest, NotFound
+from coserve.server.adapter_routes import archive_chunks
+from coserve.server.adapter_store import AdapterRow
+from coserve.server.application.files import MAX_UPLOAD_BYTES, UploadWriter
+from coserve.server.context import Context
+from coserve.server.grpc_convert import adapter_message
+from coserve.server.grpc_gen import adapters_pb2 as pb
+from coserve.server.grpc_gen import adapters_pb2_grpc
+from coserve.server.grpc_uploads import receive
+
+
+class AdapterRpc(adapters_pb2_grpc.AdapterServiceServicer):
+    """Adapters by name and version."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._adapters = context.adapters
+
+    def _message(self, row: AdapterRow) -> pb.Adapter:
+        return adapter_message(row, self._adapters.tier(row.version.digest))
+
+    async def LoadAdapter(
+        self, request: pb.LoadAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> pb.Adapter:
+        _require_name(request.name)
+        row = await self._adapters.load(
+            request.name, request.path, pinned=request.pinned, replace_existing=request.replace
+        )
+        return self._message(row)
+
+    async def UnloadAdapter(
+        self, request: pb.UnloadAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> pb.UnloadAdapterResponse:
+        _require_name(request.name)
+        await self._adapters.unload(request.name)
+        return pb.UnloadAdapterResponse()
+
+    async def GetAdapter(
+        self, request: pb.GetAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> pb.Adapter:
+        _require_name(request.name)
+        return self._message(self._adapters.get(request.name, request.version))
+
+    async def ListAdapters(
+        self, request: pb.ListAdaptersRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListAdaptersResponse:
+        rows = self._adapters.all_versions()
+        if request.name:
+            self._adapters.get(request.name)
+            rows = [row for row in rows if row.version.name == request.name]
+        return pb.ListAdaptersResponse(adapters=[self._message(row) for row in rows])
+
+    async def PublishVersion(
+        self, request: pb.PublishVersionRequest, context: grpc.aio.ServicerContext
+    ) -> pb.Adapter:
+        checkpoint = request.checkpoint
+        if not checkpoint:
+            if not request.job_id:
+                raise InvalidRequest("checkpoint or job_id is required.", param="checkpoint")
+            rows = await self._context.jobs.checkpoints(request.job_id)
+            if not rows:
+                raise NotFound("The job has no checkpoint yet.", param="job_id")
+            checkpoint = rows[0].id
+        return self._message(await self._context.jobs.publish_checkpoint(checkpoint, request.name))
+
+    async def RollbackAdapter(
+        self, request: pb.RollbackAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> pb.Adapter:
+        _require_name(request.name)
+        return self._message(await self._adapters.rollback(request.name, request.version))
+
+    async def UploadAdapter(
+        self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: grpc.aio.ServicerContext
+    ) -> pb.Adapter:
+        writer = UploadWriter(self._context.files.folder)
+        try:
+            info = await receive(request_iterator, writer)
+            return self._message(await self._adapters.upload(info.name, writer.path, MAX_UPLOAD_BYTES))
+        finally:
+            writer.discard()
+
+    async def DownloadAdapter(
+        self, request: pb.DownloadAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.DownloadAdapterResponse]:
+        _require_name(request.name)
+        row = self._adapters.get(request.name, request.version)
+        async for chunk in archive_chunks(Path(row.version.path)):
+            yield pb.DownloadAdapterResponse(data=chunk)
+
+
+def _require_name(name: str) -> None:
+    if not name:
+        raise InvalidRequest("name is required.", param="name", code="missing_required_parameter")

@@ -1,0 +1,138 @@
+"""Between protobuf messages and the plain values of the application layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf.message import Message
+
+from coserve.server.adapter_store import AdapterRow
+from coserve.server.application.jobs import checkpoint_names
+from coserve.server.file_store import FileRow
+from coserve.server.grpc_gen import adapters_pb2, fine_tuning_pb2
+from coserve.server.job_store import CheckpointRow, JobEvent, JobRecord
+from coserve.training.job import LoraSpec, TrainingSpec
+
+
+def plain(message: Message) -> dict[str, Any]:
+    """A message as a dictionary of what was set: fields without presence count when they aren't empty."""
+    found: dict[str, Any] = {}
+    for field, value in message.ListFields():
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            found[field.name] = dict(value)
+        elif field.message_type is not None and field.is_repeated:
+            found[field.name] = [plain(item) for item in value]
+        elif field.message_type is not None:
+            found[field.name] = plain(value)
+        else:
+            found[field.name] = list(value) if field.is_repeated else value
+    return found
+
+
+def lora_message(lora: LoraSpec) -> fine_tuning_pb2.LoraConfig:
+    """The shape in force."""
+    return fine_tuning_pb2.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=lora.target_modules,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
+        use_rslora=lora.use_rslora,
+        init_lora_weights="true",
+        layers_to_transform=lora.layers_to_transform,
+        peft_type="LORA",
+    )
+
+
+def training_message(training: TrainingSpec) -> fine_tuning_pb2.TrainingConfig:
+    """The settings in force."""
+    values = {name: getattr(training, name) for name in training.__struct_fields__}
+    return fine_tuning_pb2.TrainingConfig(
+        packing=True, **{name: value for name, value in values.items() if value is not None}
+    )
+
+
+def job_message(job: JobRecord) -> fine_tuning_pb2.Job:
+    """A job."""
+    error = job.error
+    return fine_tuning_pb2.Job(
+        id=job.id,
+        status=job.status,
+        model=job.model,
+        adapter=job.adapter,
+        fine_tuned_model=job.fine_tuned_model or "",
+        training_file=job.training_file,
+        method=job.method,
+        lora=lora_message(job.lora),
+        training=training_message(job.training),
+        seed=job.seed,
+        created_at=job.created_at,
+        started_at=job.started_at or 0,
+        finished_at=job.finished_at or 0,
+        estimated_finish=job.estimated_finish or 0,
+        trained_tokens=job.trained_tokens,
+        step=job.step,
+        total_steps=job.total_steps,
+        error=fine_tuning_pb2.JobError(code=error.code, message=error.message, param=error.param or "")
+        if error
+        else None,
+        result_files=job.result_files,
+        metadata=job.metadata,
+    )
+
+
+def event_message(event: JobEvent) -> fine_tuning_pb2.JobEvent:
+    """An event."""
+    return fine_tuning_pb2.JobEvent(
+        id=event.id,
+        job_id=event.job_id,
+        created_at=event.created_at,
+        level=event.level,
+        type=event.type,
+        message=event.message,
+        status=event.status,
+        step=event.step,
+        total_steps=event.total_steps,
+        epoch=event.epoch,
+        loss=event.loss,
+        learning_rate=event.learning_rate,
+        grad_norm=event.grad_norm,
+        tokens_per_second=event.tokens_per_second,
+        share=event.share,
+        checkpoint=event.checkpoint,
+    )
+
+
+def checkpoint_message(job: JobRecord, checkpoint: CheckpointRow) -> fine_tuning_pb2.Checkpoint:
+    """A checkpoint."""
+    return fine_tuning_pb2.Checkpoint(
+        id=checkpoint.id,
+        job_id=checkpoint.job_id,
+        step=checkpoint.step,
+        train_loss=checkpoint.train_loss,
+        created_at=checkpoint.created_at,
+        name=checkpoint_names(job, checkpoint)[1],
+    )
+
+
+def file_message(file: FileRow) -> fine_tuning_pb2.File:
+    """A file."""
+    return fine_tuning_pb2.File(
+        id=file.id, filename=file.filename, bytes=file.bytes, purpose=file.purpose, created_at=file.created_at
+    )
+
+
+def adapter_message(row: AdapterRow, tier: str) -> adapters_pb2.Adapter:
+    """An adapter version."""
+    version = row.version
+    return adapters_pb2.Adapter(
+        name=version.name,
+        version=version.version,
+        digest=version.digest,
+        rank=version.rank,
+        status=version.status,
+        tier=tier,
+        job_id=version.job_id,
+        created_at=version.created_at,
+    )

@@ -1,0 +1,103 @@
+"""coserve.v1.FineTuningService."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import grpc.aio
+
+from coserve.errors import InvalidRequest
+from coserve.server.application.files import UploadWriter, page
+from coserve.server.application.preview import DEFAULT_ROWS, MAX_ROWS, preview
+from coserve.server.context import Context
+from coserve.server.fields import Fields
+from coserve.server.grpc_convert import checkpoint_message, event_message, file_message, job_message, plain
+from coserve.server.grpc_gen import fine_tuning_pb2 as pb
+from coserve.server.grpc_gen import fine_tuning_pb2_grpc
+from coserve.server.grpc_uploads import receive
+
+_DEFAULT_PAGE = 20
+
+
+class FineTuning(fine_tuning_pb2_grpc.FineTuningServiceServicer):
+    """Jobs, their events and checkpoints, files, and previews."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._jobs = context.jobs
+
+    async def CreateJob(self, request: pb.CreateJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
+        return job_message(await self._jobs.create(plain(request)))
+
+    async def GetJob(self, request: pb.GetJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
+        return job_message(await self._jobs.get(request.job_id))
+
+    async def ListJobs(
+        self, request: pb.ListJobsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListJobsResponse:
+        if request.limit < 0:
+            raise InvalidRequest("limit must not be negative.", param="limit")
+        jobs = await self._jobs.list()
+        ids = [job.id for job in jobs]
+        shown, more = page(jobs, ids, request.after or None, request.limit or _DEFAULT_PAGE)
+        return pb.ListJobsResponse(jobs=[job_message(job) for job in shown], has_more=more)
+
+    async def CancelJob(self, request: pb.CancelJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
+        return job_message(await self._jobs.cancel(request.job_id))
+
+    async def PauseJob(self, request: pb.PauseJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
+        return job_message(await self._jobs.pause(request.job_id))
+
+    async def ResumeJob(self, request: pb.ResumeJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
+        return job_message(await self._jobs.resume(request.job_id))
+
+    async def WatchJob(
+        self, request: pb.WatchJobRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.JobEvent]:
+        async with aclosing(self._jobs.watch(request.job_id, request.after)) as events:
+            async for event in events:
+                yield event_message(event)
+
+    async def ListCheckpoints(
+        self, request: pb.ListCheckpointsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListCheckpointsResponse:
+        job = await self._jobs.get(request.job_id)
+        rows = await self._jobs.checkpoints(job.id)
+        return pb.ListCheckpointsResponse(checkpoints=[checkpoint_message(job, row) for row in rows])
+
+    async def PreviewDataset(
+        self, request: pb.PreviewDatasetRequest, context: grpc.aio.ServicerContext
+    ) -> pb.PreviewDatasetResponse:
+        source = request.WhichOneof("source")
+        if source is None:
+            raise InvalidRequest("file_id or data is required.", param="file_id")
+        self._context.adapters.resolve(request.model or None)
+        training = Fields(plain(request.training), "training.")
+        max_length = training.integer("max_length", 0, 0, self._context.base.max_model_len) or 0
+        if not 0 <= request.limit <= MAX_ROWS:
+            raise InvalidRequest(f"limit must be from 0 to {MAX_ROWS}.", param="limit")
+        if source == "file_id":
+            file = await self._context.files.get(request.file_id)
+            data: bytes | object = self._context.files.path(file.id)
+        else:
+            data = request.data
+        limit = request.limit or DEFAULT_ROWS
+        rows = await asyncio.to_thread(
+            preview, data, self._context.tokenizer, max_length or self._context.base.max_model_len, limit
+        )
+        return pb.PreviewDatasetResponse(
+            rows=[pb.PreviewRow(text=row.text, token_ids=row.token_ids, labels=row.labels) for row in rows]
+        )
+
+    async def UploadFile(
+        self, request_iterator: AsyncIterator[pb.UploadFileRequest], context: grpc.aio.ServicerContext
+    ) -> pb.File:
+        files = self._context.files
+        writer = UploadWriter(files.folder)
+        try:
+            info = await receive(request_iterator, writer)
+            return file_message(await files.add(writer.path, info.filename, info.purpose or "fine-tune"))
+        finally:
+            writer.discard()

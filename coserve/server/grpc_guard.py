@@ -1,0 +1,120 @@
+"""Keys, draining and errors for every RPC, in one interceptor."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+
+from coserve.errors import CoserveError
+from coserve.server.auth import TUNE, USE, Authenticator
+from coserve.server.context import Context
+from coserve.server.errors import grpc_code, grpc_status, internal_error
+
+logger = logging.getLogger(__name__)
+
+_HEALTH = "/grpc.health.v1.Health/"
+_RIGHTS = {
+    "/coserve.v1.FineTuningService/": TUNE,
+    "/coserve.v1.AdapterService/": TUNE,
+    "/coserve.v1.InferenceService/": USE,
+}
+
+
+async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
+    """End the call with the error's status and its details."""
+    if not isinstance(error, CoserveError):
+        logger.error("unexpected error", exc_info=error)
+        error = internal_error()
+    details = ("grpc-status-details-bin", grpc_status(error).SerializeToString())
+    await context.abort(grpc_code(error), error.message, trailing_metadata=(details,))
+
+
+class Guard(grpc.aio.ServerInterceptor):
+    """Health is open; every other method wants a key where keys are set, our services the right role."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def _check(self, details: grpc.HandlerCallDetails, ours: bool) -> None:
+        metadata = dict(details.invocation_metadata or ())
+        authorization = metadata.get("authorization")
+        role = self._context.auth.role(authorization if isinstance(authorization, str) else None)
+        right = next((right for prefix, right in _RIGHTS.items() if details.method.startswith(prefix)), USE)
+        Authenticator.require(role, right)
+        if ours:
+            self._context.lifecycle.check_open()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Wrap the method's handler; a refused call never reaches it."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith(_HEALTH):
+            return handler
+        ours = method.startswith("/coserve.v1.")
+        refusal: CoserveError | None = None
+        try:
+            self._check(handler_call_details, ours)
+        except CoserveError as error:
+            self._context.metrics.rejected(error.code)
+            refusal = error
+        if refusal is None and not ours:
+            return handler
+        return self._wrapped(handler, refusal)
+
+    def _wrapped(self, handler: grpc.RpcMethodHandler, refusal: CoserveError | None) -> grpc.RpcMethodHandler:
+        kind = ("stream" if handler.request_streaming else "unary") + (
+            "_stream" if handler.response_streaming else "_unary"
+        )
+        behaviour = getattr(handler, kind)
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        wrapped = (
+            self._streaming(behaviour, refusal)
+            if handler.response_streaming
+            else self._unary(behaviour, refusal)
+        )
+        return make(
+            wrapped,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _failed(self, error: Exception) -> Exception:
+        if isinstance(error, CoserveError):
+            self._context.metrics.rejected(error.code)
+        return error
+
+    def _unary(self, behaviour: Callable[..., Awaitable[Any]], refusal: CoserveError | None) -> Any:
+        async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            failure: Exception | None = refusal
+            if failure is None:
+                try:
+                    return await behaviour(request, context)
+                except Exception as error:
+                    failure = self._failed(error)
+            await abort(context, failure)
+
+        return call
+
+    def _streaming(self, behaviour: Callable[..., AsyncIterator[Any]], refusal: CoserveError | None) -> Any:
+        async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            failure: Exception | None = refusal
+            if failure is None:
+                try:
+                    async with aclosing(behaviour(request, context)) as answers:  # type: ignore[type-var]
+                        async for answer in answers:
+                            yield answer
+                except Exception as error:
+                    failure = self._failed(error)
+            if failure is not None:
+                await abort(context, failure)
+
+        return call

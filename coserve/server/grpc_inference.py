@@ -1,0 +1,102 @@
+"""coserve.v1.InferenceService."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import grpc.aio
+
+from coserve import __version__
+from coserve.errors import InvalidRequest
+from coserve.server.application.chat import read_conversation
+from coserve.server.application.generation import Delta, Generation
+from coserve.server.application.sampling import MAX_LOGPROBS, parse_sampling
+from coserve.server.context import Context
+from coserve.server.fields import Fields
+from coserve.server.grpc_convert import plain
+from coserve.server.grpc_gen import inference_pb2 as pb
+from coserve.server.grpc_gen import inference_pb2_grpc
+
+
+class Inference(inference_pb2_grpc.InferenceServiceServicer):
+    """Generation, and facts about the server."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        generation = self._prepare(plain(request))
+        async with aclosing(generation.deltas()) as deltas:
+            async for delta in deltas:
+                yield self._response(delta, generation)
+
+    def _prepare(self, body: dict[str, object]) -> Generation:
+        context = self._context
+        fields = Fields(body)
+        sampling = fields.object("sampling_params") or Fields({}, "sampling_params.")
+        target = context.adapters.resolve(fields.string("model"))
+        request = parse_sampling(
+            Fields({**sampling.body, "priority": fields.raw("priority")}, "sampling_params."),
+            vocab_size=context.base.vocab_size,
+            defaults=context.defaults,
+            logprobs=sampling.integer("logprobs", None, 0, MAX_LOGPROBS),
+            default_max_tokens=None,
+        )
+        return context.generator.prepare(target, request, [self._prompt(fields)])
+
+    def _prompt(self, fields: Fields) -> list[int]:
+        given = [name for name in ("prompt", "token_ids", "messages") if fields.has(name)]
+        if len(given) != 1:
+            raise InvalidRequest("Exactly one of prompt, token_ids and messages is required.", param="prompt")
+        if given == ["prompt"]:
+            return self._context.tokenizer.encode(fields.required_string("prompt"))
+        if given == ["token_ids"]:
+            return fields.integers("token_ids") or []
+        messages = [{"content": "", **message} for message in fields.array("messages") or []]
+        return read_conversation(Fields({"messages": messages}), self._context.tokenizer).token_ids
+
+    def _response(self, delta: Delta, generation: Generation) -> pb.GenerateResponse:
+        tokenizer = self._context.tokenizer
+        response = pb.GenerateResponse(text=delta.text, token_ids=delta.token_ids)
+        for entry in delta.logprobs:
+            response.logprobs.append(
+                pb.TokenLogprob(
+                    token_id=entry.token_id,
+                    token=tokenizer.token_text(entry.token_id),
+                    logprob=entry.logprob,
+                    top=[
+                        pb.TopLogprob(token_id=token, token=tokenizer.token_text(token), logprob=logprob)
+                        for token, logprob in entry.top
+                    ],
+                )
+            )
+        if delta.finish_reason is not None:
+            usage = generation.usage
+            response.finish_reason = delta.finish_reason
+            response.usage.CopyFrom(
+                pb.Usage(
+                    prompt_tokens=usage.prompt_tokens,
+                    completion_tokens=usage.completion_tokens,
+                    total_tokens=usage.total_tokens,
+                    cached_tokens=usage.cached_tokens,
+                )
+            )
+        return response
+
+    async def GetServerInfo(
+        self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ServerInfo:
+        base, info = self._context.base, self._context.engine.info
+        return pb.ServerInfo(
+            version=__version__,
+            model=base.name,
+            max_model_len=base.max_model_len,
+            vocab_size=base.vocab_size,
+            device=info.device if info else "",
+            dtype=info.dtype if info else "",
+            max_lora_rank=self._context.config.engine.max_lora_rank,
+            ready=self._context.lifecycle.ready,
+        )

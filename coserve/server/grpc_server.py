@@ -1,0 +1,93 @@
+"""The gRPC server: our services, health and reflection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from coserve.errors import ConfigError
+from coserve.server.context import Context
+from coserve.server.grpc_adapters import AdapterRpc
+from coserve.server.grpc_fine_tuning import FineTuning
+from coserve.server.grpc_gen import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    fine_tuning_pb2,
+    fine_tuning_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+)
+from coserve.server.grpc_guard import Guard
+from coserve.server.grpc_inference import Inference
+
+_MAX_MESSAGE = 32 * 2**20
+_OPTIONS = (
+    ("grpc.max_receive_message_length", _MAX_MESSAGE),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.so_reuseport", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+SERVICES = (
+    fine_tuning_pb2.DESCRIPTOR.services_by_name["FineTuningService"].full_name,
+    adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
+    inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+)
+
+
+class GrpcServer:
+    """Serves the application layer over gRPC."""
+
+    def __init__(self, context: Context) -> None:
+        self._config = context.config
+        self._server = grpc.aio.server(interceptors=[Guard(context)], options=_OPTIONS)
+        self._health = health.aio.HealthServicer()
+        fine_tuning_pb2_grpc.add_FineTuningServiceServicer_to_server(FineTuning(context), self._server)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterRpc(context), self._server)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(Inference(context), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    async def start(self) -> int:
+        """Listen and serve; the port. Raises ConfigError when it can't be had."""
+        config = self._config
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        address = f"{host}:{config.grpc_port}"
+        try:
+            if config.ssl_certfile:
+                port = self._server.add_secure_port(
+                    address, _credentials(config.ssl_keyfile, config.ssl_certfile)
+                )
+            else:
+                port = self._server.add_insecure_port(address)
+        except RuntimeError:
+            port = 0
+        if port == 0:
+            raise ConfigError(
+                f"--grpc-port {config.grpc_port}: can't listen on {address}.", param="grpc_port"
+            )
+        await self._server.start()
+        for service in ("", *SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        return port
+
+    async def set_not_serving(self) -> None:
+        """Tell health checkers that the end has begun."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace: float) -> None:
+        """Refuse new calls, wait `grace` seconds for the running ones, end them."""
+        await self._server.stop(grace)
+
+
+def _credentials(keyfile: str, certfile: str) -> grpc.ServerCredentials:
+    try:
+        pair = (Path(keyfile or certfile).read_bytes(), Path(certfile).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"--ssl-certfile: {error.strerror}.", param="ssl_certfile") from None
+    return grpc.ssl_server_credentials([pair])

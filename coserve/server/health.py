@@ -1,0 +1,54 @@
+"""Is it alive, can it serve, which version, how does it do."""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route as StarletteRoute
+from starlette.types import ASGIApp
+
+from coserve import __version__
+from coserve.errors import Unavailable
+from coserve.metrics import CONTENT_TYPE
+from coserve.server.auth import METRICS, USE
+from coserve.server.context import Context
+from coserve.server.http import Route, error_response, json_response
+
+
+def metrics_app(context: Context) -> ASGIApp:
+    """The application of `--metrics-port`: /metrics alone, without keys."""
+
+    async def metrics(request: Request) -> Response:
+        return Response(context.metrics.render(), media_type=CONTENT_TYPE)
+
+    return Starlette(routes=[StarletteRoute("/metrics", metrics)])
+
+
+def routes(context: Context) -> list[Route]:
+    """Health, readiness, version and metrics."""
+
+    async def health(request: Request) -> Response:
+        return Response(status_code=200)
+
+    async def ready(request: Request) -> Response:
+        try:
+            context.lifecycle.check_ready()
+        except Unavailable as error:
+            return error_response(error)
+        return json_response({"status": "ready"})
+
+    async def version(request: Request) -> Response:
+        return json_response({"version": __version__})
+
+    async def metrics(request: Request) -> Response:
+        return Response(context.metrics.render(), media_type=CONTENT_TYPE)
+
+    return [
+        Route("GET", "/health", health, USE),
+        Route("GET", "/ready", ready, USE),
+        Route("GET", "/ping", health, USE),
+        Route("POST", "/ping", health, USE),
+        Route("GET", "/version", version, USE),
+        Route("GET", "/metrics", metrics, METRICS),
+    ]

@@ -1,0 +1,182 @@
+"""HTTP plumbing shared by all routes: bodies in, JSON and event streams out, errors as envelopes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from coserve import errors
+from coserve.server.errors import envelope, http_headers, http_status, internal_error
+from coserve.server.fields import Fields
+
+logger = logging.getLogger(__name__)
+
+MAX_JSON_BYTES = 32 * 2**20
+_CLIENT_GONE = 499
+_T = TypeVar("_T")
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder().decode
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Route:
+    """One method of one path, and the right (a role of auth.py) that it needs."""
+
+    method: str
+    path: str
+    handler: Handler
+    right: str
+
+
+def json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A JSON answer."""
+    return Response(_encode(content), status, headers, media_type="application/json")
+
+
+def error_response(error: Exception) -> Response:
+    """OpenAI's envelope; details of anything outside the error tree stay in the log."""
+    if not isinstance(error, errors.CoserveError):
+        logger.error("unexpected error", exc_info=error)
+        error = internal_error()
+    status, _ = http_status(error)
+    return json_response(envelope(error), status, http_headers(error))
+
+
+def request_id(headers: dict[bytes, bytes]) -> str:
+    """The client's X-Request-Id where it is a plain short word, else a new one."""
+    given = headers.get(b"x-request-id", b"").decode("latin-1")
+    if given and len(given) <= 128 and given.isascii() and given.isprintable() and " " not in given:
+        return given
+    return uuid.uuid4().hex
+
+
+async def read_json(request: Request) -> Fields:
+    """The body as a JSON object.
+
+    Raises UnsupportedMediaType, PayloadTooLarge (over 32 MiB), or InvalidRequest.
+    """
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        raise errors.UnsupportedMediaType("The body must be JSON: send Content-Type: application/json.")
+    body = await read_body(request, MAX_JSON_BYTES)
+    try:
+        return Fields(_decode(body))
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise errors.InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body; PayloadTooLarge once it passes `limit` bytes."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > limit:
+        raise errors.PayloadTooLarge(f"The body is over the limit of {limit} bytes.")
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise errors.PayloadTooLarge(f"The body is over the limit of {limit} bytes.")
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of `work`, which is cancelled when the client goes away (its body has been read)."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        await _cancel(task, gone)
+
+
+async def _cancel(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Server-sent events: `data: JSON`, ended by `data: [DONE]`, also after an error.
+
+    `events` has had its first item taken already (`first`), so whatever can be refused was refused before
+    the status line. A client that leaves closes the iterator.
+    """
+
+    def __init__(self, first: object, events: AsyncIterator[object]) -> None:
+        super().__init__(
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+            media_type="text/event-stream",
+        )
+        del self.headers["content-length"]
+        self._first = first
+        self._events = events
+
+    @classmethod
+    async def open(cls, request: Request, events: AsyncIterator[object]) -> EventStream:
+        """Wait for the first event; its error is the request's error."""
+        try:
+            first = await until_disconnect(request, _next(events))
+        except BaseException:
+            await events.aclose()  # type: ignore[attr-defined]
+            raise
+        return cls(first, events)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        task = asyncio.ensure_future(self._run(send))
+        gone = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+        finally:
+            await _cancel(task, gone)
+
+    async def _run(self, send: Send) -> None:
+        async with aclosing(self._events) as events:  # type: ignore[type-var]
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await self._send(send, self._first)
+            try:
+                async for event in events:
+                    await self._send(send, event)
+            except OSError:
+                return
+            except Exception as error:
+                if not isinstance(error, errors.CoserveError):
+                    logger.error("unexpected error in a stream", exc_info=error)
+                    error = internal_error()
+                await self._send(send, envelope(error))
+            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+    @staticmethod
+    async def _send(send: Send, event: object) -> None:
+        body = b"data: " + _encode(event) + b"\n\n"
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def _next(events: AsyncIterator[object]) -> object:
+    return await anext(events)
+
+
+def gone_response() -> Response:
+    """What stands in the log for a client that left; nobody sees it."""
+    return Response(status_code=_CLIENT_GONE)

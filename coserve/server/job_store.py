@@ -1,0 +1,202 @@
+"""Rows of fine-tuning jobs, their events and checkpoints. All functions run inside a transaction."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from coserve.training.job import LoraSpec, TrainingSpec
+
+TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
+
+
+class JobError(msgspec.Struct, frozen=True):
+    """Why a job failed."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """All that is known of a job. `publish_as` is the name its adapter gets; `request_digest` tells a repeat
+    of an idempotent request from another one under the same key."""
+
+    id: str
+    status: str
+    model: str
+    adapter: str
+    publish_as: str
+    training_file: str
+    method: str
+    lora: LoraSpec
+    training: TrainingSpec
+    seed: int
+    created_at: int
+    suffix: str = ""
+    init_from: str = ""
+    metadata: dict[str, str] = {}
+    priority: int = 0
+    idempotency_key: str = ""
+    request_digest: str = ""
+    started_at: int | None = None
+    finished_at: int | None = None
+    estimated_finish: int | None = None
+    fine_tuned_model: str | None = None
+    trained_tokens: int = 0
+    step: int = 0
+    total_steps: int = 0
+    epoch: float = 0.0
+    tokens_per_second: float = 0.0
+    share: float = 0.0
+    error: JobError | None = None
+    result_files: list[str] = []
+
+    @property
+    def is_over(self) -> bool:
+        return self.status in TERMINAL
+
+
+class JobEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One event; `seq` orders all events and makes the id. Numbers are set on `metrics` events."""
+
+    job_id: str
+    type: str
+    created_at: int
+    seq: int = 0
+    level: str = "info"
+    message: str = ""
+    status: str = ""
+    step: int = 0
+    total_steps: int = 0
+    epoch: float = 0.0
+    loss: float = 0.0
+    learning_rate: float = 0.0
+    grad_norm: float = 0.0
+    tokens_per_second: float = 0.0
+    share: float = 0.0
+    trained_tokens: int = 0
+    checkpoint: str = ""
+
+    @property
+    def id(self) -> str:
+        return f"ftevent-{self.seq:012d}"
+
+
+@dataclass(frozen=True)
+class CheckpointRow:
+    """A durable checkpoint: `path` is its directory."""
+
+    id: str
+    job_id: str
+    step: int
+    path: str
+    train_loss: float
+    created_at: int
+
+
+_job = msgspec.msgpack.Decoder(JobRecord)
+_event = msgspec.msgpack.Decoder(JobEvent)
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def insert(connection: sqlite3.Connection, job: JobRecord) -> None:
+    """Add a job."""
+    connection.execute(
+        "INSERT INTO jobs (id, status, idempotency_key, record) VALUES (?, ?, ?, ?)",
+        (job.id, job.status, job.idempotency_key or None, _encode(job)),
+    )
+
+
+def save(connection: sqlite3.Connection, job: JobRecord) -> None:
+    """Write a job's record over the one before."""
+    connection.execute(
+        "UPDATE jobs SET status = ?, record = ? WHERE id = ?", (job.status, _encode(job), job.id)
+    )
+
+
+def get(connection: sqlite3.Connection, job_id: str) -> JobRecord | None:
+    """A job by id."""
+    row = connection.execute("SELECT record FROM jobs WHERE id = ?", (job_id,)).fetchone()
+    return _job.decode(row["record"]) if row else None
+
+
+def by_key(connection: sqlite3.Connection, key: str) -> JobRecord | None:
+    """The job that a request with this idempotency key made."""
+    row = connection.execute("SELECT record FROM jobs WHERE idempotency_key = ?", (key,)).fetchone()
+    return _job.decode(row["record"]) if row else None
+
+
+def all_jobs(connection: sqlite3.Connection) -> list[JobRecord]:
+    """Every job, newest first."""
+    return [
+        _job.decode(row["record"]) for row in connection.execute("SELECT record FROM jobs ORDER BY seq DESC")
+    ]
+
+
+def count_by_status(connection: sqlite3.Connection) -> dict[str, int]:
+    """Number of jobs in each status."""
+    return dict(tuple(row) for row in connection.execute("SELECT status, count(*) FROM jobs GROUP BY status"))
+
+
+def add_event(connection: sqlite3.Connection, event: JobEvent) -> None:
+    """Append an event; its `seq` is given here."""
+    step = event.step if event.type == "metrics" else None
+    connection.execute(
+        "INSERT INTO events (job_id, type, step, record) VALUES (?, ?, ?, ?)",
+        (event.job_id, event.type, step, _encode(event)),
+    )
+
+
+def metrics_event(connection: sqlite3.Connection, job_id: str, step: int) -> JobEvent | None:
+    """The one metrics event of a step."""
+    row = connection.execute(
+        "SELECT seq, record FROM events WHERE job_id = ? AND step = ? AND type = 'metrics'", (job_id, step)
+    ).fetchone()
+    return _read(row) if row else None
+
+
+def _read(row: sqlite3.Row) -> JobEvent:
+    return msgspec.structs.replace(_event.decode(row["record"]), seq=row["seq"])
+
+
+def events_after(connection: sqlite3.Connection, job_id: str, seq: int) -> list[JobEvent]:
+    """A job's events after one, oldest first."""
+    rows = connection.execute(
+        "SELECT seq, record FROM events WHERE job_id = ? AND seq > ? ORDER BY seq", (job_id, seq)
+    )
+    return [_read(row) for row in rows]
+
+
+def add_checkpoint(connection: sqlite3.Connection, checkpoint: CheckpointRow) -> bool:
+    """Add a checkpoint; False when its step is known already."""
+    cursor = connection.execute(
+        "INSERT OR IGNORE INTO checkpoints (id, job_id, step, path, train_loss, created_at)"
+        " VALUES (?, ?, ?, ?, ?, ?)",
+        (
+            *(checkpoint.id, checkpoint.job_id, checkpoint.step, checkpoint.path, checkpoint.train_loss),
+            checkpoint.created_at,
+        ),
+    )
+    return cursor.rowcount > 0
+
+
+def checkpoints(connection: sqlite3.Connection, job_id: str | None = None) -> Sequence[CheckpointRow]:
+    """Checkpoints of a job (or of all), newest first."""
+    where, values = ("WHERE job_id = ?", (job_id,)) if job_id else ("", ())
+    rows = connection.execute(f"SELECT * FROM checkpoints {where} ORDER BY job_id, step DESC", values)
+    return [CheckpointRow(**{name: row[name] for name in CheckpointRow.__dataclass_fields__}) for row in rows]
+
+
+def checkpoint(connection: sqlite3.Connection, checkpoint_id: str) -> CheckpointRow | None:
+    """A checkpoint by id."""
+    row = connection.execute("SELECT * FROM checkpoints WHERE id = ?", (checkpoint_id,)).fetchone()
+    return CheckpointRow(**{name: row[name] for name in CheckpointRow.__dataclass_fields__}) if row else None
+
+
+def drop_checkpoint(connection: sqlite3.Connection, checkpoint_id: str) -> None:
+    """Forget a checkpoint."""
+    connection.execute("DELETE FROM checkpoints WHERE id = ?", (checkpoint_id,))

@@ -1,0 +1,313 @@
+"""The server process: start, serve, drain.
+
+`run_server` is the whole life: parts are made in order of need, sockets are bound before the model loads (so
+that a port in use is known at once), and SIGTERM or Ctrl-C drains.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import uvicorn
+from starlette.types import ASGIApp
+
+from coserve import log
+from coserve.config import DEMO_MODEL_DIR, DEMO_MODEL_NAME, EngineConfig, ServerConfig
+from coserve.engine.client import EngineClient
+from coserve.engine.messages import EngineReady, EngineStats
+from coserve.errors import ConfigError
+from coserve.metrics import Metrics
+from coserve.models.config import ModelConfig
+from coserve.server.app import create_app
+from coserve.server.application.adapters import Adapters
+from coserve.server.application.files import Files
+from coserve.server.application.generation import Generator
+from coserve.server.application.jobs import Jobs
+from coserve.server.application.lifecycle import Lifecycle
+from coserve.server.application.models import base_model
+from coserve.server.application.sampling import SamplingDefaults
+from coserve.server.auth import Authenticator
+from coserve.server.context import Context
+from coserve.server.database import Database
+from coserve.server.grpc_server import GrpcServer
+from coserve.server.health import metrics_app
+from coserve.server.state_dir import StateDir
+from coserve.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_ENGINE_SHUTDOWN = 20.0  # seconds for jobs to checkpoint
+_GRPC_GRACE = 2.0
+EngineFactory = Callable[[EngineConfig], EngineClient]
+
+
+def run_server(config: ServerConfig) -> int:
+    """Serve until SIGTERM (returns 0) or Ctrl-C (130). Raises ConfigError, InternalError before it serves."""
+    log.configure()
+    return asyncio.run(_serve(config))
+
+
+async def _serve(config: ServerConfig) -> int:
+    loop = asyncio.get_running_loop()
+    received: asyncio.Future[None] = loop.create_future()
+    task = asyncio.current_task()
+    assert task is not None
+    code = 0
+    serving = False
+
+    def stop(number: int) -> None:
+        nonlocal code
+        code = 130 if number == signal.SIGINT else 0
+        if serving and not received.done():
+            received.set_result(None)
+        else:
+            task.cancel()  # still starting, or told twice: don't wait
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+    try:
+        async with running_server(config) as server:
+            serving = True
+            print(server.ready_line, flush=True)
+            await received
+            logger.info("draining")
+    except asyncio.CancelledError:
+        logger.info("stopped")
+    return code
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """A server that takes requests: where it listens, and its parts."""
+
+    context: Context
+    http_url: str
+    grpc_address: str
+
+    @property
+    def ready_line(self) -> str:
+        return f"coserve ready http={self.http_url} grpc={self.grpc_address} model={self.context.base.name}"
+
+
+@contextlib.asynccontextmanager
+async def running_server(
+    config: ServerConfig, make_engine: EngineFactory = EngineClient
+) -> AsyncIterator[RunningServer]:
+    """A server for the time of the block; leaving it drains. `make_engine` lets tests bring their own."""
+    auth = Authenticator.from_config(config.api_keys, config.admin_api_keys, config.keys_file)
+    state = StateDir(config.state_dir or default_state_dir())
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(state.close)
+        http_socket = stack.enter_context(bind(config.host, config.port, "--port"))
+        metrics_socket = None
+        if config.metrics_port is not None:
+            metrics_socket = stack.enter_context(bind(config.host, config.metrics_port, "--metrics-port"))
+        context = await _start_parts(config, auth, state, make_engine, stack)
+        grpc_server = GrpcServer(context)
+        grpc_port = await grpc_server.start()
+        stack.push_async_callback(grpc_server.stop, _GRPC_GRACE)
+        await stack.enter_async_context(_http_server(create_app(context), http_socket, config))
+        if metrics_socket is not None:
+            await stack.enter_async_context(
+                _http_server(metrics_app(context), metrics_socket, config, plain=True)
+            )
+        await context.jobs.resume_all()
+        stack.push_async_callback(_drain, context, grpc_server, config.shutdown_timeout)
+        scheme = "https" if config.ssl_certfile else "http"
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        yield RunningServer(
+            context, f"{scheme}://{host}:{http_socket.getsockname()[1]}", f"{host}:{grpc_port}"
+        )
+
+
+async def _drain(context: Context, grpc_server: GrpcServer, timeout: float) -> None:
+    """Nothing new; streams end; jobs checkpoint with the engine's end, which the caller's stack brings."""
+    await grpc_server.set_not_serving()
+    if not await context.lifecycle.drain(timeout):
+        logger.warning(log.line("shutdown timeout", in_flight=context.lifecycle.in_flight))
+
+
+async def _start_parts(
+    config: ServerConfig,
+    auth: Authenticator,
+    state: StateDir,
+    make_engine: EngineFactory,
+    stack: contextlib.AsyncExitStack,
+) -> Context:
+    engine_config = resolve_model(config.engine, state)
+    model_config = ModelConfig.from_dir(engine_config.model)
+    tokenizer = Tokenizer.from_dir(engine_config.model, config.chat_template or None)
+    database = Database(state.database)
+    stack.callback(database.close)
+    engine = make_engine(engine_config)
+    lifecycle = Lifecycle(engine)
+    name = engine_config.served_model_name
+    info = await engine.start()
+    stack.push_async_callback(engine.shutdown, _ENGINE_SHUTDOWN)
+    base = base_model(name, config.engine.model or name, info.max_model_len, info.vocab_size)
+    metrics = _metrics(engine_config, info, name)
+    generator = Generator(engine, tokenizer, lifecycle, metrics, info.max_model_len, info.vocab_size)
+    files = Files(database, state)
+    adapters = Adapters(
+        base=base,
+        model_config=model_config,
+        engine=engine,
+        database=database,
+        state=state,
+        generator=generator,
+        metrics=metrics,
+        max_rank=engine_config.max_lora_rank,
+        roots=config.adapter_roots,
+    )
+    jobs = Jobs(
+        base=base,
+        model_config=model_config,
+        engine=engine,
+        tokenizer=tokenizer,
+        database=database,
+        state=state,
+        files=files,
+        adapters=adapters,
+        lifecycle=lifecycle,
+        metrics=metrics,
+        max_rank=engine_config.max_lora_rank,
+    )
+    await files.restore()
+    await adapters.restore()
+    await jobs.restore()
+    _listen(engine, jobs, adapters, metrics)
+    stack.push_async_callback(jobs.close)
+    await adapters.load_pinned()
+    for adapter, path in config.lora_modules:
+        await adapters.load_at_start(adapter, path)
+    return Context(
+        config=config,
+        base=base,
+        engine=engine,
+        tokenizer=tokenizer,
+        defaults=SamplingDefaults.from_dir(engine_config.model),
+        lifecycle=lifecycle,
+        metrics=metrics,
+        auth=auth,
+        generator=generator,
+        adapters=adapters,
+        files=files,
+        jobs=jobs,
+    )
+
+
+def _listen(engine: EngineClient, jobs: Jobs, adapters: Adapters, metrics: Metrics) -> None:
+    def on_stats(stats: EngineStats) -> None:
+        metrics.engine_stats(stats)
+        adapters.take_tiers(stats.adapter_tiers)
+
+    async def on_restart() -> None:
+        metrics.engine_lost()
+        adapters.take_tiers({})
+        await adapters.load_pinned()
+        await jobs.resume_all()
+
+    engine.on_job_event = jobs.on_event
+    engine.on_stats = on_stats
+    engine.on_restart = on_restart
+
+
+def _metrics(config: EngineConfig, info: EngineReady, name: str) -> Metrics:
+    cache = {
+        "block_size": info.block_size,
+        "num_gpu_blocks": info.num_blocks,
+        "cache_dtype": "auto",
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+    }
+    targets = {"ttft": config.slo_ttft_ms / 1000.0, "tpot": config.slo_tpot_ms / 1000.0}
+    return Metrics(name, info.max_model_len, config.max_loras, cache, targets)
+
+
+def resolve_model(config: EngineConfig, state: StateDir) -> EngineConfig:
+    """The engine's settings with the demo model, its public name and the log file filled in.
+
+    Raises ConfigError when `--model` is no directory.
+    """
+    model, name = config.model, config.served_model_name
+    if model in ("", DEMO_MODEL_NAME):
+        model, name = str(DEMO_MODEL_DIR), name or DEMO_MODEL_NAME
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        raise ConfigError(
+            f"--model {model}: no such directory; give the path of a model directory.", param="model"
+        )
+    return msgspec.structs.replace(
+        config,
+        model=str(path.absolute()),
+        served_model_name=name or path.absolute().name,
+        log_file=config.log_file or str(state.engine_log),
+    )
+
+
+def default_state_dir() -> Path:
+    """Where state is kept when `--state-dir` isn't given."""
+    return Path.home() / ".coserve"
+
+
+def bind(host: str, port: int, flag: str) -> socket.socket:
+    """A listening socket; ConfigError in one line when the address can't be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1024)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"{flag} {port}: can't listen on {host}:{port} ({reason}).", param=flag[2:]
+        ) from None
+    return listener
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its signal handlers: draining is ours."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        yield
+
+
+@contextlib.asynccontextmanager
+async def _http_server(
+    app: ASGIApp, listener: socket.socket, config: ServerConfig, plain: bool = False
+) -> AsyncIterator[None]:
+    tls = not plain and bool(config.ssl_certfile)
+    server = _Uvicorn(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_graceful_shutdown=2,
+            ssl_keyfile=(config.ssl_keyfile or None) if tls else None,
+            ssl_certfile=config.ssl_certfile if tls else None,
+        )
+    )
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not task.done():
+        await asyncio.sleep(0.005)
+    if task.done():
+        task.result()
+        raise ConfigError("The HTTP server could not start; see the log.")
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await task

@@ -1,0 +1,1 @@
+"""OpenAI's HTTP surface, one file a resource."""

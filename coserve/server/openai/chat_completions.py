@@ -1,0 +1,244 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from coserve.server.application.chat import Conversation, read_conversation
+from coserve.server.application.generation import Choice, Delta, Generation, Usage
+from coserve.server.application.sampling import (
+    MAX_LOGPROBS,
+    check_response_format,
+    log_unknown,
+    parse_sampling,
+    read_prompt_logprobs,
+    refuse_unsupported,
+)
+from coserve.server.application.tool_calls import ToolCall, ToolCallParser
+from coserve.server.auth import USE
+from coserve.server.context import Context
+from coserve.server.fields import Fields
+from coserve.server.http import EventStream, Route, json_response, read_json, until_disconnect
+from coserve.server.openai.logprobs import chat_logprobs, prompt_logprobs
+
+_KNOWN = (
+    "messages model max_completion_tokens max_tokens temperature top_p frequency_penalty presence_penalty "
+    "n stop seed logit_bias logprobs top_logprobs response_format tools tool_choice parallel_tool_calls "
+    "stream stream_options user safety_identifier metadata store service_tier verbosity prompt_cache_key "
+    "prompt_cache_options prompt_cache_retention reasoning_effort modalities top_k min_p "
+    "repetition_penalty length_penalty stop_token_ids include_stop_str_in_output ignore_eos min_tokens "
+    "skip_special_tokens spaces_between_special_tokens prompt_logprobs allowed_token_ids echo "
+    "add_generation_prompt continue_final_message add_special_tokens chat_template_kwargs priority "
+    "best_of return_token_ids "
+)
+KNOWN_FIELDS = frozenset(_KNOWN.split())
+
+
+def usage_body(usage: Usage) -> dict[str, Any]:
+    """OpenAI's `usage` object."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+def read_stream_options(fields: Fields) -> tuple[bool, bool]:
+    """(stream, include_usage); options without stream are refused."""
+    stream = fields.boolean("stream")
+    options = fields.object("stream_options")
+    if options is None:
+        return stream, False
+    if not stream:
+        raise fields.fail("stream_options", "is only allowed with stream.")
+    return stream, options.boolean("include_usage")
+
+
+class _Answer:
+    """What one chat request wants in its answer, and the forms of that answer."""
+
+    def __init__(self, context: Context, fields: Fields, request_id: str) -> None:
+        refuse_unsupported(fields)
+        check_response_format(fields)
+        log_unknown(fields, KNOWN_FIELDS)
+        self.context = context
+        self.stream, self.include_usage = read_stream_options(fields)
+        wants = fields.boolean("logprobs")
+        top = fields.integer("top_logprobs", None, 0, MAX_LOGPROBS)
+        if top is not None and not wants:
+            raise fields.fail("top_logprobs", "needs logprobs: true.")
+        self.top_logprobs = (top or 0) if wants else None
+        self.return_token_ids = fields.boolean("return_token_ids")
+        self.echo = fields.boolean("echo")
+        self.target = context.adapters.resolve(fields.string("model"))
+        request = parse_sampling(
+            fields,
+            vocab_size=context.base.vocab_size,
+            defaults=context.defaults,
+            logprobs=self.top_logprobs,
+            default_max_tokens=None,
+            prompt_logprobs=read_prompt_logprobs(fields, self.stream),
+        )
+        self.conversation: Conversation = read_conversation(fields, context.tokenizer)
+        self.generation: Generation = context.generator.prepare(
+            self.target, request, [self.conversation.token_ids]
+        )
+        self.id = f"chatcmpl-{request_id}"
+        self.created = int(time.time())
+
+    def parser(self) -> ToolCallParser | None:
+        if not self.conversation.parse_tools:
+            return None
+        return ToolCallParser(limit=None if self.conversation.parallel_tool_calls else 1)
+
+    @property
+    def echoed(self) -> str:
+        return self.conversation.continued if self.echo else ""
+
+    # ------------------------------------------------------------------ whole
+
+    async def body(self) -> dict[str, Any]:
+        choices = await self.generation.choices()
+        body: dict[str, Any] = {
+            "id": self.id,
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.target.name,
+            "choices": [self._choice(choice) for choice in choices],
+            "usage": usage_body(self.generation.usage),
+            "system_fingerprint": None,
+            "prompt_logprobs": prompt_logprobs(self.context.tokenizer, choices[0].prompt_logprobs),
+        }
+        if self.return_token_ids:
+            body["prompt_token_ids"] = self.conversation.token_ids
+        return body
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        text, calls = choice.text, []
+        parser = self.parser()
+        if parser is not None:
+            text, calls = parser.feed(choice.text)
+            text += parser.finish()
+        message: dict[str, Any] = {"role": "assistant", "content": self.echoed + text, "refusal": None}
+        if calls:
+            message["content"] = message["content"].strip() or None
+            message["tool_calls"] = [_call_body(call) for call in calls]
+        body: dict[str, Any] = {
+            "index": choice.index,
+            "message": message,
+            "logprobs": self._logprobs(choice.logprobs),
+            "finish_reason": _finish_reason(choice.finish_reason, bool(calls)),
+            "stop_reason": choice.stop_reason,
+        }
+        if self.return_token_ids:
+            body["token_ids"] = choice.token_ids
+        return body
+
+    def _logprobs(self, logprobs: Any) -> dict[str, Any] | None:
+        if self.top_logprobs is None:
+            return None
+        return chat_logprobs(self.context.tokenizer, logprobs, self.top_logprobs)
+
+    # ------------------------------------------------------------------ streamed
+
+    async def events(self) -> AsyncIterator[dict[str, Any]]:
+        """Chunks: role, content or tool calls, one finish chunk a choice, then usage when asked for."""
+        parsers = {sample.index: self.parser() for sample in self.generation.samples}
+        started: set[int] = set()
+        async with aclosing(self.generation.deltas()) as deltas:
+            async for delta in deltas:
+                if delta.index not in started:
+                    started.add(delta.index)
+                    yield self._chunk(delta.index, {"role": "assistant", "content": ""})
+                    if self.echoed:
+                        yield self._chunk(delta.index, {"content": self.echoed})
+                for chunk in self._pieces(delta, parsers[delta.index]):
+                    yield chunk
+        if self.include_usage:
+            yield {**self._head(), "choices": [], "usage": usage_body(self.generation.usage)}
+
+    def _pieces(self, delta: Delta, parser: ToolCallParser | None) -> list[dict[str, Any]]:
+        text, calls = delta.text, []
+        if parser is not None:
+            text, calls = parser.feed(delta.text)
+            if delta.finish_reason is not None:
+                text += parser.finish()
+        chunks = []
+        if text or (delta.token_ids and (self.top_logprobs is not None or self.return_token_ids)):
+            chunks.append(self._chunk(delta.index, {"content": text}, delta))
+        if parser is not None:
+            first = parser.calls - len(calls)
+            for number, call in enumerate(calls, start=first):
+                chunks += [
+                    self._chunk(delta.index, {"tool_calls": [part]}) for part in _call_parts(number, call)
+                ]
+        if delta.finish_reason is not None:
+            reason = _finish_reason(delta.finish_reason, parser is not None and parser.calls > 0)
+            chunk = self._chunk(delta.index, {}, finish_reason=reason)
+            chunk["choices"][0]["stop_reason"] = delta.stop_reason
+            chunks.append(chunk)
+        return chunks
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.target.name,
+            "system_fingerprint": None,
+        }
+
+    def _chunk(
+        self,
+        index: int,
+        message: dict[str, Any],
+        delta: Delta | None = None,
+        finish_reason: str | None = None,
+    ) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": index,
+            "delta": message,
+            "logprobs": self._logprobs(delta.logprobs) if delta is not None else None,
+            "finish_reason": finish_reason,
+        }
+        if delta is not None and self.return_token_ids:
+            choice["token_ids"] = list(delta.token_ids)
+        chunk = {**self._head(), "choices": [choice]}
+        if self.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+
+def _finish_reason(reason: str, called: bool) -> str:
+    return "tool_calls" if called and reason == "stop" else reason
+
+
+def _call_body(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _call_parts(index: int, call: ToolCall) -> list[dict[str, Any]]:
+    opening = {"name": call.name, "arguments": ""}
+    return [
+        {"index": index, "id": call.id, "type": "function", "function": opening},
+        {"index": index, "function": {"arguments": call.arguments}},
+    ]
+
+
+def routes(context: Context) -> list[Route]:
+    """This resource's routes."""
+
+    async def create(request: Request) -> Response:
+        answer = _Answer(context, await read_json(request), request.state.request_id)
+        if answer.stream:
+            return await EventStream.open(request, answer.events())
+        return json_response(await until_disconnect(request, answer.body()))
+
+    return [Route("POST", "/v1/chat/completions", create, USE)]

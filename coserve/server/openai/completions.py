@@ -1,0 +1,218 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from coserve.errors import InvalidRequest
+from coserve.server.application.generation import Choice, Delta, Generation
+from coserve.server.application.sampling import (
+    MAX_LOGPROBS,
+    SamplingRequest,
+    check_response_format,
+    log_unknown,
+    parse_sampling,
+    read_prompt_logprobs,
+    refuse_unsupported,
+)
+from coserve.server.auth import USE
+from coserve.server.context import Context
+from coserve.server.fields import Fields
+from coserve.server.http import EventStream, Route, json_response, read_json, until_disconnect
+from coserve.server.openai.chat_completions import KNOWN_FIELDS, read_stream_options, usage_body
+from coserve.server.openai.logprobs import completion_logprobs, prompt_logprobs
+from coserve.tokenizer import Tokenizer
+
+MAX_PROMPTS = 1024
+DEFAULT_MAX_TOKENS = 16
+_KNOWN = KNOWN_FIELDS | {"prompt", "suffix"}
+
+
+def read_prompts(fields: Fields, tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of every prompt: a string, strings, ids, or lists of ids."""
+    raw = fields.raw("prompt")
+    special = fields.boolean("add_special_tokens", True)
+    if isinstance(raw, str):
+        return [tokenizer.encode(raw, add_special_tokens=special)]
+    if not isinstance(raw, list) or not raw:
+        raise fields.fail(
+            "prompt", "must be a string, an array of strings, token ids, or arrays of token ids."
+        )
+    if all(isinstance(item, int) and not isinstance(item, bool) for item in raw):
+        return [raw]
+    if len(raw) > MAX_PROMPTS:
+        raise fields.fail("prompt", f"must hold at most {MAX_PROMPTS} prompts, not {len(raw)}.")
+    if all(isinstance(item, str) for item in raw):
+        return [tokenizer.encode(item, add_special_tokens=special) for item in raw]
+    if not all(isinstance(item, list) for item in raw):
+        raise fields.fail("prompt", "must not mix strings and token ids.")
+    items = Fields({f"prompt[{place}]": ids for place, ids in enumerate(raw)})
+    return [items.integers(name) or [] for name in items.body]
+
+
+class _Answer:
+    """What one completion request wants in its answer, and the forms of that answer."""
+
+    def __init__(self, context: Context, fields: Fields, request_id: str) -> None:
+        refuse_unsupported(fields)
+        check_response_format(fields)
+        log_unknown(fields, _KNOWN)
+        self.context = context
+        self.stream, self.include_usage = read_stream_options(fields)
+        self.echo = fields.boolean("echo")
+        if isinstance(fields.raw("logprobs"), bool):
+            raise fields.fail("logprobs", "must be an integer: the number of alternatives.")
+        self.logprobs = fields.integer("logprobs", None, 0, MAX_LOGPROBS)
+        self.return_token_ids = fields.boolean("return_token_ids")
+        self.wants_prompt_logprobs = read_prompt_logprobs(fields, self.stream)
+        self.target = context.adapters.resolve(fields.string("model"))
+        request = parse_sampling(
+            fields,
+            vocab_size=context.base.vocab_size,
+            defaults=context.defaults,
+            logprobs=self.logprobs,
+            default_max_tokens=DEFAULT_MAX_TOKENS,
+            allow_zero_tokens=self.echo,
+            prompt_logprobs=self._prompt_logprobs(),
+        )
+        self.prompts = read_prompts(fields, context.tokenizer)
+        request = self._fit_default(fields, request)
+        self.generation: Generation = context.generator.prepare(self.target, request, self.prompts)
+        self.n = request.n
+        self.skip_special_tokens = request.skip_special_tokens
+        self.id = f"cmpl-{request_id}"
+        self.created = int(time.time())
+
+    def _prompt_logprobs(self) -> int | None:
+        """The prompt is scored when asked for, and for `logprobs` of an echoed prompt."""
+        echoed = self.logprobs if self.echo else None
+        if self.wants_prompt_logprobs is None or echoed is None:
+            return self.wants_prompt_logprobs if echoed is None else echoed
+        return max(self.wants_prompt_logprobs, echoed)
+
+    def _fit_default(self, fields: Fields, request: SamplingRequest) -> SamplingRequest:
+        """Without an explicit limit the 16 tokens shrink to what the context still holds."""
+        if fields.has("max_tokens") or fields.has("max_completion_tokens"):
+            return request
+        room = self.context.base.max_model_len - max(len(prompt) for prompt in self.prompts)
+        if room >= DEFAULT_MAX_TOKENS:
+            return request
+        return SamplingRequest(**{**vars(request), "max_tokens": max(1, room)})
+
+    def prompt_of(self, index: int) -> list[int]:
+        return self.prompts[index // self.n]
+
+    def _prompt_text(self, index: int) -> str:
+        return self.context.tokenizer.decode(self.prompt_of(index), self.skip_special_tokens)
+
+    # ------------------------------------------------------------------ whole
+
+    async def body(self) -> dict[str, Any]:
+        choices = await self.generation.choices()
+        return {
+            **self._head(),
+            "choices": [self._choice(choice) for choice in choices],
+            "usage": usage_body(self.generation.usage),
+        }
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        body = self._choice_body(choice.index, choice.text, choice.finish_reason, choice.stop_reason)
+        prompt = self.prompt_of(choice.index)
+        if self.echo:
+            body["text"] = self._prompt_text(choice.index) + choice.text
+        if self.logprobs is not None:
+            ids, entries = choice.token_ids, list(choice.logprobs)
+            if self.echo:
+                ids = [*prompt, *ids]
+                entries = [*(choice.prompt_logprobs or [None] * len(prompt)), *entries]
+            body["logprobs"] = completion_logprobs(self.context.tokenizer, entries, ids, 0, self.logprobs)
+        if self.wants_prompt_logprobs is not None:
+            body["prompt_logprobs"] = prompt_logprobs(self.context.tokenizer, choice.prompt_logprobs)
+        if self.return_token_ids:
+            body["token_ids"], body["prompt_token_ids"] = choice.token_ids, prompt
+        return body
+
+    # ------------------------------------------------------------------ streamed
+
+    async def events(self) -> AsyncIterator[dict[str, Any]]:
+        offsets: dict[int, int] = {}
+        async with aclosing(self.generation.deltas()) as deltas:
+            async for delta in deltas:
+                if delta.index not in offsets:
+                    offsets[delta.index] = 0
+                    if self.echo:
+                        yield self._echo_chunk(delta, offsets)
+                if delta.text or delta.finish_reason is not None or self.logprobs is not None:
+                    yield self._delta_chunk(delta, offsets)
+        if self.include_usage:
+            yield {**self._head(), "choices": [], "usage": usage_body(self.generation.usage)}
+
+    def _echo_chunk(self, delta: Delta, offsets: dict[int, int]) -> dict[str, Any]:
+        prompt = self.prompt_of(delta.index)
+        body = self._choice_body(delta.index, self._prompt_text(delta.index), None, None)
+        if self.logprobs is not None:
+            entries = delta.prompt_logprobs or [None] * len(prompt)
+            body["logprobs"] = self._stream_logprobs(delta.index, entries, prompt, offsets)
+        return self._wrap(body)
+
+    def _delta_chunk(self, delta: Delta, offsets: dict[int, int]) -> dict[str, Any]:
+        body = self._choice_body(delta.index, delta.text, delta.finish_reason, delta.stop_reason)
+        if self.logprobs is not None:
+            body["logprobs"] = self._stream_logprobs(delta.index, delta.logprobs, delta.token_ids, offsets)
+        if self.return_token_ids:
+            body["token_ids"] = list(delta.token_ids)
+        return self._wrap(body)
+
+    def _stream_logprobs(self, index: int, entries: Any, ids: Any, offsets: dict[int, int]) -> dict[str, Any]:
+        tokenizer = self.context.tokenizer
+        block = completion_logprobs(tokenizer, entries, ids, offsets[index], self.logprobs or 0)
+        offsets[index] += sum(len(text) for text in block["tokens"])
+        return block
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.target.name,
+            "system_fingerprint": None,
+        }
+
+    def _wrap(self, choice: dict[str, Any]) -> dict[str, Any]:
+        chunk = {**self._head(), "choices": [choice]}
+        if self.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    @staticmethod
+    def _choice_body(
+        index: int, text: str, finish_reason: str | None, stop_reason: str | int | None
+    ) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": None,
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
+        }
+
+
+def routes(context: Context) -> list[Route]:
+    """This resource's routes."""
+
+    async def create(request: Request) -> Response:
+        fields = await read_json(request)
+        if not fields.has("prompt"):
+            raise InvalidRequest("prompt is required.", param="prompt", code="missing_required_parameter")
+        answer = _Answer(context, fields, request.state.request_id)
+        if answer.stream:
+            return await EventStream.open(request, answer.events())
+        return json_response(await until_disconnect(request, answer.body()))
+
+    return [Route("POST", "/v1/completions", create, USE)]

@@ -1,0 +1,80 @@
+"""/v1/files."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import quote
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from coserve.errors import InvalidRequest
+from coserve.server.application.files import MAX_UPLOAD_BYTES
+from coserve.server.auth import TUNE
+from coserve.server.context import Context
+from coserve.server.file_store import FileRow
+from coserve.server.http import Route, json_response
+from coserve.server.multipart import receive_form
+from coserve.server.openai.paging import list_body, query_limit
+
+
+def file_body(file: FileRow) -> dict[str, Any]:
+    """OpenAI's file object."""
+    return {
+        "id": file.id,
+        "object": "file",
+        "bytes": file.bytes,
+        "created_at": file.created_at,
+        "filename": file.filename,
+        "purpose": file.purpose,
+        "status": "processed",
+    }
+
+
+def routes(context: Context) -> list[Route]:
+    """This resource's routes."""
+    files = context.files
+
+    async def upload(request: Request) -> Response:
+        form = await receive_form(request, files.folder, MAX_UPLOAD_BYTES)
+        try:
+            if form.path is None or form.filename is None:
+                raise InvalidRequest("The form needs a part named file.", param="file")
+            return json_response(
+                file_body(await files.add(form.path, form.filename, form.fields.get("purpose")))
+            )
+        finally:
+            form.discard()
+
+    async def list_files(request: Request) -> Response:
+        order = request.query_params.get("order", "desc")
+        if order not in ("asc", "desc"):
+            raise InvalidRequest("order must be asc or desc.", param="order")
+        found = await files.list(request.query_params.get("purpose"), order == "desc")
+        limit = query_limit(request, 10000, 10000)
+        return json_response(list_body(request, found, lambda file: file.id, file_body, limit))
+
+    async def get_file(request: Request) -> Response:
+        return json_response(file_body(await files.get(request.path_params["id"])))
+
+    async def content(request: Request) -> Response:
+        file = await files.get(request.path_params["id"])
+        disposition = f"attachment; filename*=utf-8''{quote(file.filename)}"
+        return FileResponse(
+            files.path(file.id),
+            media_type="application/octet-stream",
+            headers={"content-disposition": disposition},
+        )
+
+    async def delete(request: Request) -> Response:
+        file_id = request.path_params["id"]
+        await files.delete(file_id)
+        return json_response({"id": file_id, "object": "file", "deleted": True})
+
+    return [
+        Route("POST", "/v1/files", upload, TUNE),
+        Route("GET", "/v1/files", list_files, TUNE),
+        Route("GET", "/v1/files/{id}", get_file, TUNE),
+        Route("GET", "/v1/files/{id}/content", content, TUNE),
+        Route("DELETE", "/v1/files/{id}", delete, TUNE),
+    ]

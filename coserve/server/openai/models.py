@@ -1,0 +1,71 @@
+"""/v1/models: the base and every adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from coserve.server.adapter_store import AdapterRow
+from coserve.server.application.models import BaseModel
+from coserve.server.auth import TUNE, USE
+from coserve.server.context import Context
+from coserve.server.http import Route, json_response
+
+
+def base_card(base: BaseModel) -> dict[str, Any]:
+    """The base model's entry."""
+    return {
+        "id": base.name,
+        "object": "model",
+        "created": base.created,
+        "owned_by": "coserve",
+        "root": base.root,
+        "parent": None,
+        "max_model_len": base.max_model_len,
+        "permission": [],
+    }
+
+
+def adapter_card(base: BaseModel, row: AdapterRow, name: str | None = None) -> dict[str, Any]:
+    """An adapter's entry: its newest version under its name."""
+    version = row.version
+    return {
+        "id": name or version.name,
+        "object": "model",
+        "created": version.created_at,
+        "owned_by": "coserve",
+        "root": row.root,
+        "parent": base.name,
+        "max_model_len": base.max_model_len,
+        "version": version.version,
+        "digest": version.digest,
+        "permission": [],
+    }
+
+
+def routes(context: Context) -> list[Route]:
+    """This resource's routes."""
+
+    async def list_models(request: Request) -> Response:
+        cards = [base_card(context.base)]
+        cards += [adapter_card(context.base, row) for row in context.adapters.newest()]
+        return json_response({"object": "list", "data": cards})
+
+    async def get_model(request: Request) -> Response:
+        name = request.path_params["id"]
+        if name == context.base.name:
+            return json_response(base_card(context.base))
+        return json_response(adapter_card(context.base, context.adapters.get(name), name))
+
+    async def delete_model(request: Request) -> Response:
+        name = request.path_params["id"]
+        await context.adapters.delete(name)
+        return json_response({"id": name, "object": "model", "deleted": True})
+
+    return [
+        Route("GET", "/v1/models", list_models, USE),
+        Route("GET", "/v1/models/{id:path}", get_model, USE),
+        Route("DELETE", "/v1/models/{id:path}", delete_model, TUNE),
+    ]

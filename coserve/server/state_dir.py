@@ -1,0 +1,105 @@
+"""The state directory: its layout, its lock, and durable files in it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import TextIO
+from urllib.parse import quote
+
+from coserve.errors import ConfigError
+
+
+class StateDir:
+    """Folders of one server's state; held by a lock for as long as the object is open.
+
+    Raises ConfigError when another server holds the directory, or it can't be written.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).expanduser().absolute()
+        self.files = self.root / "files"
+        self.jobs = self.root / "jobs"
+        self.adapters = self.root / "adapters"
+        self.database = self.root / "coserve.sqlite"
+        self.engine_log = self.root / "engine.log"
+        try:
+            for folder in (self.root, self.files, self.jobs, self.adapters):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.root / "lock")
+        except OSError as error:
+            raise ConfigError(
+                f"--state-dir {self.root}: {error.strerror or error}; choose a directory that can be written.",
+                param="state_dir",
+            ) from None
+        remove_temporary(self.root)
+
+    def adapter(self, name: str, version: int) -> Path:
+        """Where a version's PEFT directory lies; the name is quoted so that it is one folder."""
+        return self.adapters / quote(name, safe="-._~") / str(version)
+
+    def job(self, job_id: str) -> Path:
+        return self.jobs / job_id
+
+    def close(self) -> None:
+        """Give the directory free for another server."""
+        self._lock.close()
+
+
+def _lock(path: Path) -> TextIO:
+    handle = path.open("a+", encoding="ascii")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        holder = handle.read(20).strip()
+        handle.close()
+        raise ConfigError(
+            f"--state-dir {path.parent} is in use by another server (process {holder or 'unknown'}).",
+            param="state_dir",
+        ) from None
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
+    return handle
+
+
+def remove_temporary(root: Path) -> None:
+    """Delete everything whose name ends in .tmp: what a killed server left half written."""
+    for folder, folders, files in os.walk(root):
+        for name in [name for name in folders if name.endswith(".tmp")]:
+            shutil.rmtree(Path(folder) / name, ignore_errors=True)
+            folders.remove(name)
+        for name in files:
+            if name.endswith(".tmp"):
+                (Path(folder) / name).unlink(missing_ok=True)
+
+
+def sync_directory(folder: Path) -> None:
+    """fsync a folder, so that a rename in it survives a crash of the machine."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def copy_directory(source: Path, target: Path, names: tuple[str, ...] | None = None) -> None:
+    """Copy plain files of `source` to `target`, which appears whole or not at all.
+
+    An existing `target` is replaced: only call this for a place that no row points to.
+    """
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and (names is None or path.name in names):
+            shutil.copyfile(path, temporary / path.name)
+            with (temporary / path.name).open("rb") as handle:
+                os.fsync(handle.fileno())
+    sync_directory(temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(temporary, target)
+    sync_directory(target.parent)

@@ -1,0 +1,73 @@
+"""Routes that vLLM added to OpenAI's: runtime adapters and the tokenizer."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from coserve.errors import InvalidRequest
+from coserve.server.application.chat import read_conversation
+from coserve.server.application.sampling import check_token_ids
+from coserve.server.auth import TUNE, USE
+from coserve.server.context import Context
+from coserve.server.http import Route, json_response, read_json
+
+
+def routes(context: Context) -> list[Route]:
+    """Adapter loading by name and path, tokenizing both ways."""
+    tokenizer = context.tokenizer
+
+    async def load(request: Request) -> Response:
+        fields = await read_json(request)
+        name, path = fields.required_string("lora_name"), fields.required_string("lora_path")
+        await context.adapters.load(
+            name,
+            path,
+            pinned=fields.boolean("pinned"),
+            replace_existing=fields.boolean("load_inplace"),
+        )
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+    async def unload(request: Request) -> Response:
+        fields = await read_json(request)
+        name = fields.required_string("lora_name")
+        await context.adapters.unload(name)
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+    async def tokenize(request: Request) -> Response:
+        fields = await read_json(request)
+        context.adapters.resolve(fields.string("model"))
+        prompt = fields.string("prompt")
+        if prompt is not None:
+            ids = tokenizer.encode(prompt, add_special_tokens=fields.boolean("add_special_tokens", True))
+        elif fields.has("messages"):
+            ids = read_conversation(fields, tokenizer).token_ids
+        else:
+            raise InvalidRequest("prompt or messages is required.", param="prompt")
+        strings = (
+            [tokenizer.token_text(token) for token in ids] if fields.boolean("return_token_strs") else None
+        )
+        return json_response(
+            {
+                "count": len(ids),
+                "max_model_len": context.base.max_model_len,
+                "tokens": ids,
+                "token_strs": strings,
+            }
+        )
+
+    async def detokenize(request: Request) -> Response:
+        fields = await read_json(request)
+        context.adapters.resolve(fields.string("model"))
+        if not isinstance(fields.raw("tokens"), list):
+            raise InvalidRequest("tokens must be an array of token ids.", param="tokens")
+        ids = fields.integers("tokens") or []
+        check_token_ids(ids, context.base.vocab_size, "tokens")
+        return json_response({"prompt": tokenizer.decode(ids, skip_special_tokens=False)})
+
+    return [
+        Route("POST", "/v1/load_lora_adapter", load, TUNE),
+        Route("POST", "/v1/unload_lora_adapter", unload, TUNE),
+        Route("POST", "/tokenize", tokenize, USE),
+        Route("POST", "/detokenize", detokenize, USE),
+    ]
