@@ -53,8 +53,8 @@ def insert(connection: sqlite3.Connection, row: AdapterRow) -> None:
     """Add a version and make it its name's current one."""
     version = row.version
     connection.execute(
-        "INSERT INTO adapter_versions (name, version, digest, path, root, origin, rank, job_id, listed, pinned,"
-        " created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO adapter_versions (name, version, digest, path, root, origin, rank, job_id, listed,"
+        " pinned, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             *(
                 version.name,

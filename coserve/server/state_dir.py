@@ -31,7 +31,7 @@ class StateDir:
             self._lock = _lock(self.root / "lock")
         except OSError as error:
             raise ConfigError(
-                f"--state-dir {self.root}: {error.strerror or error}; choose a directory that can be written.",
+                f"--state-dir {self.root}: {error.strerror or error}; choose another directory.",
                 param="state_dir",
             ) from None
         remove_temporary(self.root)

@@ -91,9 +91,8 @@ def _check_choice(fields: Fields, choice: object, tools: list[dict[str, Any]] | 
     if isinstance(choice, Mapping):
         function = choice.get("function")
         name = function.get("name") if isinstance(function, Mapping) else None
-        if choice.get("type") == "function" and tools is not None:
-            if name not in [tool["function"]["name"] for tool in tools]:
-                raise fields.fail("tool_choice", f"names {shown(name)}, which is not among tools.")
+        if tools is not None and name not in [tool["function"]["name"] for tool in tools]:
+            raise fields.fail("tool_choice", f"names {shown(name)}, which is not among tools.")
         raise fields.fail("tool_choice", "forcing a named tool is not supported; use auto or none.")
     if choice not in _TOOL_CHOICES:
         raise fields.fail("tool_choice", f"must be none or auto, not {shown(choice)}.")

@@ -126,9 +126,14 @@ class Generator:
     """Runs samples on the engine."""
 
     def __init__(
-        self, engine: EngineClient, tokenizer: Tokenizer, lifecycle: Lifecycle, metrics: Metrics, max_model_len: int,
+        self,
+        engine: EngineClient,
+        tokenizer: Tokenizer,
+        lifecycle: Lifecycle,
+        metrics: Metrics,
+        max_model_len: int,
         vocab_size: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._lifecycle = lifecycle
@@ -167,8 +172,8 @@ class Generator:
         else:
             wanted = f"{request.max_tokens} for the completion"
         raise ContextLengthExceeded(
-            f"The model's context is {self.max_model_len} tokens; the prompt has {prompt_tokens} and {wanted} "
-            "were asked for. Shorten the prompt or lower max_tokens.",
+            f"The model's context is {self.max_model_len} tokens; the prompt has {prompt_tokens} and "
+            f"{wanted} were asked for. Shorten the prompt or lower max_tokens.",
             param="max_tokens" if room >= 1 else "input_tokens",
         )
 

@@ -121,10 +121,7 @@ class Jobs:
                 news = self._changes.next(job_id)
                 try:
                     job = await self.get(job_id)
-                    last = seq
-                    for event in await self._database.run(
-                        lambda db: job_store.events_after(db, job_id, last)
-                    ):
+                    for event in await self._events_after(job_id, seq):
                         seq = event.seq
                         yield event
                     if job.is_over:
@@ -136,6 +133,9 @@ class Jobs:
                     raise Unavailable("The server is shutting down; watch again from the last event.")
         finally:
             stopped.cancel()
+
+    async def _events_after(self, job_id: str, seq: int) -> list[JobEvent]:
+        return await self._database.run(lambda db: job_store.events_after(db, job_id, seq))
 
     async def _seq_of(self, job_id: str, event_id: str) -> int:
         if not event_id:
