@@ -7,7 +7,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from coserve.server.adapter_store import AdapterRow
-from coserve.server.application.jobs import checkpoint_names
+from coserve.server.application.job_changes import checkpoint_names
 from coserve.server.file_store import FileRow
 from coserve.server.grpc_gen import adapters_pb2, fine_tuning_pb2
 from coserve.server.job_store import CheckpointRow, JobEvent, JobRecord

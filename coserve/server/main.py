@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 _ENGINE_SHUTDOWN = 20.0  # seconds for jobs to checkpoint
 _GRPC_GRACE = 2.0
+DEFAULT_STATE_DIR = "~/.local/state/coserve"
 EngineFactory = Callable[[EngineConfig], EngineClient]
 
 
@@ -103,7 +104,7 @@ async def running_server(
 ) -> AsyncIterator[RunningServer]:
     """A server for the time of the block; leaving it drains. `make_engine` lets tests bring their own."""
     auth = Authenticator.from_config(config.api_keys, config.admin_api_keys, config.keys_file)
-    state = StateDir(config.state_dir or default_state_dir())
+    state = StateDir(config.state_dir or DEFAULT_STATE_DIR)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(state.close)
         http_socket = stack.enter_context(bind(config.host, config.port, "--port"))
@@ -251,11 +252,6 @@ def resolve_model(config: EngineConfig, state: StateDir) -> EngineConfig:
         served_model_name=name or path.absolute().name,
         log_file=config.log_file or str(state.engine_log),
     )
-
-
-def default_state_dir() -> Path:
-    """Where state is kept when `--state-dir` isn't given."""
-    return Path.home() / ".coserve"
 
 
 def bind(host: str, port: int, flag: str) -> socket.socket:

@@ -18,9 +18,9 @@ from coserve.lora.peft_files import make_config
 from coserve.models.config import LINEAR_MODULES, ModelConfig
 from coserve.server.fields import Fields, shown
 from coserve.training.job import LoraSpec, TrainingSpec
+from coserve.training.schedule import POLYNOMIAL_END, SCHEDULES
 
 DEFAULT_LEARNING_RATE = TrainingSpec().learning_rate
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 METHODS = ("supervised",)
 ALL_LINEAR = "all-linear"
 MAX_SEED = 2**31 - 1
@@ -247,13 +247,16 @@ def parse_training(fields: Fields, max_model_len: int) -> TrainingSpec:
     epsilon = fields.number("adam_epsilon", defaults.adam_epsilon, 0.0)
     if epsilon == 0.0:
         raise fields.fail("adam_epsilon", "must be greater than 0.")
+    rate, schedule = _learning_rate(fields), fields.string("lr_scheduler_type")
+    if schedule == "polynomial" and rate <= POLYNOMIAL_END:
+        raise fields.fail("learning_rate", f"must be over {POLYNOMIAL_END:g} with a polynomial schedule.")
     window = fields.integer("window_tokens", 0, 0) or 0
     return TrainingSpec(
         n_epochs=fields.integer("n_epochs", defaults.n_epochs, 1, 10_000),
         max_steps=fields.integer("max_steps", defaults.max_steps, 0, 10**9),
         batch_size=fields.integer("batch_size", defaults.batch_size, 1, 65_536),
-        learning_rate=_learning_rate(fields),
-        lr_scheduler_type=fields.choice("lr_scheduler_type", SCHEDULES, defaults.lr_scheduler_type),
+        learning_rate=rate,
+        lr_scheduler_type=fields.choice("lr_scheduler_type", tuple(SCHEDULES), defaults.lr_scheduler_type),
         warmup_steps=fields.integer("warmup_steps", None, 0),
         warmup_ratio=fields.number("warmup_ratio", defaults.warmup_ratio, 0.0, 1.0),
         weight_decay=fields.number("weight_decay", defaults.weight_decay, 0.0),

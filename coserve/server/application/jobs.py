@@ -27,7 +27,7 @@ from coserve.lora.peft_files import read_adapter_info
 from coserve.metrics import Metrics
 from coserve.models.config import ModelConfig
 from coserve.server import adapter_store, job_store
-from coserve.server.application import job_data
+from coserve.server.application import job_changes, job_data
 from coserve.server.application.adapters import Adapters
 from coserve.server.application.files import RESULTS, Files
 from coserve.server.application.job_events import Changes
@@ -170,8 +170,8 @@ class Jobs:
         if init_from:
             source = self._init_source(init_from)
             await asyncio.to_thread(copy_directory, source, self._state.job(job.id) / "init")
-        created = _event(job, "message", "Created fine-tuning job: " + job.id)
-        status = _status_event(job)
+        created = job_changes.event_of(job, "message", "Created fine-tuning job: " + job.id)
+        status = job_changes.status_event(job)
 
         def insert(db: Connection) -> None:
             job_store.insert(db, job)
@@ -269,7 +269,7 @@ class Jobs:
                     job.training.max_length,
                 )
                 total = job_data.total_steps(prepared.examples, job.training)
-                await self._update(job.id, lambda now: _after_validation(now, prepared, total))
+                await self._update(job.id, lambda now: job_changes.after_validation(now, prepared, total))
             await self._submit(job.id)
         except asyncio.CancelledError:
             raise
@@ -357,7 +357,7 @@ class Jobs:
                 f"The job is over ({job.status}); there is nothing to {action}.", param="job_id"
             )
         if job_id not in self._submitted:
-            return await self._update(job_id, lambda now: _moved(now, status))
+            return await self._update(job_id, lambda now: job_changes.moved(now, status))
         await self._engine.control_job(job_id, action)
         deadline = asyncio.get_running_loop().time() + _CONTROL_WAIT
         while job.status not in reached and not job.is_over:
@@ -394,21 +394,7 @@ class Jobs:
 
     async def _on_progress(self, progress: JobProgress) -> None:
         metrics = progress.metrics
-        event = JobEvent(
-            job_id=progress.job_id,
-            type="metrics",
-            created_at=int(metrics.time or time.time()),
-            message=f"Step {metrics.step}/{metrics.total_steps}: training loss={metrics.loss:.4f}",
-            step=metrics.step,
-            total_steps=metrics.total_steps,
-            epoch=metrics.epoch,
-            loss=metrics.loss,
-            learning_rate=metrics.learning_rate,
-            grad_norm=metrics.grad_norm,
-            tokens_per_second=metrics.tokens_per_second,
-            share=metrics.share,
-            trained_tokens=metrics.trained_tokens,
-        )
+        event = job_changes.step_event(progress.job_id, metrics)
 
         def record(db: Connection) -> bool:
             job = job_store.get(db, progress.job_id)
@@ -416,12 +402,12 @@ class Jobs:
                 return False
             known = job_store.metrics_event(db, progress.job_id, metrics.step)
             if known is not None:
-                if not _same_step(known, event):
+                if not job_changes.same_step(known, event):
                     warning = f"Step {metrics.step} came out differently when it was replayed."
-                    job_store.add_event(db, _event(job, "message", warning, level="warn"))
+                    job_store.add_event(db, job_changes.event_of(job, "message", warning, level="warn"))
                 return False
             job_store.add_event(db, event)
-            job_store.save(db, _progressed(job, event))
+            job_store.save(db, job_changes.progressed(job, event))
             return True
 
         if await self._database.run(record):
@@ -441,8 +427,10 @@ class Jobs:
 
         def record(db: Connection) -> Sequence[CheckpointRow]:
             if job_store.add_checkpoint(db, checkpoint):
-                message = f"Checkpoint created at step {event.step}"
-                noted = _event(job, "checkpoint", message, step=event.step, checkpoint=checkpoint.id)
+                text = f"Checkpoint created at step {event.step}"
+                noted = job_changes.event_of(
+                    job, "checkpoint", message, step=event.step, checkpoint=checkpoint.id
+                )
                 job_store.add_event(db, noted)
             old = job_store.checkpoints(db, job.id)[KEPT_CHECKPOINTS:]
             for row in old:
@@ -452,7 +440,7 @@ class Jobs:
         old = await self._database.run(record)
         await self._name_checkpoint(job, checkpoint)
         for row in old:
-            await self._adapters.drop_checkpoint(checkpoint_names(job, row))
+            await self._adapters.drop_checkpoint(job_changes.checkpoint_names(job, row))
             await asyncio.to_thread(job_data.remove, Path(row.path))
         self._changes.notify(job.id)
 
@@ -465,7 +453,7 @@ class Jobs:
             logger.warning(line("checkpoint can't be served", id=checkpoint.id, reason=error.message))
             return
         reference = AdapterRef(checkpoint.id, checkpoint.step, info.digest, checkpoint.path)
-        self._adapters.add_checkpoint(checkpoint_names(job, checkpoint), reference)
+        self._adapters.add_checkpoint(job_changes.checkpoint_names(job, checkpoint), reference)
 
     async def _on_status(self, event: JobStatus) -> None:
         job = await self.get(event.job_id)
@@ -473,9 +461,9 @@ class Jobs:
             await self._succeeded(job)
         elif event.status == "failed":
             error = JobError(event.error_code or "internal_error", event.message, event.error_param)
-            await self._update(job.id, lambda now: _failed(now, error))
+            await self._update(job.id, lambda now: job_changes.failed(now, error))
         else:
-            await self._update(job.id, lambda now: _moved(now, event.status))
+            await self._update(job.id, lambda now: job_changes.moved(now, event.status))
         logger.info(line("job status", id=job.id, status=event.status))
 
     async def _succeeded(self, job: JobRecord) -> None:
@@ -492,7 +480,7 @@ class Jobs:
                     job.publish_as, Path(newest[0].path), job_id=job.id, origin="job"
                 )
             results = await self._results(job)
-            await self._update(job.id, lambda now: _success(now, row.version.name, results))
+            await self._update(job.id, lambda now: job_changes.success(now, row.version.name, results))
         except CoserveError as error:
             await self._fail(job.id, error)
 
@@ -507,7 +495,7 @@ class Jobs:
 
     async def _fail(self, job_id: str, error: CoserveError) -> None:
         failure = JobError(error.code, error.message, error.param)
-        await self._update(job_id, lambda now: _failed(now, failure))
+        await self._update(job_id, lambda now: job_changes.failed(now, failure))
 
     async def _update(self, job_id: str, update: Update) -> JobRecord:
         """One change of a job that isn't over: record and events together."""
@@ -536,91 +524,3 @@ class Jobs:
 
     async def _count(self) -> None:
         self._metrics.jobs(await self._database.run(job_store.count_by_status))
-
-
-def checkpoint_names(job: JobRecord, checkpoint: CheckpointRow) -> tuple[str, str]:
-    """A checkpoint's names: its id, and the name of its job's adapter with the step."""
-    return checkpoint.id, f"{job.publish_as}:ckpt-step-{checkpoint.step}"
-
-
-def _event(job: JobRecord, kind: str, message: str, level: str = "info", **values: Any) -> JobEvent:
-    return JobEvent(
-        job_id=job.id, type=kind, created_at=int(time.time()), level=level, message=message, **values
-    )
-
-
-_STATUS_MESSAGES = {
-    "validating_files": "Validating training file: {file}",
-    "queued": "Files validated, moving job to queued state",
-    "running": "Fine-tuning job started",
-    "paused": "Fine-tuning job paused",
-    "succeeded": "The job has successfully completed",
-    "failed": "The job failed: {error}",
-    "cancelled": "The job was cancelled",
-}
-
-
-def _status_event(job: JobRecord) -> JobEvent:
-    error = job.error.message if job.error else ""
-    message = _STATUS_MESSAGES[job.status].format(file=job.training_file, error=error)
-    level = "error" if job.status == "failed" else "info"
-    return _event(
-        job, "status", message, level=level, status=job.status, step=job.step, total_steps=job.total_steps
-    )
-
-
-def _moved(job: JobRecord, status: str) -> tuple[JobRecord, Sequence[JobEvent]]:
-    if status == job.status:
-        return job, []
-    after = change(job, status=status)
-    if status == "running" and job.started_at is None:
-        after = change(after, started_at=int(time.time()))
-    if status in job_store.TERMINAL:
-        after = change(after, finished_at=int(time.time()), estimated_finish=None, share=0.0)
-    return after, [_status_event(after)]
-
-
-def _after_validation(
-    job: JobRecord, prepared: job_data.Prepared, total_steps: int
-) -> tuple[JobRecord, Sequence[JobEvent]]:
-    events = [_event(job, "message", text, level=level) for level, text in prepared.remarks()]
-    after = change(job, total_steps=total_steps)
-    if job.status == "paused":
-        return after, events
-    after, moved = _moved(after, "queued")
-    return after, [*events, *moved]
-
-
-def _progressed(job: JobRecord, event: JobEvent) -> JobRecord:
-    now = time.time()
-    started = job.started_at or int(now)
-    pace = (now - started) / max(1, event.step)
-    return change(
-        job,
-        started_at=started,
-        step=max(job.step, event.step),
-        total_steps=event.total_steps,
-        epoch=event.epoch,
-        tokens_per_second=event.tokens_per_second,
-        share=event.share,
-        trained_tokens=job.trained_tokens + event.trained_tokens,
-        estimated_finish=int(now + pace * (event.total_steps - event.step)),
-    )
-
-
-def _same_step(known: JobEvent, again: JobEvent) -> bool:
-    """Whether a replayed step gave the same bits (its speed may differ)."""
-
-    def bits(event: JobEvent) -> tuple[float, ...]:
-        return event.loss, event.learning_rate, event.grad_norm, event.trained_tokens
-
-    return bits(known) == bits(again)
-
-
-def _failed(job: JobRecord, error: JobError) -> tuple[JobRecord, Sequence[JobEvent]]:
-    return _moved(change(job, error=error), "failed")
-
-
-def _success(job: JobRecord, name: str, results: list[str]) -> tuple[JobRecord, Sequence[JobEvent]]:
-    after, moved = _moved(change(job, fine_tuned_model=name, result_files=results), "succeeded")
-    return after, [_event(job, "message", f"New fine-tuned model created: {name}"), *moved]

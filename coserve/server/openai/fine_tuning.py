@@ -9,8 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from coserve.errors import InvalidRequest
+from coserve.server.application.job_changes import checkpoint_names
 from coserve.server.application.job_request import peft_config
-from coserve.server.application.jobs import checkpoint_names
 from coserve.server.auth import TUNE
 from coserve.server.context import Context
 from coserve.server.fields import Fields
