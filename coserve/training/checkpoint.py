@@ -3,7 +3,7 @@
     step-000012/
         adapter_model.safetensors, adapter_config.json   the fp32 masters, a PEFT directory
         optimizer.safetensors                            AdamW's moments, fp32
-        state.json                                       step, events, the settings' fingerprint, sha256 of files
+        state.json                                       step, events, settings fingerprint, sha256 of files
 
 A checkpoint is put together under a name ending in .tmp, synced, renamed, and its parent synced: it is there
 whole or not at all. Its events are those of the steps since the checkpoint before it.
