@@ -429,7 +429,7 @@ class Jobs:
             if job_store.add_checkpoint(db, checkpoint):
                 text = f"Checkpoint created at step {event.step}"
                 noted = job_changes.event_of(
-                    job, "checkpoint", message, step=event.step, checkpoint=checkpoint.id
+                    job, "checkpoint", text, step=event.step, checkpoint=checkpoint.id
                 )
                 job_store.add_event(db, noted)
             old = job_store.checkpoints(db, job.id)[KEPT_CHECKPOINTS:]
