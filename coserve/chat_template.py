@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
@@ -125,7 +126,7 @@ class ChatTemplate:
         }
         try:
             text = self._template.render(context)
-        except (_TemplateRefusal, jinja2.sandbox.SecurityError) as error:
+        except (_TemplateRefusal, jinja2.exceptions.SecurityError) as error:
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error

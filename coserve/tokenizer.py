@@ -62,7 +62,7 @@ class Tokenizer:
         if self.eos_id is not None:
             eos_ids[self.eos_id] = None
         self.eos_token_ids: tuple[int, ...] = tuple(eos_ids)
-        self._add_bos = add_bos and self.bos_id is not None
+        self._bos_to_add = self.bos_id if add_bos else None
         self._style = _DecodingStyle.of(json.loads(backend.to_str()).get("decoder"))
         self._bytes: dict[int, bytes] = {}
 
@@ -104,8 +104,8 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with `add_special_tokens` those the model expects around it (bos)."""
         ids: list[int] = self._backend.encode(_valid(text), add_special_tokens=add_special_tokens).ids
-        if add_special_tokens and self._add_bos and ids[:1] != [self.bos_id]:
-            ids.insert(0, self.bos_id)
+        if add_special_tokens and self._bos_to_add is not None and ids[:1] != [self._bos_to_add]:
+            ids.insert(0, self._bos_to_add)
         return ids
 
     def encode_with_offsets(self, text: str) -> EncodedText:

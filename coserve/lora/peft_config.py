@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -145,7 +145,7 @@ def _matches(targets: tuple[str, ...] | str, path: str) -> bool:
     return any(path == name or path.endswith("." + name) for name in targets)
 
 
-def _pattern_key(keys: Any, path: str) -> str:
+def _pattern_key(keys: Iterable[str], path: str) -> str:
     """The first key that matches the end of `path`, as PEFT looks them up; "" when none does."""
     for key in keys:
         try:

@@ -126,7 +126,7 @@ def _checked(directory: Path, model: LinearShapes, max_rank: int | None) -> Adap
     )
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def _read_config(directory: Path) -> Any:
     file = directory / CONFIG_FILE
     if not file.is_file():
         _refuse(f"there is no {CONFIG_FILE}")

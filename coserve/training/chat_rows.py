@@ -130,12 +130,12 @@ def _content(message: dict[str, Any], field: str, may_be_null: bool) -> str | No
 def _is_trained(message: dict[str, Any], field: str) -> bool:
     weight = message.get("weight")
     if weight is None:
-        return message["role"] == "assistant"
+        return bool(message["role"] == "assistant")
     if message["role"] != "assistant":
         _bad(f"{field}.weight", "only assistant messages may have a weight")
     if type(weight) is not int or weight not in (0, 1):
         _bad(f"{field}.weight", "must be the integer 0 or 1")
-    return weight == 1
+    return bool(weight)
 
 
 def _tool_calls(calls: Any, field: str) -> list[dict[str, Any]]:

@@ -85,8 +85,14 @@ def _inference_rows(
             table[where // block_size].astype(np.int64) * block_size + where % block_size
         )
     lengths = np.array([span.start + span.length for span in spans], dtype=np.int32)
-    to_device = (torch.from_numpy(array).to(kv.device) for array in (slots, tables, starts, lengths))
-    return InferenceRows(rows, *to_device, kv)
+    return InferenceRows(
+        rows=rows,
+        slots_T=torch.from_numpy(slots).to(kv.device),
+        block_tables_SB=torch.from_numpy(tables).to(kv.device),
+        query_start_S1=torch.from_numpy(starts).to(kv.device),
+        context_lens_S=torch.from_numpy(lengths).to(kv.device),
+        kv=kv,
+    )
 
 
 def _lora_batch(

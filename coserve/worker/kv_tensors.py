@@ -51,7 +51,7 @@ class KVTensors:
         self.arena = torch.empty(num_blocks * self.slab_bytes, dtype=torch.uint8, device=device)
         shape = (config.num_layers, 2, block_size, config.num_kv_heads, config.head_dim)
         slabs = self.arena.view(num_blocks, self.slab_bytes)[:, : prod(shape) * dtype.itemsize].view(dtype)
-        by_layer = slabs.unflatten(1, shape)
+        by_layer = slabs.view(num_blocks, *shape)
         self._layers = [(by_layer[:, layer, 0], by_layer[:, layer, 1]) for layer in range(config.num_layers)]
 
     @property
