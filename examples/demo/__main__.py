@@ -38,7 +38,7 @@ class Plan:
     epochs: int = 4
 
 
-QUICK = Plan(clients=2, period=0.4, settle=2.0, held_out=20, epochs=2)
+QUICK = Plan(clients=2, settle=2.0, examples=160, held_out=20, epochs=2)
 
 
 async def play(plan: Plan, address: server.Address, console: Console) -> list[Check]:
