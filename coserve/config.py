@@ -30,7 +30,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_cpu_loras: int = 128
     slo_tpot_ms: float = 0.0
     slo_ttft_ms: float = 0.0
-    deterministic: bool = False
     seed: int = 0
     log_file: str = ""
 
