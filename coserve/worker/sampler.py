@@ -19,7 +19,7 @@ from coserve.core.sampling_params import SamplingParams
 
 _MASK64 = (1 << 64) - 1
 _CDF_BLOCK = 256
-_FLOORS = (-4.0, -8.0, -16.0, -math.inf)  # scaled logits below the best that top_p looks at, wider and wider
+_FLOORS = (-4.0, -6.0, -8.0, -11.0, -14.0, -18.0)  # of scaled logits: how far down top_p looks, step by step
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,18 @@ class SampledTokens:
 
 def sample(logits_SV: torch.Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
     """Choose one token for each row of fp32 logits [S, V], which are overwritten."""
-    wanting = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
-    raw = torch.log_softmax(logits_SV[wanting], dim=-1) if wanting else None
+    raw = {
+        index: torch.log_softmax(logits_SV[index], dim=-1)
+        for index, row in enumerate(rows)
+        if row.params.logprobs is not None
+    }
     for index, row in enumerate(rows):
         if _is_adjusted(row):
             _adjust_(logits_SV[index], row)
     token_ids = _choose(logits_SV, rows)
     logprobs: list[TokenLogprob | None] = [None] * len(rows)
-    for at, index in enumerate(wanting):
-        assert raw is not None
-        logprobs[index] = _describe(raw[at], token_ids[index], rows[index].params.logprobs or 0)
+    for index, logprobs_V in raw.items():
+        logprobs[index] = _describe(logprobs_V, token_ids[index], rows[index].params.logprobs or 0)
     return SampledTokens(token_ids, logprobs)
 
 
@@ -159,55 +161,47 @@ def _choose(logits_SV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     if greedy:
         for index, token in zip(greedy, logits_SV[greedy].argmax(dim=-1).tolist(), strict=True):
             chosen[index] = token
-    open_rows = []
     for index, row in enumerate(rows):
         if row.params.greedy:
             continue
         if row.params.top_k or row.params.top_p < 1.0 or row.params.min_p:
             chosen[index] = _draw_filtered(logits_SV[index], row)
         else:
-            open_rows.append(index)
-    if open_rows:
-        drawn = _draw_open(logits_SV[open_rows], [rows[index] for index in open_rows])
-        for index, token in zip(open_rows, drawn, strict=True):
-            chosen[index] = token
+            chosen[index] = _draw_open(logits_SV[index], row)
     return chosen
 
 
-def _draw_open(logits_SV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """Rows without filters: inverse CDF over the whole vocabulary, in order of id.
+def _draw_open(logits_V: torch.Tensor, row: SamplingRow) -> int:
+    """A row without filters: inverse CDF over the whole vocabulary, in order of id.
 
-    Two levels, blocks and then the block's tokens, since cumulating 150k numbers one by one takes 2 ms a row.
+    Two levels, blocks and then the block's tokens, since cumulating 150k numbers one by one takes 2 ms.
     """
-    temperatures = torch.tensor([row.params.temperature for row in rows], device=logits_SV.device)
     # The largest logit goes first, so that a tiny temperature can't overflow.
-    weights_SV = ((logits_SV - logits_SV.amax(dim=-1, keepdim=True)) / temperatures[:, None]).exp()
-    padding = -weights_SV.shape[1] % _CDF_BLOCK
-    blocks_SBC = torch.nn.functional.pad(weights_SV, (0, padding)).view(len(rows), -1, _CDF_BLOCK)
-    ends_SB = blocks_SBC.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    numbers = torch.tensor([uniform(row.params.seed, row.position) for row in rows], dtype=torch.float64)
-    targets_S = _targets(ends_SB[:, -1], numbers.to(logits_SV.device))
-    block_S = torch.searchsorted(ends_SB, targets_S[:, None], right=True)[:, 0]
-    every = torch.arange(len(rows), device=logits_SV.device)
-    inside_SC = blocks_SBC[every, block_S].double().cumsum(dim=-1)
-    before_S = torch.where(block_S > 0, ends_SB[every, (block_S - 1).clamp(min=0)], 0.0)
-    rest_S = torch.minimum(targets_S - before_S, _targets(inside_SC[:, -1], torch.ones_like(targets_S)))
-    within_S = torch.searchsorted(inside_SC, rest_S[:, None], right=True)[:, 0]
-    return (block_S * _CDF_BLOCK + within_S).tolist()
+    weights_V = ((logits_V - logits_V.amax()) / row.params.temperature).exp()
+    padding = -len(weights_V) % _CDF_BLOCK
+    blocks_BC = torch.nn.functional.pad(weights_V, (0, padding)).view(-1, _CDF_BLOCK)
+    ends_B = blocks_BC.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    target = _target(ends_B, uniform(row.params.seed, row.position))
+    block = int(torch.searchsorted(ends_B, target, right=True))
+    inside_C = blocks_BC[block].double().cumsum(dim=-1)
+    rest = target - float(ends_B[block - 1]) if block else target
+    within = int(torch.searchsorted(inside_C, min(rest, _target(inside_C, 1.0)), right=True))
+    return block * _CDF_BLOCK + within
 
 
 def _draw_filtered(logits_V: torch.Tensor, row: SamplingRow) -> int:
     scaled = (logits_V - logits_V.amax()) / row.params.temperature
     ids, values = candidates(scaled, row.params.top_k, row.params.top_p, row.params.min_p)
-    cdf = values.double().exp().cumsum(dim=-1)
-    number = torch.tensor([uniform(row.params.seed, row.position)], dtype=torch.float64, device=cdf.device)
-    return int(ids[int(torch.searchsorted(cdf, _targets(cdf[-1:], number), right=True))])
+    cdf_C = values.double().exp().cumsum(dim=-1)
+    target = _target(cdf_C, uniform(row.params.seed, row.position))
+    return int(ids[int(torch.searchsorted(cdf_C, target, right=True))])
 
 
-def _targets(total_S: torch.Tensor, numbers_S: torch.Tensor) -> torch.Tensor:
-    """Where the numbers point in unnormalised CDFs that end at `total`: always below it, so that the first
-    entry above exists (and has a probability)."""
-    return torch.minimum(numbers_S * total_S, torch.nextafter(total_S, torch.zeros_like(total_S)))
+def _target(cdf_C: torch.Tensor, number: float) -> float:
+    """Where `number` points in an unnormalised fp64 CDF: always below its end, so that a first entry above
+    exists, and has a probability."""
+    total = float(cdf_C[-1])
+    return min(number * total, math.nextafter(total, 0.0))
 
 
 def candidates(
@@ -235,12 +229,13 @@ def candidates(
 def _nucleus_of_all(scaled_V: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """`top_p` without other filters. Only the likeliest tokens are sorted: those within a factor of the best
     that is widened until they reach `top_p`."""
-    total = scaled_V.exp().sum(dtype=torch.float64)
+    weights_V = scaled_V.exp()
+    total = weights_V.sum(dtype=torch.float64)
     for floor in _FLOORS:
-        ids, values = _at_least(scaled_V, floor)
-        if floor == -math.inf or float(values.double().exp().sum()) >= top_p * float(total):
-            break
-    return _nucleus(ids, values, total, top_p)
+        reached = weights_V[scaled_V >= floor].sum(dtype=torch.float64)
+        if float(reached) >= top_p * float(total):
+            return _nucleus(*_at_least(scaled_V, floor), total, top_p)
+    return _nucleus(*_at_least(scaled_V, -math.inf), total, top_p)
 
 
 def _nucleus(
@@ -264,7 +259,7 @@ def _at_least(values_V: torch.Tensor, floor: float) -> tuple[torch.Tensor, torch
 
 def _describe(logprobs_V: torch.Tensor, token_id: int, top: int) -> TokenLogprob:
     own = logprobs_V[token_id]
-    rank = int((logprobs_V > own).sum()) + 1
+    rank = int(torch.count_nonzero(logprobs_V > own)) + 1
     best: list[tuple[int, float]] = []
     if top:
         count = min(top, len(logprobs_V))

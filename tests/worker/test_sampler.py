@@ -75,7 +75,7 @@ def test_top_p_widens_its_search_in_a_flat_vocabulary():
     assert ids.tolist()[:3000] == expected[:3000]
 
 
-def chi_square(params, logits, expected, draws=4000):
+def chi_square(params, logits, expected, draws=1500):
     """Pearson's statistic of draws at `draws` positions, and its degrees of freedom."""
     rows = [row(range(position), position, seed=7, **params) for position in range(1, draws + 1)]
     tokens = sample(logits.expand(draws, -1).clone(), rows).token_ids
