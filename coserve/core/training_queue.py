@@ -179,16 +179,15 @@ class TrainingQueue:
         return None
 
     def _window_length(self, sequence: TrainingSequence, max_tokens: int, seconds: float) -> int:
-        """The longest window that tokens and time allow, but at least a tile: the caller weighs its cost."""
         per_token = self._model.predict_unit("forward", 1)
         affordable = int(seconds / per_token) if per_token > 0.0 else TILE
-        return sequence.window(min(max_tokens, max(affordable, TILE)))
+        return sequence.window(max_tokens, affordable) if max_tokens > 0 else 0
 
     def _reserve(self, sequence: TrainingSequence, kv_headroom: int) -> bool:
         if sequence.extent is None:
             # Memory that was taken away once is asked for again only with room to spare (no thrashing).
-            headroom = kv_headroom * (1 + min(sequence.evictions, 3))
-            if self._blocks.num_free < sequence.slabs + headroom:
+            wanted = sequence.slabs + kv_headroom * (1 + min(sequence.evictions, 3))
+            if self._blocks.num_free < min(wanted, self._blocks.num_blocks):
                 return False
             sequence.extent = self._blocks.reserve_extent(sequence.slabs)
         return sequence.extent is not None

@@ -69,16 +69,17 @@ class TrainingSequence(Sequence):
     def done(self) -> bool:
         return self.forward_done and self.backward_owed == 0
 
-    def window(self, most: int) -> int:
-        """Length of the next forward window of at most `most` tokens: cut at tile edges unless the job set
-        its own width. 0 when not even one tile fits."""
+    def window(self, most: int, affordable: int) -> int:
+        """Length of the next forward window: at most `most` tokens, and about as many as are `affordable`.
+
+        A job that set its own width gets it (the caller weighs its cost); others are cut at tile edges.
+        """
         owed = self.forward_owed
         if self.window_tokens:
-            step = min(self.window_tokens, owed)
-            return step if step <= most else 0
-        if owed <= most:
-            return owed
-        return (self.cursor + most) // TILE * TILE - self.cursor
+            length = min(self.window_tokens, owed, most)
+            return length if length == owed or self.window_tokens % TILE else length // TILE * TILE
+        limit = min(most, max(affordable, TILE))
+        return owed if owed <= limit else (self.cursor + limit) // TILE * TILE - self.cursor
 
     def restart(self) -> None:
         """Its activations are gone: everything is owed again."""

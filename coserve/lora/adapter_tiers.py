@@ -33,6 +33,7 @@ class KnownAdapter:
     loading: Future[HostAdapter] | None = None
     waiters: list[OnLoaded] = field(default_factory=list)
     error: CoserveError | None = None
+    unloaded: bool = False  # asked for while its files were still being read
 
 
 class AdapterTiers:
@@ -66,7 +67,7 @@ class AdapterTiers:
     def know(self, digest: str, name: str, path: str) -> None:
         """Remember where an adapter's files are."""
         known = self._known.setdefault(digest, KnownAdapter(name, path))
-        known.path = path
+        known.path, known.unloaded = path, False
 
     def load(self, digest: str, pinned: bool, on_loaded: OnLoaded) -> None:
         """Bring a known adapter in; `on_loaded` hears None, or why it can't be had."""
@@ -87,6 +88,8 @@ class AdapterTiers:
         """True when the adapter is on the device, with one reference taken; else its load has begun."""
         if digest in self._slots or (digest in self._host and self._place(digest)):
             self._slots.acquire(digest)
+            if self._known[digest].unloaded:
+                self._host.pop(digest, None)
             return True
         if digest not in self._host:
             self._start(self._known[digest])
@@ -106,6 +109,7 @@ class AdapterTiers:
             raise NotFound("The engine has no such adapter.", param="lora_name")
         if digest in self._slots and self._slots.unload(digest):
             self.swaps["unload"] += 1
+        self._known[digest].unloaded = True
         self._host.pop(digest, None)
 
     def poll(self) -> dict[str, CoserveError]:
@@ -151,6 +155,7 @@ class AdapterTiers:
         slot, evicted = got
         self._pool.write(slot.rows, adapter)
         self._host.move_to_end(digest)
+        slot.doomed = self._known[digest].unloaded
         self.swaps["load"] += 1
         self.swaps["evict"] += len(evicted)
         return True

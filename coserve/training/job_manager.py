@@ -78,7 +78,7 @@ class JobManager:
     @property
     def workspace_bytes(self) -> int:
         """What the microbatches under way hold outside the pool."""
-        return sum(microbatch.nbytes for microbatch in self.microbatches.values())
+        return sum(job.workspace_bytes for job in self._jobs.values())
 
     def take_token_counts(self) -> tuple[int, int]:
         """Forward and backward tokens since the last call."""
@@ -135,7 +135,7 @@ class JobManager:
             sequence = span.sequence
             if self.microbatches[sequence.sequence_id].activations is None:
                 assert sequence.extent is not None
-                extent = self._kv.extent(sequence.extent, sequence.slabs * self._kv.slab_bytes)
+                extent = self._kv.extent(sequence.extent, sequence.slabs)
                 self._jobs[sequence.job_id].place(sequence.sequence_id, extent)
 
     def commit_forward(self, plan: StepPlan, alone: float, seconds: float) -> None:
@@ -225,7 +225,11 @@ class JobManager:
                 self._begin_step(job)
 
     def _begin_step(self, job: RunningJob) -> None:
-        job.begin_step(self._kv.slab_bytes)
+        try:
+            job.begin_step(self._kv.slab_bytes, self._kv.num_blocks)
+        except CoserveError as error:
+            self._end(job, "failed", error)
+            return
         self.microbatches.update(job.microbatches)
         self._queue.submit(job.spec.job_id, job.sequences, job.spec.priority)
 
@@ -269,7 +273,7 @@ class JobManager:
 
     def _drop_microbatches(self, job: RunningJob) -> None:
         for sequence_id in job.microbatches:
-            del self.microbatches[sequence_id]
+            self.microbatches.pop(sequence_id, None)
         job.drop_step()
 
     def _forget_evicted(self, evicted: list[TrainingSequence]) -> None:

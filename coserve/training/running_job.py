@@ -83,6 +83,12 @@ class RunningJob:
         return self._adapter.nbytes + self._optimizer.nbytes
 
     @property
+    def workspace_bytes(self) -> int:
+        """What the microbatches under way hold beside their activations."""
+        held = [vars(microbatch).values() for microbatch in self.microbatches.values()]
+        return sum(value.nbytes for values in held for value in values if isinstance(value, torch.Tensor))
+
+    @property
     def steps_since_checkpoint(self) -> int:
         return len(self._events)
 
@@ -94,8 +100,11 @@ class RunningJob:
 
     # ------------------------------------------------------------------ one optimizer step
 
-    def begin_step(self, slab_bytes: int) -> None:
-        """Make the next step's microbatches; they owe all their tokens. `slab_bytes`: the pool's unit."""
+    def begin_step(self, slab_bytes: int, num_slabs: int) -> None:
+        """Make the next step's microbatches; they owe all their tokens.
+
+        Raises FailedPrecondition when one needs more than the pool's `num_slabs` of `slab_bytes` each.
+        """
         self._batch = self._plan.step(self.step + 1)
         self._adapter.zero_gradients()
         self._began = time.perf_counter()
@@ -119,6 +128,12 @@ class RunningJob:
                 slabs=-(-self._activation_bytes(microbatch) // slab_bytes),
                 window_tokens=self.spec.training.window_tokens,
             )
+            if sequence.slabs > num_slabs:
+                raise FailedPrecondition(
+                    f"{microbatch.num_tokens} tokens in training need {sequence.slabs * slab_bytes} bytes of the "
+                    f"pool, which has {num_slabs * slab_bytes}; raise --kv-cache-memory-bytes or set max_length",
+                    code="out_of_memory",
+                )
             self.sequences.append(sequence)
             self.microbatches[sequence.sequence_id] = microbatch
 

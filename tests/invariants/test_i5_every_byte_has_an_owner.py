@@ -42,17 +42,18 @@ def test_requests_take_memory_from_training_and_training_recovers(model, data, t
     world.submit(quiet, spec)
     world.finish(quiet, spec.job_id)
     slab = quiet.engine.kv.slab_bytes
-    tight = world.make_engine(model, max_model_len=512, kv_cache_memory_bytes=100 * slab)
+    tight = world.make_engine(model, max_model_len=512, kv_cache_memory_bytes=350 * slab)
     again = world.make_job(data, tmp_path / "tight", n_epochs=1)
     world.submit(tight, again)
     sampling = world.SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
     evicted = 0
     for step in range(12):
-        tight.add(str(step), [5] * 200, sampling)
+        for copy in range(2):
+            tight.add(f"{step}/{copy}", [2 * step + copy + 3] * 300, sampling)
         held = tight.engine.blocks.num_extent_slabs
         tight.engine.step()
         evicted += held > tight.engine.blocks.num_extent_slabs
-    tight.run_until(lambda: len(tight.finished) == 12, 20_000)
+    tight.run_until(lambda: len(tight.finished) == 24, 20_000)
     world.finish(tight, again.job_id)
     assert evicted > 0
     assert world.same_bits(world.final_adapter(again), world.final_adapter(spec))

@@ -19,6 +19,7 @@ from coserve.training.dataset import TokenDataset
 from coserve.training.job import JobSpec, LoraSpec, TrainingSpec
 
 VOCAB = 97
+TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 
@@ -39,7 +40,7 @@ def make_model(folder: Path) -> Path:
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
-        parameter.data.normal_(0.0, 0.15)
+        parameter.data.normal_(0.0, 0.25)
     model.save_pretrained(folder)
     return folder
 
@@ -52,7 +53,7 @@ def make_adapter(model: Path, folder: Path, rank: int, seed: int) -> m.AdapterRe
     peft = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules))
     for name, parameter in peft.named_parameters():
         if "lora_B" in name:
-            parameter.data.normal_(0.0, 0.3)
+            parameter.data.normal_(0.0, 1.0)
     peft.save_pretrained(folder)
     digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
     return m.AdapterRef(folder.name, 1, f"sha256:{digest}", str(folder))
@@ -85,7 +86,7 @@ def make_job(data: Path, folder: Path, job_id: str = "ftjob-1", **training: Any)
         data_path=str(data),
         checkpoint_dir=str(folder / job_id),
         seed=3,
-        lora=LoraSpec(r=4, lora_alpha=8.0, target_modules=("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")),
+        lora=LoraSpec(r=4, lora_alpha=8.0, target_modules=TARGETS),
         training=TrainingSpec(**(defaults | training)),
         priority=priority,
     )
