@@ -79,7 +79,7 @@ static void attend(const Tile& t, const AtKey& at_key, const AtValue& at_value) 
   memset(t.o, 0, t.rows * t.Dp * sizeof(float));
   for (int64_t block = first / KEY_BLOCK; block <= last / KEY_BLOCK; block++) {
     int64_t key = block * KEY_BLOCK, count = smaller(KEY_BLOCK, last + 1 - key);
-    load_transposed([&](int64_t j) { return at_key(key + j); }, count, t.D, t.keys);
+    load_transposed([&](int64_t j) { return at_key(key + j); }, count, count, t.D, t.keys);
     load_rows([&](int64_t j) { return at_value(key + j); }, count, count, t.D, 1.0f, t.values);
     matmul(t.rows, round_up(count, D_STEP),
            {t.D, t.q, t.Dp, 1, t.keys, KEY_BLOCK, t.scores, KEY_BLOCK, Into::SET});

@@ -41,10 +41,11 @@ static inline void transpose(vf* rows) {  // VL x VL
 #endif
 }
 
-// out[Dp, KEY_BLOCK] = the transpose of `count` rows at(0), at(1), ... of D elements, zero-filled.
+// out[Dp, KEY_BLOCK] = the transpose of `count` rows at(0), at(1), ... of D elements, zero-filled to Dp and to
+// `height` columns.
 template <class At>
-static void load_transposed(const At& at, int64_t count, int64_t D, float* out) {
-  for (int64_t j = 0; j < KEY_BLOCK; j += VL)
+static void load_transposed(const At& at, int64_t count, int64_t height, int64_t D, float* out) {
+  for (int64_t j = 0; j < height; j += VL)
     for (int64_t d = 0; d < round_up(D, D_STEP); d += VL) {
       vf rows[VL];
       for (int i = 0; i < VL; i++)

@@ -106,8 +106,8 @@ static void key_block(const Backward& b, const Work& w, int64_t kv_head, int64_t
   auto at_key = [&](int64_t j) { return (const T*)b.k + (key + j) * b.k_stride + kv_head * b.D; };
   auto at_value = [&](int64_t j) { return (const T*)b.v + (key + j) * b.v_stride + kv_head * b.D; };
   load_rows(at_key, count, KEY_BLOCK, b.D, 1.0f, w.keys);
-  load_transposed(at_key, count, b.D, w.keys_t);
-  load_transposed(at_value, count, b.D, w.values_t);
+  load_transposed(at_key, count, KEY_BLOCK, b.D, w.keys_t);
+  load_transposed(at_value, count, KEY_BLOCK, b.D, w.values_t);
   for (int64_t g = 0; g < b.group; g++) {
     int64_t base = g * KEY_BLOCK * b.Dp;
     const float *q = w.q + base, *dout = w.dout + base;

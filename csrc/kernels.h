@@ -30,8 +30,8 @@ struct Kernels {
   // lora.cpp
   void (*lora_forward)(int64_t dtype, void* y, int64_t y_stride, const void* x, int64_t x_stride,
                        const void* a, const void* b, const int32_t* token_start, const int32_t* token_end,
-                       const int32_t* row_offset, const int32_t* rows, const int32_t* ranks, int64_t S,
-                       int64_t N, int64_t K);
+                       const int32_t* row_offset, const int32_t* rows, const int32_t* ranks, int64_t rank_stride,
+                       int64_t S, int64_t N, int64_t K);
   void (*lora_backward)(int64_t dtype, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
                         const void* a, const void* b, const int32_t* rows, int64_t rank, void* dx,
                         int64_t dx_stride, float* da, float* db, int64_t token_offset, int64_t T, int64_t N,

@@ -109,7 +109,9 @@ static void project_up(T* y, int64_t y_stride, int64_t tokens, const float* h, c
 
 struct Segments {
   const int32_t *token_start, *token_end, *row_offset, *rows, *ranks;
-  int64_t count;
+  int64_t rank_stride, count;
+
+  int64_t rank(int64_t s) const { return ranks[s * rank_stride]; }
 };
 
 template <class T>
@@ -119,9 +121,9 @@ static void forward(T* y, int64_t y_stride, const T* x, int64_t x_stride, const 
   int64_t tiles = 0;
   for (int64_t s = 0; s < segments.count; s++) {
     int64_t tokens = segments.token_end[s] - segments.token_start[s];
-    if (segments.ranks[s] == 0 || tokens <= 0) continue;
+    if (segments.rank(s) == 0 || tokens <= 0) continue;
     tiles += divide_up(tokens, FORWARD_TILE);
-    work += (double)tokens * segments.ranks[s] * (N + K);
+    work += (double)tokens * segments.rank(s) * (N + K);
   }
   struct Place {
     int32_t segment, token;
@@ -129,12 +131,12 @@ static void forward(T* y, int64_t y_stride, const T* x, int64_t x_stride, const 
   Place* places = (Place*)scratch(1, tiles * sizeof(Place) + 1);
   int64_t n = 0;
   for (int64_t s = 0; s < segments.count; s++)
-    if (segments.ranks[s])
+    if (segments.rank(s))
       for (int32_t t = segments.token_start[s]; t < segments.token_end[s]; t += FORWARD_TILE)
         places[n++] = {(int32_t)s, t};
   parallel_for(tiles, work, [&](int64_t task) {
     Place p = places[task];
-    int64_t rank = segments.ranks[p.segment];
+    int64_t rank = segments.rank(p.segment);
     int64_t tokens = smaller(FORWARD_TILE, segments.token_end[p.segment] - p.token);
     const int32_t* rows = segments.rows + segments.row_offset[p.segment];
     float* h = (float*)scratch(0, tokens * rank * sizeof(float));
@@ -145,9 +147,9 @@ static void forward(T* y, int64_t y_stride, const T* x, int64_t x_stride, const 
 
 static void lora_forward(int64_t dtype, void* y, int64_t y_stride, const void* x, int64_t x_stride,
                          const void* a, const void* b, const int32_t* token_start, const int32_t* token_end,
-                         const int32_t* row_offset, const int32_t* rows, const int32_t* ranks, int64_t S,
-                         int64_t N, int64_t K) {
-  Segments segments{token_start, token_end, row_offset, rows, ranks, S};
+                         const int32_t* row_offset, const int32_t* rows, const int32_t* ranks, int64_t rank_stride,
+                         int64_t S, int64_t N, int64_t K) {
+  Segments segments{token_start, token_end, row_offset, rows, ranks, rank_stride, S};
   if (dtype == 0)
     forward((float*)y, y_stride, (const float*)x, x_stride, (const float*)a, (const float*)b, segments, N, K);
   else

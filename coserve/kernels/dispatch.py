@@ -113,7 +113,17 @@ def require_index(dtype: torch.dtype, **tensors: torch.Tensor) -> None:
 
 
 def _rows_contiguous(x: torch.Tensor) -> bool:
-    return len(x) == 0 or x[0].is_contiguous()
+    expected = 1
+    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def is_index(x: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether `x` is a contiguous CPU tensor of the integer `dtype`."""
+    return x.dtype is dtype and x.is_contiguous() and x.is_cpu
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

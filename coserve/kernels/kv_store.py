@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from coserve.kernels.dispatch import native_for, require, require_index, require_like
+from coserve.kernels.dispatch import is_index, native_for, require, require_index, require_like
 
 
 def kv_store(
@@ -23,13 +23,22 @@ def kv_store(
     if native is None:
         return _kv_store_reference(k_TND, v_TND, k_cache_BSND, v_cache_BSND, slots_T)
     T, N, D = k_TND.shape
-    require_like(k_TND, k=k_TND, v=v_TND, k_cache=k_cache_BSND, v_cache=v_cache_BSND)
-    require_index(torch.int64, slots=slots_T)
-    block_size = k_cache_BSND.shape[1]
-    require(v_TND.shape == k_TND.shape, f"v {tuple(v_TND.shape)}, k {tuple(k_TND.shape)}")
-    require(k_cache_BSND.shape[2:] == (N, D), f"k_cache {tuple(k_cache_BSND.shape)}, k {tuple(k_TND.shape)}")
-    require(v_cache_BSND.shape == k_cache_BSND.shape, "k_cache and v_cache differ in shape")
-    require(len(slots_T) == T, f"{len(slots_T)} slots for {T} tokens")
+    block_size, inner, dtype = k_cache_BSND.shape[1], (D, 1), k_TND.dtype
+    if not (
+        v_TND.dtype is dtype
+        and k_cache_BSND.dtype is dtype
+        and v_cache_BSND.dtype is dtype
+        and k_TND.stride()[1:] == inner
+        and v_TND.stride()[1:] == inner
+        and v_TND.shape == k_TND.shape
+        and k_cache_BSND.stride()[1:] == (N * D, D, 1)
+        and v_cache_BSND.stride()[1:] == (N * D, D, 1)
+        and k_cache_BSND.shape == v_cache_BSND.shape
+        and k_cache_BSND.shape[2:] == (N, D)
+        and is_index(slots_T, torch.int64)
+        and slots_T.numel() == T
+    ):
+        _check(k_TND, v_TND, k_cache_BSND, v_cache_BSND, slots_T)
     native.kv_store(
         k_TND.element_size(),
         k_TND.data_ptr(),
@@ -45,6 +54,17 @@ def kv_store(
         N * D,
         block_size,
     )
+
+
+def _check(
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
+) -> None:
+    require_like(k, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    require_index(torch.int64, slots=slots)
+    require(v.shape == k.shape, f"v {tuple(v.shape)}, k {tuple(k.shape)}")
+    require(k_cache.shape[2:] == k.shape[1:], f"k_cache {tuple(k_cache.shape)}, k {tuple(k.shape)}")
+    require(v_cache.shape == k_cache.shape, "k_cache and v_cache differ in shape")
+    require(len(slots) == len(k), f"{len(slots)} slots for {len(k)} tokens")
 
 
 def _kv_store_reference(

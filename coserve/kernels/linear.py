@@ -81,7 +81,7 @@ def _linear(x: torch.Tensor, pack: torch.Tensor, N: int, K: int, bias: torch.Ten
     native = native_for(x)
     assert native is not None
     M, width = x.shape
-    if width != K or x.dtype != torch.float32 or x.stride(1) != 1:
+    if width != K or x.dtype is not torch.float32 or x.stride(1) != 1:
         raise ValueError(
             f"x is {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()}, "
             f"expected fp32 [T, {K}] with contiguous rows"

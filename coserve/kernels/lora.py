@@ -12,7 +12,7 @@ first, so windows cut at multiples of 64 change no bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -27,15 +27,29 @@ class LoraSegments:
 
     Segment s is tokens token_start[s]:token_end[s] (disjoint, ascending; tokens outside are base's) and the
     pool rows rows[row_offset[s]:], as many of them as the module's rank.
+    ValueError for other dtypes or layouts.
     """
 
     token_start: torch.Tensor
     token_end: torch.Tensor
     row_offset: torch.Tensor
     rows: torch.Tensor
+    count: int = field(init=False)
+    pointers: tuple[int, int, int, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        tables = (self.token_start, self.token_end, self.row_offset, self.rows)
+        count = len(self.token_start)
+        for name, table in zip(("token_start", "token_end", "row_offset", "rows"), tables, strict=True):
+            require(table.dtype == torch.int32 and table.is_contiguous(), f"{name} must be contiguous int32")
+            require(
+                name == "rows" or len(table) == count, f"{name} has {len(table)} entries, expected {count}"
+            )
+        object.__setattr__(self, "count", count)
+        object.__setattr__(self, "pointers", tuple(table.data_ptr() for table in tables))
 
     def __len__(self) -> int:
-        return len(self.token_start)
+        return self.count
 
 
 def lora_forward_(
@@ -48,25 +62,27 @@ def lora_forward_(
 ) -> torch.Tensor:
     """Add each segment's adapter to `y` [T, N] in place and return it.
 
-    `y` may be a column slice (row stride > N); `x` [T, K], `a`, `b` have its dtype. `ranks` [S] int32 is the
-    module's rank per segment, 0 where the adapter leaves the module alone.
+    `y` may be a column slice (row stride > N); `x` [T, K], `a`, `b` have its dtype. `ranks` [S] int32
+    (stride free) is the module's rank per segment, 0 where the adapter leaves the module alone.
     """
     native = native_for(y_TN)
     if native is None:
         return _lora_forward_reference_(y_TN, x_TK, a_RK, b_RN, segments, ranks_S)
-    N, K = y_TN.shape[1], x_TK.shape[1]
-    require_like(y_TN, y=y_TN, x=x_TK)
-    require_like(y_TN, contiguous=True, a=a_RK, b=b_RN)
-    require_index(
-        torch.int32,
-        token_start=segments.token_start,
-        token_end=segments.token_end,
-        row_offset=segments.row_offset,
-        rows=segments.rows,
-        ranks=ranks_S,
-    )
-    require(a_RK.shape[1] == K and b_RN.shape[1] == N, f"a and b are not [rows, {K}] and [rows, {N}]")
-    require(len(ranks_S) == len(segments), f"{len(ranks_S)} ranks for {len(segments)} segments")
+    N, K, dtype = y_TN.shape[1], x_TK.shape[1], y_TN.dtype
+    if not (
+        x_TK.dtype is dtype
+        and a_RK.dtype is dtype
+        and b_RN.dtype is dtype
+        and y_TN.stride(1) == 1
+        and x_TK.stride(1) == 1
+        and a_RK.is_contiguous()
+        and b_RN.is_contiguous()
+        and a_RK.shape[1] == K
+        and b_RN.shape[1] == N
+        and ranks_S.dtype is torch.int32
+        and ranks_S.shape == (segments.count,)
+    ):
+        _check_forward(y_TN, x_TK, a_RK, b_RN, segments, ranks_S)
     native.lora_forward(
         DTYPE_CODES[y_TN.dtype],
         y_TN.data_ptr(),
@@ -75,12 +91,10 @@ def lora_forward_(
         x_TK.stride(0),
         a_RK.data_ptr(),
         b_RN.data_ptr(),
-        segments.token_start.data_ptr(),
-        segments.token_end.data_ptr(),
-        segments.row_offset.data_ptr(),
-        segments.rows.data_ptr(),
+        *segments.pointers,
         ranks_S.data_ptr(),
-        len(ranks_S),
+        ranks_S.stride(0),
+        segments.count,
         N,
         K,
     )
@@ -135,6 +149,24 @@ def lora_backward(
         T,
         N,
         K,
+    )
+
+
+def _check_forward(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    segments: LoraSegments,
+    ranks: torch.Tensor,
+) -> None:
+    N, K = y.shape[1], x.shape[1]
+    require_like(y, y=y, x=x)
+    require_like(y, contiguous=True, a=a, b=b)
+    require(a.shape[1] == K and b.shape[1] == N, f"a and b are not [rows, {K}] and [rows, {N}]")
+    require(
+        ranks.dtype == torch.int32 and ranks.shape == (segments.count,),
+        f"ranks is {ranks.dtype} {tuple(ranks.shape)}, expected int32 ({segments.count},)",
     )
 
 

@@ -10,7 +10,15 @@ from __future__ import annotations
 
 import torch
 
-from coserve.kernels.dispatch import DTYPE_CODES, native_for, require, require_index, require_like, wide
+from coserve.kernels.dispatch import (
+    DTYPE_CODES,
+    is_index,
+    native_for,
+    require,
+    require_index,
+    require_like,
+    wide,
+)
 
 
 def paged_attention(
@@ -35,18 +43,23 @@ def paged_attention(
         )
     _, N, D = q_TND.shape
     block_size, Nkv = k_cache.shape[1], k_cache.shape[2]
-    S = len(context_lens_S)
-    require_like(q_TND, q=q_TND, k_cache=k_cache, v_cache=v_cache)
-    require_index(
-        torch.int32, query_start=query_start_S1, context_lens=context_lens_S, block_tables=block_tables_SB
-    )
-    require(
-        k_cache.shape == v_cache.shape and k_cache.shape[3] == D, "k_cache, v_cache and q differ in shape"
-    )
-    require(N % Nkv == 0, f"{N} query heads are no multiple of {Nkv} KV heads")
-    require(
-        len(query_start_S1) == S + 1 and len(block_tables_SB) == S, f"tables are not those of {S} sequences"
-    )
+    S, dtype = context_lens_S.numel(), q_TND.dtype
+    if not (
+        k_cache.dtype is dtype
+        and v_cache.dtype is dtype
+        and q_TND.stride()[1:] == (D, 1)
+        and k_cache.stride()[1:] == (Nkv * D, D, 1)
+        and v_cache.stride()[1:] == (Nkv * D, D, 1)
+        and k_cache.shape == v_cache.shape
+        and k_cache.shape[3] == D
+        and N % Nkv == 0
+        and is_index(block_tables_SB, torch.int32)
+        and is_index(query_start_S1, torch.int32)
+        and is_index(context_lens_S, torch.int32)
+        and query_start_S1.numel() == S + 1
+        and block_tables_SB.shape[0] == S
+    ):
+        _check(q_TND, k_cache, v_cache, block_tables_SB, query_start_S1, context_lens_S)
     o_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype)
     native.paged_attention(
         DTYPE_CODES[q_TND.dtype],
@@ -69,6 +82,23 @@ def paged_attention(
         o_TND.data_ptr(),
     )
     return o_TND
+
+
+def _check(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+) -> None:
+    N, Nkv, S = q.shape[1], k_cache.shape[2], len(context_lens)
+    require_like(q, q=q, k_cache=k_cache, v_cache=v_cache)
+    require_index(torch.int32, query_start=query_start, context_lens=context_lens, block_tables=block_tables)
+    require(k_cache.shape == v_cache.shape, "k_cache and v_cache differ in shape")
+    require(k_cache.shape[3] == q.shape[2], f"head dim of k_cache {k_cache.shape[3]}, of q {q.shape[2]}")
+    require(N % Nkv == 0, f"{N} query heads are no multiple of {Nkv} KV heads")
+    require(len(query_start) == S + 1 and len(block_tables) == S, f"tables are not those of {S} sequences")
 
 
 def _paged_attention_reference(

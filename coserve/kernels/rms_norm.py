@@ -18,11 +18,13 @@ def rms_norm(x_TH: torch.Tensor, w_H: torch.Tensor, eps: float) -> torch.Tensor:
     native = native_for(x_TH)
     if native is None:
         return _rms_norm_reference(x_TH, w_H, eps)
-    H = x_TH.shape[-1]
-    require_like(x_TH, x=x_TH, w=w_H)
-    require(w_H.shape == (H,), f"w has shape {tuple(w_H.shape)}, expected ({H},)")
+    H = w_H.numel()
+    contiguous = x_TH.is_contiguous()
+    if w_H.dtype is not x_TH.dtype or x_TH.shape[-1] != H or not (w_H.is_contiguous() and contiguous):
+        _check(x_TH, w_H)
     y_TH = torch.empty(x_TH.shape, dtype=x_TH.dtype)
-    rows, x_stride, inner = _row_layout(x_TH)
+    rows = x_TH.numel() // H
+    x_stride, inner = (H, 1) if contiguous or not rows else (x_TH.stride(0), rows // len(x_TH))
     native.rms_norm(
         DTYPE_CODES[x_TH.dtype],
         x_TH.data_ptr(),
@@ -39,13 +41,9 @@ def rms_norm(x_TH: torch.Tensor, w_H: torch.Tensor, eps: float) -> torch.Tensor:
     return y_TH
 
 
-def _row_layout(x: torch.Tensor) -> tuple[int, int, int]:
-    """`(rows, stride, inner)`: rows of the last dimension, `inner` adjacent ones every `stride` elements."""
-    H = x.shape[-1]
-    rows = x.numel() // H
-    if x.is_contiguous():
-        return rows, H, 1
-    return rows, x.stride(0), rows // len(x)
+def _check(x: torch.Tensor, w: torch.Tensor) -> None:
+    require_like(x, x=x, w=w)
+    require(w.shape == x.shape[-1:], f"w has shape {tuple(w.shape)}, expected ({x.shape[-1]},)")
 
 
 def add_rms_norm(
@@ -56,10 +54,14 @@ def add_rms_norm(
     if native is None:
         total = x_TH + residual_TH
         return _rms_norm_reference(total, w_H, eps), total
-    H = x_TH.shape[-1]
-    require_like(x_TH, contiguous=True, x=x_TH, residual=residual_TH, w=w_H)
-    require(residual_TH.shape == x_TH.shape, f"residual {tuple(residual_TH.shape)}, x {tuple(x_TH.shape)}")
-    require(w_H.shape == (H,), f"w has shape {tuple(w_H.shape)}, expected ({H},)")
+    H = w_H.numel()
+    whole = x_TH.is_contiguous() and residual_TH.is_contiguous() and w_H.is_contiguous()
+    dtype, shape = x_TH.dtype, x_TH.shape
+    alike = w_H.dtype is dtype and residual_TH.dtype is dtype and residual_TH.shape == shape
+    if not (whole and alike and shape[-1] == H):
+        _check(x_TH, w_H)
+        require_like(x_TH, contiguous=True, x=x_TH, residual=residual_TH)
+        require(residual_TH.shape == shape, f"residual {tuple(residual_TH.shape)}, x {tuple(shape)}")
     y_TH, total = torch.empty_like(x_TH), torch.empty_like(x_TH)
     native.rms_norm(
         DTYPE_CODES[x_TH.dtype],

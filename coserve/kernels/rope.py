@@ -10,7 +10,15 @@ from __future__ import annotations
 
 import torch
 
-from coserve.kernels.dispatch import DTYPE_CODES, native_for, require, require_index, require_like, wide
+from coserve.kernels.dispatch import (
+    DTYPE_CODES,
+    is_index,
+    native_for,
+    require,
+    require_index,
+    require_like,
+    wide,
+)
 
 
 def apply_rope_(
@@ -29,12 +37,17 @@ def apply_rope_(
         return _rope_reference_(x_TND, positions_T, cos_PD2, sin_PD2, inverse)
     T, N, D = x_TND.shape
     half = cos_PD2.shape[1]
-    require_like(x_TND, x=x_TND)
-    require_index(torch.int64, positions=positions_T)
-    for table in (cos_PD2, sin_PD2):
-        require(table.dtype == torch.float32 and table.is_contiguous(), "rope tables must be contiguous fp32")
-    require(2 * half <= D, f"rope tables of {half} frequencies need a head dim of {2 * half}, not {D}")
-    require(len(positions_T) == T, f"{len(positions_T)} positions for {T} tokens")
+    if not (
+        x_TND.stride()[1:] == (D, 1)
+        and is_index(positions_T, torch.int64)
+        and cos_PD2.dtype is torch.float32
+        and sin_PD2.dtype is torch.float32
+        and cos_PD2.is_contiguous()
+        and sin_PD2.is_contiguous()
+        and 2 * half <= D
+        and positions_T.numel() == T
+    ):
+        _check(x_TND, positions_T, cos_PD2, sin_PD2)
     native.rope(
         DTYPE_CODES[x_TND.dtype],
         x_TND.data_ptr(),
@@ -49,6 +62,16 @@ def apply_rope_(
         int(inverse),
     )
     return x_TND
+
+
+def _check(x: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    T, _, D = x.shape
+    require_like(x, x=x)
+    require_index(torch.int64, positions=positions)
+    for table in (cos, sin):
+        require(table.dtype == torch.float32 and table.is_contiguous(), "rope tables must be contiguous fp32")
+    require(2 * cos.shape[1] <= D, f"tables of {cos.shape[1]} frequencies don't fit a head dim of {D}")
+    require(positions.shape == (T,), f"positions of shape {tuple(positions.shape)} for {T} tokens")
 
 
 def _rope_reference_(

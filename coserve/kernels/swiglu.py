@@ -26,8 +26,9 @@ def swiglu(gate_up_T2I: torch.Tensor, act: Activation = "silu") -> torch.Tensor:
     if native is None:
         return _swiglu_reference(gate_up_T2I, act)
     T, double = gate_up_T2I.shape
-    require_like(gate_up_T2I, contiguous=True, gate_up=gate_up_T2I)
-    require(double % 2 == 0, f"gate_up has {double} columns, expected an even number")
+    if double % 2 or not gate_up_T2I.is_contiguous():
+        require_like(gate_up_T2I, contiguous=True, gate_up=gate_up_T2I)
+        raise ValueError(f"gate_up has {double} columns, expected an even number")
     y_TI = torch.empty((T, double // 2), dtype=gate_up_T2I.dtype)
     native.swiglu(
         DTYPE_CODES[y_TI.dtype],
