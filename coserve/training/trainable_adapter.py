@@ -11,17 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from coserve.errors import InvalidRequest
 from coserve.layers.batch import LoraPool, ModuleGradient
 from coserve.lora.adapter import load_adapter
-from coserve.lora.peft_config import PeftConfig
-from coserve.lora.peft_files import make_config, tensor_key, write_adapter
+from coserve.lora.peft_files import tensor_key, write_adapter
 from coserve.models.config import LINEAR_MODULES, ModelConfig
 from coserve.training.job import LoraSpec
+from coserve.training.lora_settings import peft_config, resolve_lora
 
 
 class WritablePool(LoraPool, Protocol):
@@ -47,47 +47,6 @@ class TrainableModule:
     b_RN: torch.Tensor
     da_RK: torch.Tensor
     db_RN: torch.Tensor
-
-
-def resolve_lora(spec: LoraSpec, config: ModelConfig) -> PeftConfig:
-    """The settings with their defaults filled in, checked against the model.
-
-    Raises InvalidRequest with param "lora" for unknown or unsupported target modules, pattern keys and layers
-    that match nothing.
-    """
-    raw = peft_config(spec)
-    paths = {
-        config.module_path(layer, name): layer
-        for layer in range(config.num_layers)
-        for name in LINEAR_MODULES
-    }
-    beyond = [layer for layer in spec.layers_to_transform if not 0 <= layer < config.num_layers]
-    if beyond:
-        raise InvalidRequest(
-            f"layers_to_transform has {beyond[0]}; the model's layers are 0 to {config.num_layers - 1}",
-            param="lora.layers_to_transform",
-        )
-    try:
-        resolved = PeftConfig.parse(raw)
-        wanted = {path: layer for path, layer in paths.items() if resolved.targets(path, layer)}
-        resolved.check_names(paths, wanted)
-    except InvalidRequest as error:
-        raise InvalidRequest(error.message, param="lora") from error
-    return resolved
-
-
-def peft_config(spec: LoraSpec, base_model_name: str = "") -> dict[str, Any]:
-    """adapter_config.json of an adapter with these settings."""
-    return make_config(
-        r=spec.r,
-        lora_alpha=spec.lora_alpha or 2 * spec.r,
-        target_modules=spec.target_modules or LINEAR_MODULES,
-        base_model_name=base_model_name,
-        rank_pattern=spec.rank_pattern,
-        alpha_pattern=spec.alpha_pattern,
-        use_rslora=spec.use_rslora,
-        layers_to_transform=spec.layers_to_transform,
-    )
 
 
 class TrainableAdapter:
