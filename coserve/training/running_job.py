@@ -129,9 +129,10 @@ class RunningJob:
                 window_tokens=self.spec.training.window_tokens,
             )
             if sequence.slabs > num_slabs:
+                needed, there = sequence.slabs * slab_bytes, num_slabs * slab_bytes
                 raise FailedPrecondition(
-                    f"{microbatch.num_tokens} tokens in training need {sequence.slabs * slab_bytes} bytes of the "
-                    f"pool, which has {num_slabs * slab_bytes}; raise --kv-cache-memory-bytes or set max_length",
+                    f"{microbatch.num_tokens} tokens in training need {needed} bytes of the pool, which has "
+                    f"{there}; raise --kv-cache-memory-bytes or set max_length",
                     code="out_of_memory",
                 )
             self.sequences.append(sequence)

@@ -38,24 +38,21 @@ def test_abort_frees_at_once(model, adapters) -> None:
 
 def test_requests_take_memory_from_training_and_training_recovers(model, data, tmp_path) -> None:
     quiet = world.make_engine(model)
-    spec = world.make_job(data, tmp_path / "quiet", n_epochs=1)
+    spec = world.make_job(data, tmp_path / "quiet", n_epochs=1, window_tokens=7)
     world.submit(quiet, spec)
     world.finish(quiet, spec.job_id)
     slab = quiet.engine.kv.slab_bytes
     tight = world.make_engine(model, max_model_len=512, kv_cache_memory_bytes=350 * slab)
-    again = world.make_job(data, tmp_path / "tight", n_epochs=1)
+    again = world.make_job(data, tmp_path / "tight", n_epochs=1, window_tokens=7)
     world.submit(tight, again)
+    tight.run_until(lambda: tight.engine.blocks.num_extent_slabs > 0, 100)
     sampling = world.SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
-    evicted = 0
-    for step in range(12):
-        for copy in range(2):
-            tight.add(f"{step}/{copy}", [2 * step + copy + 3] * 300, sampling)
-        held = tight.engine.blocks.num_extent_slabs
-        tight.engine.step()
-        evicted += held > tight.engine.blocks.num_extent_slabs
+    for index in range(24):
+        tight.add(str(index), [index + 3] * 300, sampling)
+    sequences = tight.engine.scheduler.training.sequences
     tight.run_until(lambda: len(tight.finished) == 24, 20_000)
+    assert max(s.evictions for s in sequences) > 0
     world.finish(tight, again.job_id)
-    assert evicted > 0
     assert world.same_bits(world.final_adapter(again), world.final_adapter(spec))
     assert world.pool_is_empty(tight)
 
