@@ -311,3 +311,25 @@ def test_only_what_may_begin_a_stop_is_held_back():
     assert checker.feed("!\n\nUser:") == ("!", "\n\nUser")
     assert checker.feed("more") == ("", "\n\nUser")
     assert checker.flush() == ""
+
+
+def test_old_tokenizer_files_are_converted(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = json.loads(BYTE_LEVEL._backend.to_str())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps({**model["vocab"], "<|endoftext|>": len(model["vocab"])}))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = Tokenizer.from_dir(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    text = "hello wörld 👩"
+    assert ours.encode(text) == theirs(text).input_ids
+    assert ours.decode(ours.encode(text)) == text and ours.eos_id == len(model["vocab"])
+
+
+def test_broken_old_tokenizer_files_are_a_configuration_error(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"not sentencepiece")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(ConfigError, match="cannot be converted"):
+        Tokenizer.from_dir(tmp_path)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from coserve.kernels.dispatch import native, use_backend
+from coserve.models.loader import load_model
 from tests.worker.generation import Generation
 
 PROMPTS = {
@@ -142,3 +143,19 @@ def test_forgotten_requests_leave_nothing(models):
     engine.step()
     engine.runner.forget(request)
     assert engine.runner.take_prompt_logprobs(request) is None
+
+
+def test_bf16_stays_near_fp32(models):
+    prompt, adapter = PROMPTS["b"]
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        decoder = load_model(models.path, "cpu", dtype)
+        engine = Generation(decoder, max_tokens=5)
+        engine.load("all", models.adapters["all"])
+        engine.add("x", prompt, adapter=adapter, prompt_logprobs=0)
+        engine.add("beside", PROMPTS["d"][0])
+        engine.run()
+        found.append(torch.tensor([entry.logprob for entry in engine.prompt_logprobs["x"][1:]]))
+    # bf16 has 8 bits: about 1 % of logits around 10 in this model
+    assert (found[0] - found[1]).abs().max() < 0.5
+    assert (found[0] - found[1]).abs().mean() < 0.15
