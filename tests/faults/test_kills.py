@@ -39,8 +39,8 @@ def test_a_killed_engine_comes_back_and_the_job_goes_on(tmp_path: Path, undistur
         job_id = served.start_job(**JOB)
         served.wait_for_step(job_id, 4)
         served.kill_engine()
-        served.wait(lambda: served.http.get("/ready").status_code == 200)
-        assert served.chat("Who are you?") == before
+        served.wait(lambda: served.chat("Who are you?") == before)
+        assert served.http.get("/ready").status_code == 200
         check_job(served, job_id, undisturbed)
 
 
