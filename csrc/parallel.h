@@ -10,7 +10,9 @@
 namespace coserve {
 namespace COSERVE_ISA {
 
-constexpr double SERIAL_WORK = 200e3;  // multiply-adds (or moved floats) below which a region costs more
+// Multiply-adds (or as costly steps) below which one thread does all: some 20 us, against a few for a region on
+// an idle machine and a scheduler's slice on a crowded one.
+constexpr double SERIAL_WORK = 1e6;
 
 template <class Body>
 static inline void parallel_for(int64_t tasks, double work, const Body& body) {

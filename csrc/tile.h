@@ -86,7 +86,8 @@ static inline void tile_rows(int64_t rows, const TileArgs& t) {
 static inline void matmul(int64_t rows, int64_t columns, const TileArgs& args) {
   TileArgs t = args;
   for (int64_t n = 0; n < columns;) {
-    int64_t vectors = (columns - n) / VL < TILE_VECTORS ? (columns - n) / VL : TILE_VECTORS;
+    int64_t left = (columns - n) / VL, strips = (left + TILE_VECTORS - 1) / TILE_VECTORS;
+    int64_t vectors = (left + strips - 1) / strips;  // 4 vectors are 2 + 2, not 3 + 1
     t.B = args.B + n;
     for (int64_t m = 0; m < rows;) {
       int64_t tiles_left = (rows - m + TILE_ROWS - 1) / TILE_ROWS;
