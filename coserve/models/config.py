@@ -248,8 +248,12 @@ def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
 
 def _sliding_window(raw: dict[str, Any], family: Family) -> int | None:
     if family.name == "mistral":
-        return raw.get("sliding_window", 4096)  # transformers' default where the key is missing
-    return raw.get("sliding_window") if raw.get("use_sliding_window") else None
+        used, default = True, 4096  # transformers' default where the key is missing
+    else:
+        used, default = bool(raw.get("use_sliding_window")), None
+    if not used or raw.get("sliding_window", default) is None:
+        return None
+    return _positive(raw, "sliding_window", default)
 
 
 def _eos_ids(*sources: dict[str, Any]) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ def epoch_order(num_examples: int, seed: int, epoch: int, shuffle: bool) -> list
     if not shuffle:
         return list(range(num_examples))
     keys = np.random.Generator(np.random.Philox(seed=[seed, epoch])).random(num_examples)
-    return np.argsort(keys, kind="stable").tolist()
+    return [int(i) for i in np.argsort(keys, kind="stable")]
 
 
 def pack(lengths: Sequence[int], limit: int) -> list[list[int]]:
@@ -67,7 +67,8 @@ def pack(lengths: Sequence[int], limit: int) -> list[list[int]]:
 class BatchPlan:
     """Every optimizer step of a job.
 
-    Raises InvalidRequest for an empty data set, and when a step holds an example without a trained token.
+    Raises InvalidRequest for an empty data set, and in `step` for an example without a trained token or of
+    more than `max_length` tokens (the model's context; 0: no limit).
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class BatchPlan:
         seed: int,
         *,
         microbatch_tokens: int = MICROBATCH_TOKENS,
+        max_length: int = 0,
     ) -> None:
         if len(dataset) == 0:
             raise InvalidRequest("the training file holds no example", param="training_file")
@@ -84,6 +86,7 @@ class BatchPlan:
         self._spec = spec
         self._seed = seed
         self._limit = microbatch_tokens
+        self._max_length = max_length
         self.steps_per_epoch = -(-len(dataset) // spec.batch_size)
         self.total_steps = spec.max_steps or self.steps_per_epoch * spec.n_epochs
         self._order: tuple[int, list[int]] = (-1, [])
@@ -101,6 +104,12 @@ class BatchPlan:
         if 0 in trained:
             raise InvalidRequest(
                 f"example {chosen[trained.index(0)]} of the training data has no trained token",
+                param="training_file",
+            )
+        if 0 < self._max_length < max(lengths):
+            raise InvalidRequest(
+                f"example {chosen[lengths.index(max(lengths))]} of the training data has {max(lengths)} tokens, "
+                f"the model takes {self._max_length}; set max_length",
                 param="training_file",
             )
         runs = pack(lengths, self._limit)

@@ -73,6 +73,12 @@ def test_long_examples_get_microbatches_of_their_own() -> None:
     assert plan.step(1).microbatches == ((0,), (1,), (2, 3))
 
 
+def test_an_example_over_the_models_context_is_refused() -> None:
+    plan = BatchPlan(Lengths([4, 9, 5]), TrainingSpec(shuffle=False), seed=0, max_length=8)
+    with pytest.raises(InvalidRequest, match="example 1 .* 9 tokens"):
+        plan.step(1)
+
+
 def test_data_that_trains_nothing_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="no example"):
         BatchPlan(Lengths([]), TrainingSpec(), seed=0)
