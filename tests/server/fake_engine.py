@@ -87,8 +87,9 @@ class FakeEngine:
         self.requests.append(add)
         finished = False
         try:
-            for output in self._outputs(add):
-                await self.hold.wait()
+            for place, output in enumerate(self._outputs(add)):
+                if place:
+                    await self.hold.wait()
                 await asyncio.sleep(0)
                 if self.fail_after is not None and len(output.token_ids) and self.fail_after <= 0:
                     raise Unavailable("The engine stopped and is being restarted.")

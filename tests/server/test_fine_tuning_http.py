@@ -1,0 +1,277 @@
+"""Files and fine-tuning jobs over HTTP, with the official client where it has the call."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import openai
+import pytest
+
+from tests.server.running import BASE, ServerThread, wait_for
+
+ROWS = [
+    {"messages": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": f"{i}!"}]}
+    for i in range(20)
+]
+DATA = "\n".join(json.dumps(row) for row in ROWS).encode()
+
+
+def upload(client: openai.OpenAI, data: bytes = DATA) -> str:
+    return client.files.create(file=("train.jsonl", data), purpose="fine-tune").id
+
+
+def until_over(client: openai.OpenAI, job_id: str) -> openai.types.fine_tuning.FineTuningJob:
+    def over() -> openai.types.fine_tuning.FineTuningJob | None:
+        job = client.fine_tuning.jobs.retrieve(job_id)
+        return job if job.status in ("succeeded", "failed", "cancelled") else None
+
+    return wait_for(over)
+
+
+def test_files(server: ServerThread) -> None:
+    client = server.openai()
+    file = client.files.create(file=("träin.jsonl", DATA), purpose="fine-tune")
+    assert (file.bytes, file.filename, file.purpose) == (len(DATA), "träin.jsonl", "fine-tune")
+    assert client.files.retrieve(file.id) == file
+    assert client.files.content(file.id).read() == DATA
+    assert file.id in [found.id for found in client.files.list(purpose="fine-tune")]
+    assert client.files.delete(file.id).deleted
+    with pytest.raises(openai.NotFoundError) as gone:
+        client.files.retrieve(file.id)
+    assert gone.value.code == "file_not_found"
+
+
+def test_bad_uploads(http: httpx.Client) -> None:
+    part = {"file": ("a.jsonl", b"{}")}
+    wrong = http.post("/v1/files", files=part, data={"purpose": "world-domination"})
+    assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "purpose"
+    empty = http.post("/v1/files", files={"file": ("a", b"")}, data={"purpose": "fine-tune"})
+    assert empty.status_code == 400 and empty.json()["error"]["param"] == "file"
+    none = http.post("/v1/files", files={"other": ("a", b"x")}, data={"purpose": "fine-tune"})
+    assert none.status_code == 400 and none.json()["error"]["param"] == "file"
+    assert http.post("/v1/files", json={}).status_code == 415
+    broken = http.post(
+        "/v1/files", content=b"--x\r\n", headers={"content-type": "multipart/form-data; boundary=x"}
+    )
+    assert broken.status_code == 400
+
+
+def test_a_job_from_file_to_model(server: ServerThread) -> None:
+    client = server.openai()
+    job = client.fine_tuning.jobs.create(
+        model=BASE,
+        training_file=upload(client),
+        seed=3,
+        suffix="my model",
+        metadata={"team": "a"},
+        method={
+            "type": "supervised",
+            "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": "auto"}},
+        },
+        extra_body={"lora": {"r": 8, "target_modules": ["q_proj"]}, "training": {"learning_rate": 1e-3}},
+    )
+    assert job.object == "fine_tuning.job" and job.seed == 3 and job.fine_tuned_model is None
+    done = until_over(client, job.id)
+    assert done.status == "succeeded" and done.trained_tokens == 30 and done.error is None
+    assert done.fine_tuned_model == f"ft:{BASE}:coserve:my-model:{job.id.removeprefix('ftjob-')[:8]}"
+    assert done.peft["r"] == 8 and done.peft["target_modules"] == ["q_proj"]  # type: ignore[attr-defined]
+    assert done.progress["step"] == done.progress["total_steps"] == 3  # type: ignore[attr-defined]
+    spec = server.engine.requests
+    assert spec == []
+    models = {model.id: model for model in client.models.list()}
+    assert models[done.fine_tuned_model].parent == BASE  # type: ignore[attr-defined]
+    answer = client.chat.completions.create(
+        model=done.fine_tuned_model, messages=[{"role": "user", "content": "Hi"}]
+    )
+    assert answer.model == done.fine_tuned_model
+    adapter = server.engine.requests[-1].adapter
+    assert adapter is not None and adapter.name == done.fine_tuned_model
+    (results,) = done.result_files
+    table = client.files.content(results).text.splitlines()
+    assert table[0].startswith("step,train_loss") and len(table) == 4
+    assert client.models.delete(done.fine_tuned_model).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(
+            model=done.fine_tuned_model, messages=[{"role": "user", "content": "Hi"}]
+        )
+
+
+def test_events_and_checkpoints(server: ServerThread, http: httpx.Client) -> None:
+    client = server.openai()
+    job = client.fine_tuning.jobs.create(
+        model=BASE, training_file=upload(client), extra_body={"adapter": "ev"}
+    )
+    until_over(client, job.id)
+    events = list(client.fine_tuning.jobs.list_events(job.id, limit=2))
+    assert {event.type for event in events} == {"metrics", "message"}
+    metrics = [event.data for event in events if event.type == "metrics"]
+    assert [data["step"] for data in metrics] == [3, 2, 1]  # type: ignore[index]
+    assert all({"step", "total_steps", "train_loss"} <= set(data) for data in metrics)  # type: ignore[arg-type]
+    assert all(event.data == {} for event in events if event.type == "message")
+    (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id)
+    assert checkpoint.step_number == 3 and checkpoint.metrics.train_loss == pytest.approx(2 / 3)
+    for name in (checkpoint.id, checkpoint.fine_tuned_model_checkpoint):
+        body = {"model": name, "messages": [{"role": "user", "content": "Hi"}]}
+        assert http.post("/v1/chat/completions", json=body).json()["model"] == name
+        assert name not in [model.id for model in client.models.list()]
+
+
+def test_pause_resume_cancel(server: ServerThread) -> None:
+    server.engine.auto_train = False
+    client = server.openai()
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=upload(client))
+    wait_for(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "running")
+    assert client.fine_tuning.jobs.pause(job.id).status == "paused"
+    assert client.fine_tuning.jobs.pause(job.id).status == "paused"
+    assert client.fine_tuning.jobs.resume(job.id).status == "running"
+    cancelled = client.fine_tuning.jobs.cancel(job.id)
+    assert cancelled.status == "cancelled" and cancelled.finished_at is not None
+    assert cancelled.fine_tuned_model is None
+    for action in (client.fine_tuning.jobs.cancel, client.fine_tuning.jobs.resume):
+        with pytest.raises(openai.BadRequestError) as over:
+            action(job.id)
+        assert over.value.code == "failed_precondition"
+
+
+def test_bad_lines_fail_the_job_by_number(server: ServerThread) -> None:
+    client = server.openai()
+    lines = DATA.splitlines()
+    lines[4] = b'{"messages": 5}'
+    lines[16] = b"not json"
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=upload(client, b"\n".join(lines)))
+    failed = until_over(client, job.id)
+    assert failed.status == "failed" and failed.error is not None
+    assert failed.error.code == "invalid_training_file" and failed.error.param == "training_file"
+    assert "line 5" in failed.error.message and "line 17" in failed.error.message
+
+
+REFUSED = [
+    ({"training_file": "file-none"}, "training_file", 404),
+    ({"training_file": None}, "training_file", 400),
+    ({"model": "other"}, "model", 404),
+    ({"surprise": 1}, "surprise", 400),
+    ({"validation_file": "file-x"}, "validation_file", 400),
+    ({"method": {"type": "dpo"}}, "method", 400),
+    (
+        {"method": {"type": "supervised", "supervised": {"hyperparameters": {"epochs": 1}}}},
+        "hyperparameters.epochs",
+        400,
+    ),
+    ({"seed": -1}, "seed", 400),
+    ({"suffix": "x" * 65}, "suffix", 400),
+    ({"metadata": {str(i): "v" for i in range(17)}}, "metadata", 400),
+    ({"adapter": "../up"}, "adapter", 400),
+    ({"adapter": BASE}, "adapter", 400),
+    ({"init_from": "nobody"}, "init_from", 404),
+    ({"init_from": BASE}, "init_from", 400),
+    ({"lora": {"r": 65}}, "lora.r", 400),
+    ({"lora": {"r": 0}}, "lora.r", 400),
+    ({"lora": {"lora_alpha": 0}}, "lora.lora_alpha", 400),
+    ({"lora": {"lora_dropout": 0.1}}, "lora.lora_dropout", 400),
+    ({"lora": {"target_modules": ["q_proj", "conv9"]}}, "lora.target_modules", 400),
+    ({"lora": {"rank_pattern": {"nowhere": 4}}}, "lora", 400),
+    ({"lora": {"init_lora_weights": "pissa"}}, "lora.init_lora_weights", 400),
+    ({"lora": {"layers_to_transform": [99]}}, "lora.layers_to_transform", 400),
+    ({"lora": {"use_dora": True}}, "lora.use_dora", 400),
+    ({"training": {"batch_size": 0}}, "training.batch_size", 400),
+    (
+        {"training": {"learning_rate": 1, "learning_rate_multiplier": 2}},
+        "training.learning_rate_multiplier",
+        400,
+    ),
+    ({"training": {"lr_scheduler_type": "magic"}}, "training.lr_scheduler_type", 400),
+    ({"training": {"optimizer": "sgd"}}, "training.optimizer", 400),
+    ({"training": {"eval_steps": 5}}, "training.eval_steps", 400),
+    ({"training": {"adam_beta2": 1.0}}, "training.adam_beta2", 400),
+    ({"training": {"max_length": 100000}}, "training.max_length", 400),
+    ({"training": {"unknown": 1}}, "training.unknown", 400),
+    ({"training": {"n_epochs": 2}, "hyperparameters": {"n_epochs": 3}}, "training.n_epochs", 400),
+    ({"integrations": [{"type": "wandb"}]}, "integrations", 400),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "status"), REFUSED, ids=[str(row[0])[:40] for row in REFUSED])
+def test_refused_by_name(
+    server: ServerThread, http: httpx.Client, fields: dict, param: str, status: int
+) -> None:
+    server.engine.auto_train = False
+    body = {"model": BASE, "training_file": upload(server.openai()), **fields}
+    response = http.post("/v1/fine_tuning/jobs", json=body)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error["param"] is not None and error["param"].endswith(param), error
+
+
+def test_defaults(server: ServerThread, http: httpx.Client) -> None:
+    server.engine.auto_train = False
+    body = {"model": BASE, "training_file": upload(server.openai()), "hyperparameters": {"n_epochs": "auto"}}
+    job = http.post("/v1/fine_tuning/jobs", json=body).json()
+    wait_for(lambda: job["id"] in server.engine.jobs)
+    spec = server.engine.jobs[job["id"]]
+    assert (spec.lora.r, spec.lora.lora_alpha, len(spec.lora.target_modules)) == (16, 32.0, 7)
+    training = spec.training
+    assert (training.n_epochs, training.batch_size, training.learning_rate) == (3, 8, 2e-4)
+    assert (training.warmup_ratio, training.max_grad_norm, training.max_length) == (0.03, 1.0, 256)
+    assert http.get(f"/v1/fine_tuning/jobs/{job['id']}").json()["progress"]["total_steps"] == 9
+
+
+def test_idempotency(server: ServerThread, http: httpx.Client) -> None:
+    server.engine.auto_train = False
+    body = {"model": BASE, "training_file": upload(server.openai()), "idempotency_key": "once"}
+    first = http.post("/v1/fine_tuning/jobs", json=body)
+    again = http.post("/v1/fine_tuning/jobs", json=body)
+    assert first.json()["id"] == again.json()["id"]
+    other = http.post("/v1/fine_tuning/jobs", json={**body, "seed": 1})
+    assert other.status_code == 409 and other.headers["x-should-retry"] == "false"
+
+
+def test_init_from_takes_the_shape(server: ServerThread, http: httpx.Client) -> None:
+    client = server.openai()
+    file = upload(client)
+    first = client.fine_tuning.jobs.create(model=BASE, training_file=file, extra_body={"adapter": "base-one"})
+    until_over(client, first.id)
+    body = {"model": BASE, "training_file": file, "init_from": "base-one@1"}
+    job = http.post("/v1/fine_tuning/jobs", json=body).json()
+    assert job["peft"]["r"] == 4 and job["peft"]["lora_alpha"] == 8
+    other = http.post("/v1/fine_tuning/jobs", json={**body, "lora": {"r": 8}})
+    assert other.status_code == 400 and other.json()["error"]["param"] == "lora"
+
+
+def test_lists_page_and_filter(server: ServerThread) -> None:
+    server.engine.auto_train = False
+    client = server.openai()
+    file = upload(client)
+    made = [
+        client.fine_tuning.jobs.create(model=BASE, training_file=file, metadata={"n": str(n)}).id
+        for n in range(3)
+    ]
+    page = client.fine_tuning.jobs.list(limit=2)
+    assert [job.id for job in page.data] == made[:0:-1] and page.has_more
+    found = client.fine_tuning.jobs.list(extra_query={"metadata[n]": "1"})
+    assert found.data[0].id == made[1]
+
+
+def test_a_replayed_step_counts_once(server: ServerThread, http: httpx.Client) -> None:
+    server.engine.auto_train = False
+    client = server.openai()
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=upload(client)).id
+    wait_for(lambda: job in server.engine.jobs)
+    for step in (1, 2, 1, 2, 3):
+        server.call(server.engine.step(job, step, 9))
+    server.call(server.engine.step(job, 2, 9, loss=7.0))
+    events = http.get(f"/v1/fine_tuning/jobs/{job}/events").json()["data"]
+    assert [e["data"]["step"] for e in events if e["type"] == "metrics"] == [3, 2, 1]
+    assert [e["level"] for e in events].count("warn") == 1
+    assert client.fine_tuning.jobs.retrieve(job).trained_tokens == 30
+
+
+def test_three_checkpoints_are_kept(server: ServerThread) -> None:
+    server.engine.auto_train = False
+    client = server.openai()
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=upload(client)).id
+    wait_for(lambda: job in server.engine.jobs)
+    paths = [server.call(server.engine.checkpoint(job, step)) for step in (2, 4, 6, 8)]
+    kept = client.fine_tuning.jobs.checkpoints.list(job).data
+    assert [checkpoint.step_number for checkpoint in kept] == [8, 6, 4]
+    assert [path.exists() for path in paths] == [False, True, True, True]
