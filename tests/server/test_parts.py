@@ -1,0 +1,96 @@
+"""Small parts alone: keys files, tool calls, sampling defaults, the log's lines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coserve import log
+from coserve.errors import ConfigError, PermissionDenied, Unauthenticated
+from coserve.server.application.sampling import SamplingDefaults
+from coserve.server.application.tool_calls import ToolCallParser
+from coserve.server.auth import Authenticator
+
+CALL = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
+
+
+def test_keys_files(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    digest = hashlib.sha256(b"secret").hexdigest()
+    path.write_text(json.dumps({"keys": [{"sha256": digest, "role": "tune"}, {"key": "plain"}]}))
+    auth = Authenticator.from_config((), (), str(path))
+    assert auth.role("Bearer secret") == "tune" and auth.role("bearer plain") == "use"
+    for wrong in (None, "", "Bearer", "Bearer other", "secret", "Basic secret"):
+        with pytest.raises(Unauthenticated):
+            auth.role(wrong)
+    auth.require("tune", "use")
+    with pytest.raises(PermissionDenied):
+        auth.require("use", "tune")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[1]", "{", '{"keys": [1]}', '{"keys": [{"key": "a", "role": "king"}]}', '{"keys": [{"sha256": "ab"}]}',
+     '{"keys": [{"key": "a", "sha256": "b"}]}', '{"keys": [{"key": "a", "limit": 3}]}'],
+)  # fmt: skip
+def test_bad_keys_files(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="--keys-file"):
+        Authenticator.from_config((), (), str(path))
+    with pytest.raises(ConfigError, match="--keys-file"):
+        Authenticator.from_config((), (), str(tmp_path / "none.toml"))
+
+
+PIECES = ["a", "<", "<tool", "_call>", CALL, "</tool_call>", "\n", "世"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=8), st.data())
+def test_tool_calls_do_not_depend_on_the_cuts(pieces: list[str], data: st.DataObject) -> None:
+    text = "".join(pieces)
+    whole = ToolCallParser()
+    content, calls = whole.feed(text)
+    content += whole.finish()
+    cut = data.draw(st.integers(0, len(text)))
+    parser = ToolCallParser()
+    parts, found = [], []
+    for piece in (text[:cut], text[cut:]):
+        shown, made = parser.feed(piece)
+        parts.append(shown)
+        found += made
+    parts.append(parser.finish())
+    assert [(call.name, call.arguments) for call in found] == [(call.name, call.arguments) for call in calls]
+    if not calls:
+        assert "".join(parts) == content == text
+
+
+def test_calls_that_are_none_stay_text() -> None:
+    for block in ("{}", "nonsense", '{"name": 5}', '{"name": "f", "arguments": 3}', "[" * 5000):
+        text = f"<tool_call>{block}</tool_call>"
+        parser = ToolCallParser()
+        shown, calls = parser.feed(text)
+        assert shown + parser.finish() == text and calls == []
+
+
+def test_parallel_calls_can_be_limited() -> None:
+    parser = ToolCallParser(limit=1)
+    _, calls = parser.feed(CALL * 3)
+    assert len(calls) == 1
+
+
+def test_sampling_defaults(tmp_path: Path) -> None:
+    assert SamplingDefaults.from_dir(tmp_path) == SamplingDefaults()
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20, "do_sample": true}')
+    assert SamplingDefaults.from_dir(tmp_path) == SamplingDefaults(temperature=0.6, top_k=20)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false}')
+    assert SamplingDefaults.from_dir(tmp_path).temperature == 0.0
+
+
+def test_log_lines() -> None:
+    assert log.line("did it", id="a-1", seconds=0.25, path="/x y") == 'did it id=a-1 seconds=0.25 path="/x y"'
+    assert log.line("x", a='q"\n') == 'x a="q\\"\\n"'
