@@ -23,6 +23,7 @@ from examples.demo.load import Answer, Clients, ask
 from examples.demo.verdict import Check, answer_table, checks
 
 ADAPTER = "ships-mate"
+TIME_LIMIT = 270.0  # seconds; whatever takes longer has failed
 PLAIN_WIDTH = 140  # columns of the tables where there is no terminal to ask
 
 
@@ -89,11 +90,12 @@ def main() -> int:
         with server.running() as address:
             ready = f"server ready after {time.monotonic() - began:.1f} s, model {address.model}"
             console.print(ready, highlight=False)
-            results = asyncio.run(play(plan, address, console))
+            results = asyncio.run(asyncio.wait_for(play(plan, address, console), TIME_LIMIT))
     except KeyboardInterrupt:
         return 130
-    except (RuntimeError, grpc.RpcError) as error:
-        console.print(f"FAIL {error}", highlight=False, markup=False, soft_wrap=True)
+    except (RuntimeError, TimeoutError, grpc.RpcError) as error:
+        said = str(error) or f"not done within {TIME_LIMIT:.0f} s"
+        console.print(f"FAIL {said}", highlight=False, markup=False, soft_wrap=True)
         return 1
     console.print()
     for check in results:
