@@ -38,6 +38,8 @@ class Generation:
     ) -> None:
         config = decoder.config
         self.kv = KVTensors(config, blocks, 4, decoder.dtype)
+        # Fresh memory may hold anything; nothing that wasn't written may be read.
+        self.kv.arena.view(decoder.dtype).fill_(float("nan"))
         self.pool = AdapterPool(config, 32, decoder.dtype)
         self.slots = AdapterSlots(32, 4)
         self.config = config

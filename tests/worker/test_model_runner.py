@@ -30,6 +30,8 @@ class Bench:
         self.decoder = models.decoder
         config = self.decoder.config
         self.kv = KVTensors(config, 400, 4, torch.float32)
+        # Fresh memory may hold anything; nothing that wasn't written may be read.
+        self.kv.arena.view(torch.float32).fill_(float("nan"))
         self.pool = AdapterPool(config, 16, torch.float32)
         self.slots = AdapterSlots(16, 4)
         for name, path in models.adapters.items():
