@@ -106,9 +106,10 @@ class BatchPlan:
                 f"example {chosen[trained.index(0)]} of the training data has no trained token",
                 param="training_file",
             )
-        if 0 < self._max_length < max(lengths):
+        longest = max(lengths)
+        if 0 < self._max_length < longest:
             raise InvalidRequest(
-                f"example {chosen[lengths.index(max(lengths))]} of the training data has {max(lengths)} tokens, "
+                f"example {chosen[lengths.index(longest)]} of the training data has {longest} tokens, "
                 f"the model takes {self._max_length}; set max_length",
                 param="training_file",
             )
