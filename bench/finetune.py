@@ -79,6 +79,9 @@ class Coserve:
 
         def enough() -> bool:
             nonlocal done
+            failed = [status.message for status in self.local.take(m.JobStatus) if status.status == "failed"]
+            if failed:
+                raise RuntimeError(failed[0])
             done += len(self.local.take(m.JobProgress))
             return done >= self.steps
 
