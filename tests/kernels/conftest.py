@@ -22,6 +22,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
+    """A fixed seed, and one thread: tiny tests gain nothing from more; those about threads set their own."""
     torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.no_grad():
         yield
+    torch.set_num_threads(before)

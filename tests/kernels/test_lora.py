@@ -110,6 +110,21 @@ def test_backward_cuts(isa: str, dtype: torch.dtype) -> None:
         assert max(error(da, whole[1].double()), error(db, whole[2].double())) < 2e-6
 
 
+def test_threads_change_no_bit() -> None:
+    T, N, K, rank = 300, 190, 150, 32
+    a, b = pool(N, K, torch.float32)
+    spans, ranks = segments((0, 7, 8), (7, 300, rank))
+    rows, x, dy = torch.arange(rank).int(), torch.randn(T, K), torch.randn(T, N)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        y = lora_forward_(torch.zeros(T, N), x, a, b, spans, ranks)
+        dx, da, db = torch.zeros(T, K), torch.zeros(rank, K), torch.zeros(rank, N)
+        lora_backward(dy, x, a, b, rows, dx, da, db, 0)
+        results.append((y, dx, da, db))
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
 def test_wrong_input_is_refused() -> None:
     a, b = pool(16, 8, torch.float32)
     spans, ranks = segments((0, 2, 4))
