@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 
 import msgspec
 import torch
-from safetensors.torch import load_file
 
 from coserve.core.training_sequence import TrainingSequence
 from coserve.errors import FailedPrecondition
 from coserve.lora.adapter_pool import AdapterPool
-from coserve.lora.peft_files import TENSOR_FILE
 from coserve.models.decoder import Decoder
 from coserve.training import checkpoint
 from coserve.training.activations import MicrobatchActivations
@@ -46,7 +43,9 @@ class RunningJob:
         self._decoder, self._pool, self._rows = decoder, pool, rows
         dataset = TokenDataset.open(spec.data_path)
         self._dataset = dataset
-        self._plan = BatchPlan(dataset, spec.training, spec.seed)
+        self._plan = BatchPlan(
+            dataset, spec.training, spec.seed, max_length=decoder.config.max_position_embeddings
+        )
         self._schedule = Schedule(spec.training, self._plan.total_steps)
         self._adapter = TrainableAdapter(
             spec.lora,
@@ -246,4 +245,4 @@ class RunningJob:
             self.restored_path = str(found.path)
             self.last_loss = self.restored_events[-1].loss if self.restored_events else math.nan
         elif self.spec.init_path is not None:
-            self._adapter.load(load_file(Path(self.spec.init_path) / TENSOR_FILE))
+            self._adapter.start_from(self.spec.init_path, self._decoder.config)
