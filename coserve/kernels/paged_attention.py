@@ -41,9 +41,8 @@ def paged_attention(
         return _paged_attention_reference(
             q_TND, k_cache, v_cache, block_tables_SB, query_start_S1, context_lens_S, scale
         )
-    _, N, D = q_TND.shape
+    (_, N, D), dtype, S = q_TND.shape, q_TND.dtype, context_lens_S.numel()
     block_size, Nkv = k_cache.shape[1], k_cache.shape[2]
-    S, dtype = context_lens_S.numel(), q_TND.dtype
     if not (
         k_cache.dtype is dtype
         and v_cache.dtype is dtype
