@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,11 @@ def test_core_imports_only_itself_errors_and_config() -> None:
 def test_nothing_below_the_worker_knows_the_engine_or_core(room: str) -> None:
     known = {room_of(module) for path in (PACKAGE / room).glob("*.py") for _, module in imports_of(path)}
     assert known & {"cli", "server", "engine", "worker", "training", "lora"} == set()
+
+
+def test_the_server_runs_without_torch() -> None:
+    program = "import sys, coserve.server.main; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
 def test_no_file_is_over_the_hard_limit() -> None:
