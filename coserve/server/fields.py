@@ -12,6 +12,7 @@ from typing import Any
 from coserve.errors import InvalidRequest
 
 _SHOWN = 60
+_MAX_INTEGER = 2**53  # what JSON readers agree on; larger only where a field says so
 
 
 def shown(value: object) -> str:
@@ -64,7 +65,9 @@ class Fields:
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.fail(name, f"must be an integer, not {shown(value)}.")
-        self._check_range(name, value, low, high)
+        self._check_range(
+            name, value, -_MAX_INTEGER if low is None else low, _MAX_INTEGER if high is None else high
+        )
         return value
 
     def number(

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 _ENGINE_SHUTDOWN = 20.0  # seconds for jobs to checkpoint
 _GRPC_GRACE = 2.0
+_SWITCH_INTERVAL = 0.0005  # seconds: streams don't wait Python's 5 ms for a thread that prepares a file
 DEFAULT_STATE_DIR = "~/.local/state/coserve"
 EngineFactory = Callable[[EngineConfig], EngineClient]
 
@@ -53,6 +55,7 @@ EngineFactory = Callable[[EngineConfig], EngineClient]
 def run_server(config: ServerConfig) -> int:
     """Serve until SIGTERM (returns 0) or Ctrl-C (130). Raises ConfigError, InternalError before it serves."""
     log.configure()
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     return asyncio.run(_serve(config))
 
 

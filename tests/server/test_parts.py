@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from pathlib import Path
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 
 from coserve import log
 from coserve.errors import ConfigError, PermissionDenied, Unauthenticated
+from coserve.server.application.job_data import prepare
 from coserve.server.application.sampling import SamplingDefaults
 from coserve.server.application.tool_calls import ToolCallParser
 from coserve.server.auth import Authenticator
+from tests.server.fake_engine import TOKENIZER
 
 CALL = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
 
@@ -35,7 +38,8 @@ def test_keys_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[1]", "{", '{"keys": [1]}', '{"keys": [{"key": "a", "role": "king"}]}', '{"keys": [{"sha256": "ab"}]}',
+    ["", "[1]", "{", '{"keys": [1]}', '{"keys": [{"key": "a", "role": "king"}]}',
+     '{"keys": [{"sha256": "ab"}]}',
      '{"keys": [{"key": "a", "sha256": "b"}]}', '{"keys": [{"key": "a", "limit": 3}]}'],
 )  # fmt: skip
 def test_bad_keys_files(tmp_path: Path, text: str) -> None:
@@ -94,3 +98,20 @@ def test_sampling_defaults(tmp_path: Path) -> None:
 def test_log_lines() -> None:
     assert log.line("did it", id="a-1", seconds=0.25, path="/x y") == 'did it id=a-1 seconds=0.25 path="/x y"'
     assert log.line("x", a='q"\n') == 'x a="q\\"\\n"'
+
+
+def test_preparing_a_file_stops_when_it_is_not_wanted(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    source = tmp_path / "big.jsonl"
+    source.write_bytes(b"\n".join([json.dumps(row).encode()] * 20_000))
+
+    async def begin_and_leave() -> None:
+        task = asyncio.create_task(prepare(source, tmp_path / "data", TOKENIZER, 0))
+        while not (tmp_path / "data.tmp").exists():
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(begin_and_leave())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big.jsonl"]

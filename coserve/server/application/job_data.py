@@ -7,7 +7,8 @@ import csv
 import io
 import math
 import shutil
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,20 +41,37 @@ class Prepared:
         return found
 
 
+class _Stopped(Exception):
+    """Nobody wants the data any more."""
+
+
 async def prepare(source: Path, target: Path, tokenizer: Tokenizer, max_length: int) -> Prepared:
-    """Tokenise `source` (JSONL) into the data set `target`, in a thread.
+    """Tokenise `source` (JSONL) into the data set `target`, in a thread that a cancellation stops.
 
     Raises DatasetError with the bad lines, InvalidRequest when nothing is left to train on.
     """
-    return await asyncio.to_thread(_prepare, source, target, tokenizer, max_length)
+    stop = threading.Event()
+    try:
+        return await asyncio.to_thread(_prepare, source, target, tokenizer, max_length, stop)
+    finally:
+        stop.set()
 
 
-def _prepare(source: Path, target: Path, tokenizer: Tokenizer, max_length: int) -> Prepared:
+def _prepare(
+    source: Path, target: Path, tokenizer: Tokenizer, max_length: int, stop: threading.Event
+) -> Prepared:
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as lines:
-        rows = read_chat_examples(lines, tokenizer, max_length)
+        rows = read_chat_examples(_until(stop, lines), tokenizer, max_length)
         TokenDataset.write(target, rows)
     return Prepared(rows.examples, rows.trained_tokens, rows.truncated, rows.dropped)
+
+
+def _until(stop: threading.Event, lines: Iterable[bytes]) -> Iterator[bytes]:
+    for line in lines:
+        if stop.is_set():
+            raise _Stopped
+        yield line
 
 
 def total_steps(examples: int, training: TrainingSpec) -> int:

@@ -1,0 +1,91 @@
+"""Whatever a body holds, the answer is an answer or a named refusal, never a fault."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from coserve.server.application.job_request import _LORA_FIELDS, _REQUEST_FIELDS, _TRAINING_FIELDS
+from coserve.server.openai.chat_completions import KNOWN_FIELDS
+from tests.server.running import BASE, ServerThread
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from(
+        ["", "a", "auto", "none", BASE, "é👋", "\x00", "x" * 300, "ftjob-1", "a@1", "@", "../x"]
+    )
+)
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "role", "content", "text", "name", "function", "5", "r"]), inner
+        )
+    ),
+    max_leaves=6,
+)
+CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+BODIES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "/v1/chat/completions": (CHAT, sorted(KNOWN_FIELDS)),
+    "/v1/completions": ({"prompt": "Hi", "max_tokens": 2}, sorted(KNOWN_FIELDS | {"prompt", "suffix"})),
+    "/v1/fine_tuning/jobs": (
+        {"model": BASE, "training_file": "file-x"},
+        sorted(_REQUEST_FIELDS | {"hyperparameters", "integrations"}),
+    ),
+    "/tokenize": ({"prompt": "x"}, ["prompt", "messages", "model", "tools", "add_special_tokens"]),
+    "/detokenize": ({"tokens": [1]}, ["tokens", "model"]),
+    "/v1/load_lora_adapter": (
+        {"lora_name": "n", "lora_path": "/p"},
+        ["lora_name", "lora_path", "load_inplace"],
+    ),
+    "/v1/unload_lora_adapter": ({"lora_name": "n"}, ["lora_name"]),
+}
+QUICK = settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
+
+
+def check(response: httpx.Response) -> None:
+    assert response.status_code in (200, 400, 404), (response.status_code, response.text)
+    if response.status_code != 200:
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+        assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", list(BODIES))
+@QUICK
+@given(data=st.data())
+def test_fields_of_any_kind(server: ServerThread, http: httpx.Client, path: str, data: st.DataObject) -> None:
+    base, names = BODIES[path]
+    changed = data.draw(st.dictionaries(st.sampled_from(names), JSON, min_size=1, max_size=3))
+    check(http.post(path, json={**base, **changed}))
+
+
+@pytest.mark.parametrize("part", ["lora", "training"])
+@QUICK
+@given(data=st.data())
+def test_job_settings_of_any_kind(http: httpx.Client, part: str, data: st.DataObject) -> None:
+    names = sorted(_LORA_FIELDS if part == "lora" else _TRAINING_FIELDS)
+    settings_ = data.draw(st.dictionaries(st.sampled_from(names), JSON, min_size=1, max_size=3))
+    check(http.post("/v1/fine_tuning/jobs", json={"training_file": "file-x", part: settings_}))
+
+
+@pytest.mark.parametrize("path", ["/v1/models/", "/v1/files/", "/v1/fine_tuning/jobs/", "/v1/adapters/"])
+@pytest.mark.parametrize(
+    "name", ["%00", "%2F", "..%2f..%2fetc", "a" * 3000, "%F0%9F%91%8B", "@", "a@-1", "a@²"]
+)
+def test_names_of_any_kind(http: httpx.Client, path: str, name: str) -> None:
+    response = http.get(path + name)
+    assert response.status_code in (400, 404), response.text
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
