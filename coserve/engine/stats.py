@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
-
-import psutil
 
 from coserve.core.request import Request
 from coserve.core.step_plan import StepPlan
@@ -101,5 +101,11 @@ class StatsKeeper:
             "free": (blocks.num_free - blocks.num_idle) * slab,
         }
         used = sum(size for owner, size in owners.items() if owner != "free")
-        owners["runtime"] = max(0, psutil.Process().memory_info().rss - used)
+        owners["runtime"] = max(0, resident_bytes() - used)
         return owners
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM; 0 where the system has no /proc."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0

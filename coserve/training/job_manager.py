@@ -157,9 +157,9 @@ class JobManager:
         `arrivals` also until a message waits."""
         began = time.perf_counter()
         for span in plan.training_backward:
-            sequence = span.sequence
             for _ in range(span.length):
-                self._run_unit(sequence)
+                if span.sequence.job_id in self._jobs:
+                    self._run_unit(span.sequence)
                 now = time.perf_counter()
                 if now >= deadline or (arrivals is not None and arrivals()):
                     self.step_seconds += now - began
@@ -183,7 +183,13 @@ class JobManager:
     def _run_unit(self, sequence: TrainingSequence) -> None:
         unit = sequence.backward_units[sequence.backward_cursor]
         began = time.perf_counter()
-        self._jobs[sequence.job_id].run_backward_unit(sequence.sequence_id)
+        job = self._jobs[sequence.job_id]
+        try:
+            job.run_backward_unit(sequence.sequence_id)
+        except Exception as error:
+            # One job's fault must not take the engine, and everybody's requests, down with it.
+            self._end(job, "failed", _as_error(sequence.job_id, error))
+            return
         seconds = time.perf_counter() - began
         sequence.backward_cursor += 1
         self._model.observe_unit(unit.kind, unit.tokens, seconds)
@@ -227,8 +233,8 @@ class JobManager:
     def _begin_step(self, job: RunningJob) -> None:
         try:
             job.begin_step(self._kv.slab_bytes, self._kv.num_blocks)
-        except CoserveError as error:
-            self._end(job, "failed", error)
+        except Exception as error:
+            self._end(job, "failed", _as_error(job.spec.job_id, error))
             return
         self.microbatches.update(job.microbatches)
         self._queue.submit(job.spec.job_id, job.sequences, job.spec.priority)
@@ -236,8 +242,8 @@ class JobManager:
     def _commit_step(self, job: RunningJob) -> None:
         try:
             metrics = job.commit_step()
-        except CoserveError as error:
-            self._end(job, "failed", error)
+        except Exception as error:
+            self._end(job, "failed", _as_error(job.spec.job_id, error))
             return
         self._drop_microbatches(job)
         self._listener.progress(job.spec.job_id, metrics)
@@ -285,5 +291,5 @@ class JobManager:
 def _as_error(job_id: str, error: Exception) -> CoserveError:
     if isinstance(error, CoserveError):
         return error
-    logger.exception("job %s could not start", job_id, exc_info=error)
-    return InternalError("The job could not be started; see the engine's log.")
+    logger.error("job %s failed", job_id, exc_info=error)
+    return InternalError("The job failed in the engine; see the engine's log.")

@@ -1,0 +1,124 @@
+"""Jobs in a real engine: their states, their faults, and that one's trouble is nobody else's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from coserve.engine import messages as m
+from coserve.engine.local import LocalEngine
+from coserve.training.backward import MicrobatchBackward
+from tests.invariants import world
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return world.make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return world.make_data(tmp_path_factory.mktemp("data") / "train")
+
+
+def control(local: LocalEngine, job_id: str, action: str) -> m.Reply:
+    return local.call(lambda i: m.ControlJob(call_id=i, job_id=job_id, action=action))
+
+
+def last_status(local: LocalEngine, job_id: str) -> m.JobStatus:
+    return [s for s in local.sent if isinstance(s, m.JobStatus) and s.job_id == job_id][-1]
+
+
+def test_a_diverging_job_fails_by_name_and_touches_no_other(model, data, tmp_path) -> None:
+    alone = world.make_engine(model)
+    good = world.make_job(data, tmp_path / "alone")
+    world.submit(alone, good)
+    world.finish(alone, good.job_id)
+    local = world.make_engine(model)
+    again = world.make_job(data, tmp_path / "beside")
+    world.submit(local, world.make_job(data, tmp_path, "ftjob-bad", learning_rate=1e30, max_grad_norm=0.0))
+    world.submit(local, again)
+    world.finish(local, again.job_id)
+    local.run_until(lambda: last_status(local, "ftjob-bad").status == "failed", 5000)
+    failed = last_status(local, "ftjob-bad")
+    assert failed.error_code == "training_diverged" and "learning rate" in failed.message
+    assert world.same_bits(world.final_adapter(again), world.final_adapter(good))
+    assert world.pool_is_empty(local)
+
+
+def test_a_fault_inside_a_unit_fails_the_job_alone(model, data, tmp_path, monkeypatch) -> None:
+    local = world.make_engine(model)
+    world.submit(local, world.make_job(data, tmp_path))
+
+    def broken(self: MicrobatchBackward) -> None:
+        raise RuntimeError("a kernel's fault")
+
+    monkeypatch.setattr(MicrobatchBackward, "run_next", broken)
+    local.run_until(lambda: last_status(local, "ftjob-1").status == "failed", 5000)
+    assert last_status(local, "ftjob-1").error_code == "internal_error"
+    assert "kernel" not in last_status(local, "ftjob-1").message
+    assert local.generate([3, 4, 5], world.GREEDY)
+    assert world.pool_is_empty(local)
+
+
+def test_a_microbatch_that_never_fits_is_refused_with_the_way_out(model, data, tmp_path) -> None:
+    local = world.make_engine(model, max_model_len=128, kv_cache_memory_bytes=20 * 4096)
+    world.submit(local, world.make_job(data, tmp_path))
+    failed = last_status(local, "ftjob-1")
+    assert failed.status == "failed" and "--kv-cache-memory-bytes" in failed.message
+
+
+def test_pause_and_resume(model, data, tmp_path) -> None:
+    local = world.make_engine(model)
+    spec = world.make_job(data, tmp_path)
+    world.submit(local, spec)
+    local.run_until(lambda: len(world.progress(local, spec.job_id)) == 2, 5000)
+    assert control(local, spec.job_id, "resume").error_code == "failed_precondition"
+    assert control(local, spec.job_id, "pause").error is None
+    assert last_status(local, spec.job_id).status == "paused"
+    assert not local.engine.jobs.has_work and world.pool_is_empty(local)
+    assert control(local, spec.job_id, "pause").error_code == "failed_precondition"
+    assert control(local, spec.job_id, "resume").error is None
+    world.finish(local, spec.job_id)
+    assert [step for step, _, _ in world.progress(local, spec.job_id)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_unknown_and_doubled_jobs_are_refused(model, data, tmp_path) -> None:
+    local = world.make_engine(model)
+    assert control(local, "ftjob-none", "cancel").error_code == "not_found"
+    spec = world.make_job(data, tmp_path)
+    world.submit(local, spec)
+    assert "running already" in (local.call(lambda i: m.SubmitJob(call_id=i, spec=spec)).error or "")
+
+
+def test_missing_data_fails_the_job_and_frees_its_rows(model, tmp_path) -> None:
+    local = world.make_engine(model)
+    world.submit(local, world.make_job(tmp_path / "nothing", tmp_path))
+    assert last_status(local, "ftjob-1").status == "failed"
+    assert len(local.engine.slots) == 0
+
+
+def test_more_jobs_than_rows_take_turns(model, data, tmp_path) -> None:
+    local = world.make_engine(model)
+    local.engine.slots.max_adapters = 2
+    names = [f"ftjob-{index}" for index in range(4)]
+    for name in names:
+        world.submit(local, world.make_job(data, tmp_path, name, n_epochs=1))
+    world.finish(local, *names)
+    adapters = [world.final_adapter(world.make_job(data, tmp_path, name)) for name in names]
+    assert all(world.same_bits(adapters[0], other) for other in adapters[1:])
+
+
+def test_starting_from_an_adapter_starts_from_its_weights(model, data, tmp_path) -> None:
+    local = world.make_engine(model)
+    first = world.make_job(data, tmp_path)
+    world.submit(local, first)
+    world.finish(local, first.job_id)
+    newest = max(Path(first.checkpoint_dir).iterdir())
+    second = world.make_job(data, tmp_path, "ftjob-2", learning_rate=1e-9, n_epochs=1)
+    second = m.msgspec.structs.replace(second, init_path=str(newest))
+    world.submit(local, second)
+    world.finish(local, second.job_id)
+    before, after = world.final_adapter(first), world.final_adapter(second)
+    assert all((after[name] - before[name]).abs().max() < 1e-6 for name in before)
