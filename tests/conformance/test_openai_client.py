@@ -35,7 +35,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield server
         server.process.terminate()
         assert server.process.wait(60) == 0
-    assert "Traceback" not in server.state_dir.with_suffix(".log").read_text()
+    log = server.state_dir.with_suffix(".log").read_text() + (server.state_dir / "engine.log").read_text()
+    assert "Traceback" not in log and "captain!" not in log and "What is" not in log
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,14 @@ def test_stream_order(http: httpx.Client) -> None:
     assert len({(c["id"], c["created"], c["model"]) for c in chunks}) == 1
 
 
+def test_continuous_usage(http: httpx.Client) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    counted = [
+        c["usage"]["completion_tokens"] for c in events(chat(http, stream=True, stream_options=options))
+    ]
+    assert counted == sorted(counted) and counted[-1] == counted[-2] > 0
+
+
 def test_stream_without_usage(http: httpx.Client) -> None:
     assert all("usage" not in chunk for chunk in events(chat(http, stream=True, stream_options={})))
 
@@ -154,6 +162,7 @@ REFUSED = [
     ({"guided_regex": "a"}, "guided_regex"),
     ({"suffix": "x"}, "suffix"),
     ({"functions": []}, "functions"),
+    ({"cache_salt": "s"}, "cache_salt"),
     ({"audio": {}}, "audio"),
     ({"modalities": ["audio"]}, "modalities"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),

@@ -40,6 +40,8 @@ _REFUSED = {
     "chat_template": "can't be sent with a request; start the server with --chat-template",
     "stop_regex": "is not supported; use stop",
     "regex": "is not supported",
+    "cache_salt": "is not supported: every adapter version has a prefix cache of its own, its users share it",
+    "return_tokens_as_token_ids": "is not supported; use return_token_ids",
     "ebnf": "is not supported",
     "lora_path": "is not supported; name the adapter as model",
 }

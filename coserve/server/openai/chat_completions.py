@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -50,15 +51,32 @@ def usage_body(usage: Usage) -> dict[str, Any]:
     }
 
 
-def read_stream_options(fields: Fields) -> tuple[bool, bool]:
-    """(stream, include_usage); options without stream are refused."""
-    stream = fields.boolean("stream")
-    options = fields.object("stream_options")
-    if options is None:
-        return stream, False
-    if not stream:
-        raise fields.fail("stream_options", "is only allowed with stream.")
-    return stream, options.boolean("include_usage")
+@dataclass(frozen=True)
+class StreamOptions:
+    """Whether and how an answer is streamed. Usage comes in a last chunk of its own (`include_usage`; all
+    others carry null then) and, with vLLM's `continuous_usage_stats`, as counted so far in every chunk."""
+
+    stream: bool
+    include_usage: bool = False
+    continuous_usage: bool = False
+
+    @classmethod
+    def read(cls, fields: Fields) -> StreamOptions:
+        """From a request; options without stream are refused."""
+        stream = fields.boolean("stream")
+        options = fields.object("stream_options")
+        if options is None:
+            return cls(stream)
+        if not stream:
+            raise fields.fail("stream_options", "is only allowed with stream.")
+        include = options.boolean("include_usage")
+        return cls(stream, include, include and options.boolean("continuous_usage_stats"))
+
+    def add_usage(self, chunk: dict[str, Any], usage: Usage) -> dict[str, Any]:
+        """A chunk with choices, with the `usage` it has to carry."""
+        if self.include_usage:
+            chunk["usage"] = usage_body(usage) if self.continuous_usage else None
+        return chunk
 
 
 class _Answer:
@@ -69,7 +87,7 @@ class _Answer:
         check_response_format(fields)
         log_unknown(fields, KNOWN_FIELDS)
         self.context = context
-        self.stream, self.include_usage = read_stream_options(fields)
+        self.options = StreamOptions.read(fields)
         wants = fields.boolean("logprobs")
         top = fields.integer("top_logprobs", None, 0, MAX_LOGPROBS)
         if top is not None and not wants:
@@ -84,7 +102,7 @@ class _Answer:
             defaults=context.defaults,
             logprobs=self.top_logprobs,
             default_max_tokens=None,
-            prompt_logprobs=read_prompt_logprobs(fields, self.stream),
+            prompt_logprobs=read_prompt_logprobs(fields, self.options.stream),
         )
         self.conversation: Conversation = read_conversation(fields, context.tokenizer)
         self.generation: Generation = context.generator.prepare(
@@ -161,7 +179,7 @@ class _Answer:
                         yield self._chunk(delta.index, {"content": self.echoed})
                 for chunk in self._pieces(delta, parsers[delta.index]):
                     yield chunk
-        if self.include_usage:
+        if self.options.include_usage:
             yield {**self._head(), "choices": [], "usage": usage_body(self.generation.usage)}
 
     def _pieces(self, delta: Delta, parser: ToolCallParser | None) -> list[dict[str, Any]]:
@@ -210,10 +228,7 @@ class _Answer:
         }
         if delta is not None and self.return_token_ids:
             choice["token_ids"] = list(delta.token_ids)
-        chunk = {**self._head(), "choices": [choice]}
-        if self.include_usage:
-            chunk["usage"] = None
-        return chunk
+        return self.options.add_usage({**self._head(), "choices": [choice]}, self.generation.usage)
 
 
 def _finish_reason(reason: str, called: bool) -> str:
@@ -237,7 +252,7 @@ def routes(context: Context) -> list[Route]:
 
     async def create(request: Request) -> Response:
         answer = _Answer(context, await read_json(request), request.state.request_id)
-        if answer.stream:
+        if answer.options.stream:
             return await EventStream.open(request, answer.events())
         return json_response(await until_disconnect(request, answer.body()))
 

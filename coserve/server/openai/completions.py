@@ -25,7 +25,7 @@ from coserve.server.auth import USE
 from coserve.server.context import Context
 from coserve.server.fields import Fields
 from coserve.server.http import EventStream, Route, json_response, read_json, until_disconnect
-from coserve.server.openai.chat_completions import KNOWN_FIELDS, read_stream_options, usage_body
+from coserve.server.openai.chat_completions import KNOWN_FIELDS, StreamOptions, usage_body
 from coserve.server.openai.logprobs import completion_logprobs, prompt_logprobs
 from coserve.tokenizer import Tokenizer
 
@@ -64,13 +64,13 @@ class _Answer:
         check_response_format(fields)
         log_unknown(fields, _KNOWN)
         self.context = context
-        self.stream, self.include_usage = read_stream_options(fields)
+        self.options = StreamOptions.read(fields)
         self.echo = fields.boolean("echo")
         if isinstance(fields.raw("logprobs"), bool):
             raise fields.fail("logprobs", "must be an integer: the number of alternatives.")
         self.logprobs = fields.integer("logprobs", None, 0, MAX_LOGPROBS)
         self.return_token_ids = fields.boolean("return_token_ids")
-        self.wants_prompt_logprobs = read_prompt_logprobs(fields, self.stream)
+        self.wants_prompt_logprobs = read_prompt_logprobs(fields, self.options.stream)
         self.target = context.adapters.resolve(fields.string("model"))
         request = parse_sampling(
             fields,
@@ -150,7 +150,7 @@ class _Answer:
                         yield self._echo_chunk(delta, offsets)
                 if delta.text or delta.finish_reason is not None or self.logprobs is not None:
                     yield self._delta_chunk(delta, offsets)
-        if self.include_usage:
+        if self.options.include_usage:
             yield {**self._head(), "choices": [], "usage": usage_body(self.generation.usage)}
 
     def _echo_chunk(self, delta: Delta, offsets: dict[int, int]) -> dict[str, Any]:
@@ -185,10 +185,7 @@ class _Answer:
         }
 
     def _wrap(self, choice: dict[str, Any]) -> dict[str, Any]:
-        chunk = {**self._head(), "choices": [choice]}
-        if self.include_usage:
-            chunk["usage"] = None
-        return chunk
+        return self.options.add_usage({**self._head(), "choices": [choice]}, self.generation.usage)
 
     @staticmethod
     def _choice_body(
@@ -211,7 +208,7 @@ def routes(context: Context) -> list[Route]:
         if not fields.has("prompt"):
             raise InvalidRequest("prompt is required.", param="prompt", code="missing_required_parameter")
         answer = _Answer(context, fields, request.state.request_id)
-        if answer.stream:
+        if answer.options.stream:
             return await EventStream.open(request, answer.events())
         return json_response(await until_disconnect(request, answer.body()))
 
