@@ -141,12 +141,19 @@ def test_a_bad_file_is_refused_line_by_line(server: Address, tmp_path: Path) -> 
     assert "line 1" in ran.err and "line 2" in ran.err
 
 
+def heed_ctrl_c() -> None:
+    """In the child: a shell that runs us in the background would have Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_leaves_the_job_running(server: Address, tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     write_jsonl(path, training_examples(60))
     command = [sys.executable, "-m", "coserve.cli.main", "finetune", str(path), "--adapter", "long"]
     command += ["--epochs", "50", "--grpc", server.grpc, "--api-key", KEY]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+    )
     assert process.stdout is not None
     job = ""
     for line in process.stdout:

@@ -18,6 +18,11 @@ MARK = "COSERVE_TEST_MARK"
 PROMISES = 5
 
 
+def heed_ctrl_c() -> None:
+    """In the child: a shell that runs us in the background would have Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Demo:
     """A short demo as a child; every process that comes from it carries the same mark in its environment."""
 
@@ -30,6 +35,7 @@ class Demo:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=heed_ctrl_c,
         )
 
     def left_behind(self) -> list[int]:
