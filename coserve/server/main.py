@@ -111,7 +111,7 @@ async def running_server(
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(state.close)
         http_socket = stack.enter_context(bind(config.host, config.port, "--port"))
-        bind(config.host, config.grpc_port, "--grpc-port").close()  # grpc itself would complain in its own words
+        bind(config.host, config.grpc_port, "--grpc-port").close()  # grpc would log more
         metrics_socket = None
         if config.metrics_port is not None:
             metrics_socket = stack.enter_context(bind(config.host, config.metrics_port, "--metrics-port"))
