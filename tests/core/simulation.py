@@ -51,7 +51,13 @@ class Simulation:
         self.slots.release(key)
 
     def request(
-        self, name: str, prompt: int | list[int], output: int, *, adapter: str | None = None, priority: int = 0
+        self,
+        name: str,
+        prompt: int | list[int],
+        output: int,
+        *,
+        adapter: str | None = None,
+        priority: int = 0,
     ) -> Request:
         ids = list(range(prompt)) if isinstance(prompt, int) else prompt
         request = Request(
@@ -88,9 +94,8 @@ class Simulation:
         seconds = STEP_FLOOR + PER_TOKEN * inference if plan.inference else 0.0
         self.scheduler.commit(plan)
         for span in plan.inference:
-            if span.samples and not span.request.finished:
-                if span.request.append(7) is not None:
-                    self.scheduler.finish(span.request)
+            if span.samples and not span.request.finished and span.request.append(7) is not None:
+                self.scheduler.finish(span.request)
         rows = sum(span.length for span in plan.training_forward)
         if rows:
             self.model.observe_unit("forward", rows, PER_TOKEN * rows)
