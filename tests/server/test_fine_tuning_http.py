@@ -234,6 +234,8 @@ def test_init_from_takes_the_shape(server: ServerThread, http: httpx.Client) -> 
     body = {"model": BASE, "training_file": file, "init_from": "base-one@1"}
     job = http.post("/v1/fine_tuning/jobs", json=body).json()
     assert job["peft"]["r"] == 4 and job["peft"]["lora_alpha"] == 8
+    as_model = {"model": "base-one", "training_file": file}
+    assert http.post("/v1/fine_tuning/jobs", json=as_model).json()["init_from"] == "base-one"
     other = http.post("/v1/fine_tuning/jobs", json={**body, "lora": {"r": 8}})
     assert other.status_code == 400 and other.json()["error"]["param"] == "lora"
 

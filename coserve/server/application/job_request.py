@@ -46,7 +46,7 @@ _TRAINING_FIELDS = frozenset(_TRAINING_WORDS.split())
 
 @dataclass(frozen=True)
 class JobRequest:
-    """A valid request. `lora` None: take the shape of the adapter named by `init_from`."""
+    """A valid request. `lora` None: the default, or the shape of the adapter to go on with."""
 
     model: str
     training_file: str
@@ -75,7 +75,6 @@ def parse_job_request(body: object, model: ModelConfig, max_rank: int, max_model
     if method not in METHODS:
         raise fields.fail("method", f"must be {' or '.join(METHODS)}; {shown(method)} is not supported.")
     lora = fields.object("lora")
-    init_from = fields.string("init_from") or ""
     training = fields.object("training") or Fields({}, "training.")
     seed = fields.integer("seed", None, 0, MAX_SEED)
     return JobRequest(
@@ -84,10 +83,10 @@ def parse_job_request(body: object, model: ModelConfig, max_rank: int, max_model
         adapter=fields.string("adapter") or "",
         suffix=fields.string("suffix", "", 64) or "",
         method=method,
-        lora=None if init_from and lora is None else parse_lora(lora or Fields({}, "lora."), model, max_rank),
+        lora=parse_lora(lora, model, max_rank) if lora is not None else None,
         training=parse_training(training, max_model_len),
         seed=seed if seed is not None else secrets.randbelow(MAX_SEED),
-        init_from=init_from,
+        init_from=fields.string("init_from") or "",
         metadata=_metadata(fields),
         priority=fields.integer("priority", 0, -(2**31), 2**31 - 1) or 0,
         idempotency_key=fields.string("idempotency_key", "", 255) or "",
@@ -134,6 +133,11 @@ def parse_lora(fields: Fields, model: ModelConfig, max_rank: int) -> LoraSpec:
     )
     _check_patterns(spec, model)
     return spec
+
+
+def default_lora(model: ModelConfig, max_rank: int) -> LoraSpec:
+    """The shape of a job that says nothing about it."""
+    return parse_lora(Fields({}, "lora."), model, max_rank)
 
 
 def _target_modules(fields: Fields) -> tuple[str, ...]:

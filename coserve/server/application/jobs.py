@@ -9,15 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from sqlite3 import Connection
 from typing import Any
-
-from msgspec.structs import replace as change
 
 from coserve.engine.client import EngineClient
 from coserve.engine.messages import AdapterRef, JobCheckpoint, JobProgress, JobStatus
@@ -31,15 +27,15 @@ from coserve.server.application import job_changes, job_data
 from coserve.server.application.adapters import Adapters
 from coserve.server.application.files import RESULTS, Files
 from coserve.server.application.job_events import Changes
-from coserve.server.application.job_request import JobRequest, lora_of, parse_job_request
+from coserve.server.application.job_factory import JobFactory
 from coserve.server.application.lifecycle import Lifecycle
 from coserve.server.application.models import BaseModel
 from coserve.server.database import Database
 from coserve.server.errors import internal_error
 from coserve.server.job_store import CheckpointRow, JobError, JobEvent, JobRecord
-from coserve.server.state_dir import StateDir, copy_directory
+from coserve.server.state_dir import StateDir
 from coserve.tokenizer import Tokenizer
-from coserve.training.job import JobSpec, LoraSpec
+from coserve.training.job import JobSpec
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +73,7 @@ class Jobs:
         self._lifecycle = lifecycle
         self._metrics = metrics
         self._max_rank = max_rank
+        self._factory = JobFactory(base, model_config, state, files, adapters, max_rank)
         self._changes = Changes()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._submitted: set[str] = set()
@@ -153,101 +150,29 @@ class Jobs:
         Raises InvalidRequest, NotFound (file or adapter), Conflict (idempotency key used otherwise).
         """
         self._lifecycle.check_open()
-        request = parse_job_request(body, self._model_config, self._max_rank, self._base.max_model_len)
-        known = await self._known(request)
-        if known is not None:
-            return known
-        await self._files.get(request.training_file, param="training_file")
-        init_from, lora = request.init_from, request.lora
-        if request.model and request.model != self._base.name:
-            self._check_model(request.model)
-            init_from = init_from or request.model
-        if init_from:
-            lora = await self._shape_of(init_from, request.lora)
-        if request.adapter:
-            self._adapters.check_name(request.adapter, "adapter")
-        job = self._record(request, init_from, lora or LoraSpec())
-        if init_from:
-            source = self._init_source(init_from)
-            await asyncio.to_thread(copy_directory, source, self._state.job(job.id) / "init")
+        job = await self._factory.make(body)
         created = job_changes.event_of(job, "message", "Created fine-tuning job: " + job.id)
         status = job_changes.status_event(job)
 
-        def insert(db: Connection) -> None:
+        def insert(db: Connection) -> JobRecord:
+            known = job_store.by_key(db, job.idempotency_key) if job.idempotency_key else None
+            if known is not None:
+                return known
             job_store.insert(db, job)
             job_store.add_event(db, created)
             job_store.add_event(db, status)
+            return job
 
-        await self._database.run(insert)
+        noted = await self._database.run(insert)
+        if noted is not job:
+            await asyncio.to_thread(job_data.remove, self._state.job(job.id))
+            if noted.request_digest != job.request_digest:
+                raise Conflict("This idempotency key was used with another request.", param="idempotency_key")
+            return noted
         await self._count()
         logger.info(line("job created", id=job.id, file=job.training_file, rank=job.lora.r))
         self._prepare_soon(job)
         return job
-
-    async def _known(self, request: JobRequest) -> JobRecord | None:
-        if not request.idempotency_key:
-            return None
-        known = await self._database.run(lambda db: job_store.by_key(db, request.idempotency_key))
-        if known is not None and known.request_digest != request.digest:
-            raise Conflict("This idempotency key was used with another request.", param="idempotency_key")
-        return known
-
-    def _check_model(self, model: str) -> None:
-        try:
-            self._adapters.resolve(model)
-        except CoserveError as error:
-            raise type(error)(error.message, param="model") from None
-
-    def _init_source(self, init_from: str) -> Path:
-        try:
-            adapter = self._adapters.resolve(init_from).adapter
-        except CoserveError as error:
-            raise type(error)(error.message, param="init_from") from None
-        if adapter is None:
-            raise InvalidRequest(
-                "init_from must name an adapter or a checkpoint, not the base.", param="init_from"
-            )
-        return Path(adapter.path)
-
-    async def _shape_of(self, init_from: str, wanted: LoraSpec | None) -> LoraSpec:
-        """The shape to go on with: that of the adapter, which an explicit `lora` must agree with."""
-        source = self._init_source(init_from)
-        info = await asyncio.to_thread(read_adapter_info, source, self._model_config, self._max_rank)
-        shape = lora_of(info.config, self._model_config)
-        if wanted is not None and change(wanted, alpha_pattern=shape.alpha_pattern) != shape:
-            raise InvalidRequest(
-                "lora differs from the adapter that init_from names; leave lora out to go on with its shape.",
-                param="lora",
-            )
-        return shape
-
-    def _record(self, request: JobRequest, init_from: str, lora: LoraSpec) -> JobRecord:
-        identity = uuid.uuid4().hex[:24]
-        name = request.adapter
-        if not name:
-            base, suffix = (
-                re.sub(r"[^A-Za-z0-9._-]+", "-", word) for word in (self._base.name, request.suffix)
-            )
-            name = f"ft:{base[:40]}:coserve:{suffix}:{identity[:8]}"
-        return JobRecord(
-            id=f"ftjob-{identity}",
-            status="validating_files",
-            model=self._base.name,
-            adapter=request.adapter,
-            publish_as=name,
-            suffix=request.suffix,
-            training_file=request.training_file,
-            method=request.method,
-            lora=lora,
-            training=request.training,
-            seed=request.seed,
-            init_from=init_from,
-            metadata=request.metadata,
-            priority=request.priority,
-            idempotency_key=request.idempotency_key,
-            request_digest=request.digest,
-            created_at=int(time.time()),
-        )
 
     # ------------------------------------------------------------------ preparing and submitting
 

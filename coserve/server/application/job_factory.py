@@ -1,0 +1,107 @@
+"""From a request to the record of a new job: what it names is looked up, its adapter's shape settled."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from pathlib import Path
+
+from coserve.errors import CoserveError, InvalidRequest
+from coserve.lora.peft_files import read_adapter_info
+from coserve.models.config import ModelConfig
+from coserve.server.application.adapters import Adapters
+from coserve.server.application.files import Files
+from coserve.server.application.job_request import JobRequest, default_lora, lora_of, parse_job_request
+from coserve.server.application.models import BaseModel
+from coserve.server.job_store import JobRecord
+from coserve.server.state_dir import StateDir, copy_directory
+from coserve.training.job import LoraSpec
+
+
+class JobFactory:
+    """Makes records; whoever stores them decides whether the job begins."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        model_config: ModelConfig,
+        state: StateDir,
+        files: Files,
+        adapters: Adapters,
+        max_rank: int,
+    ) -> None:
+        self._base = base
+        self._model_config = model_config
+        self._state = state
+        self._files = files
+        self._adapters = adapters
+        self._max_rank = max_rank
+
+    async def make(self, body: object) -> JobRecord:
+        """A record in `validating_files`; the adapter it starts from is copied into the job's folder.
+
+        Raises InvalidRequest, NotFound (file, model, adapter).
+        """
+        request = parse_job_request(body, self._model_config, self._max_rank, self._base.max_model_len)
+        await self._files.get(request.training_file, param="training_file")
+        if request.adapter:
+            self._adapters.check_name(request.adapter, "adapter")
+        init_from, source = self._source(request)
+        if source is None:
+            lora = request.lora or default_lora(self._model_config, self._max_rank)
+            return self._record(request, init_from, lora)
+        job = self._record(request, init_from, await self._shape_of(source, request.lora))
+        await asyncio.to_thread(copy_directory, source, self._state.job(job.id) / "init")
+        return job
+
+    def _source(self, request: JobRequest) -> tuple[str, Path | None]:
+        """(name, directory) of the adapter to go on with: `init_from`, or a `model` that is an adapter."""
+        found: tuple[str, Path | None] = ("", None)
+        for param, name in (("model", request.model), ("init_from", request.init_from)):
+            if not name or (param == "model" and name == self._base.name):
+                continue
+            try:
+                adapter = self._adapters.resolve(name).adapter
+            except CoserveError as error:
+                raise type(error)(error.message, param=param) from None
+            if adapter is None:
+                raise InvalidRequest(
+                    "init_from must name an adapter or a checkpoint, not the base.", param="init_from"
+                )
+            found = (name, Path(adapter.path))
+        return found
+
+    async def _shape_of(self, source: Path, wanted: LoraSpec | None) -> LoraSpec:
+        """The shape to go on with: that of the adapter, which an explicit `lora` must agree with."""
+        info = await asyncio.to_thread(read_adapter_info, source, self._model_config, self._max_rank)
+        shape = lora_of(info.config, self._model_config)
+        if wanted is not None and wanted != shape:
+            raise InvalidRequest(
+                "lora differs from the adapter to go on with; leave lora out to keep its shape.", param="lora"
+            )
+        return shape
+
+    def _record(self, request: JobRequest, init_from: str, lora: LoraSpec) -> JobRecord:
+        identity = uuid.uuid4().hex[:24]
+        base, suffix = (re.sub(r"[^A-Za-z0-9._-]+", "-", word) for word in (self._base.name, request.suffix))
+        return JobRecord(
+            id=f"ftjob-{identity}",
+            status="validating_files",
+            model=self._base.name,
+            adapter=request.adapter,
+            publish_as=request.adapter or f"ft:{base[:40]}:coserve:{suffix}:{identity[:8]}",
+            suffix=request.suffix,
+            training_file=request.training_file,
+            method=request.method,
+            lora=lora,
+            training=request.training,
+            seed=request.seed,
+            init_from=init_from,
+            metadata=request.metadata,
+            priority=request.priority,
+            idempotency_key=request.idempotency_key,
+            request_digest=request.digest,
+            created_at=int(time.time()),
+        )
