@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 import uvicorn
+import uvloop
 from starlette.types import ASGIApp
 
 from coserve import log
@@ -56,7 +57,8 @@ def run_server(config: ServerConfig) -> int:
     """Serve until SIGTERM (returns 0) or Ctrl-C (130). Raises ConfigError, InternalError before it serves."""
     log.configure()
     sys.setswitchinterval(_SWITCH_INTERVAL)
-    return asyncio.run(_serve(config))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(config))
 
 
 async def _serve(config: ServerConfig) -> int:
@@ -95,6 +97,7 @@ class RunningServer:
     context: Context
     http_url: str
     grpc_address: str
+    metrics_port: int | None = None
 
     @property
     def ready_line(self) -> str:
@@ -129,7 +132,10 @@ async def running_server(
         scheme = "https" if config.ssl_certfile else "http"
         host = f"[{config.host}]" if ":" in config.host else config.host
         yield RunningServer(
-            context, f"{scheme}://{host}:{http_socket.getsockname()[1]}", f"{host}:{grpc_port}"
+            context=context,
+            http_url=f"{scheme}://{host}:{http_socket.getsockname()[1]}",
+            grpc_address=f"{host}:{grpc_port}",
+            metrics_port=metrics_socket.getsockname()[1] if metrics_socket is not None else None,
         )
 
 

@@ -249,6 +249,13 @@ def test_open_routes(keyed: ServerThread) -> None:
         assert client.get("/health").status_code == client.get("/ready").status_code == 200
 
 
+def test_the_metrics_port_is_open_and_serves_nothing_else(keyed: ServerThread) -> None:
+    root = f"http://127.0.0.1:{keyed.server.metrics_port}"
+    with keyed.http() as client:
+        assert "vllm:num_requests_running" in client.get(f"{root}/metrics").text
+        assert client.get(f"{root}/v1/models").status_code == 404
+
+
 # ------------------------------------------------------------------ draining
 
 
