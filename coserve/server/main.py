@@ -115,8 +115,6 @@ async def running_server(
         stack.callback(state.close)
         http_socket = stack.enter_context(bind(config.host, config.port, "--port"))
         bind(config.host, config.grpc_port, "--grpc-port").close()  # grpc would log more
-        if config.grpc_port:  # gRPC binds for itself, after the model is loaded: find out before
-            bind(config.host, config.grpc_port, "--grpc-port").close()
         metrics_socket = None
         if config.metrics_port is not None:
             metrics_socket = stack.enter_context(bind(config.host, config.metrics_port, "--metrics-port"))
