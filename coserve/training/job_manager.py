@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from msgspec.structs import replace
+
 from coserve.core.adapter_slots import AdapterSlots
 from coserve.core.latency_model import LatencyModel
 from coserve.core.step_plan import StepPlan
@@ -93,14 +95,14 @@ class JobManager:
         if spec.job_id in self._jobs or any(p.job_id == spec.job_id for p in self._pending):
             raise InvalidRequest(f"job {spec.job_id} is running already", param="job_id")
         self._pending.append(spec)
+        if spec.paused:
+            self._listener.status(spec.job_id, "paused")
         self._start_pending()
 
     def control(self, job_id: str, action: str) -> None:
         """Pause, resume or cancel. Raises NotFound, or FailedPrecondition where the state forbids it."""
-        pending = next((spec for spec in self._pending if spec.job_id == job_id), None)
-        if pending is not None and action == "cancel":
-            self._pending.remove(pending)
-            self._listener.status(job_id, "cancelled")
+        if any(spec.job_id == job_id for spec in self._pending):
+            self._control_pending(job_id, action)
             return
         job = self._jobs.get(job_id)
         if job is None:
@@ -118,6 +120,20 @@ class JobManager:
             self._begin_step(job)
         else:
             raise FailedPrecondition(f"job {job_id} can't {action} in its state", param="job_id")
+
+    def _control_pending(self, job_id: str, action: str) -> None:
+        """A job that still waits for adapter rows."""
+        index = next(i for i, spec in enumerate(self._pending) if spec.job_id == job_id)
+        if action == "cancel":
+            del self._pending[index]
+            self._listener.status(job_id, "cancelled")
+            return
+        paused = action == "pause"
+        if self._pending[index].paused == paused:
+            raise FailedPrecondition(f"job {job_id} can't {action} in its state", param="job_id")
+        self._pending[index] = replace(self._pending[index], paused=paused)
+        self._listener.status(job_id, "paused" if paused else "queued")
+        self._start_pending()
 
     def checkpoint_all(self) -> None:
         """Make every job's last committed step durable (before the engine stops)."""
@@ -205,7 +221,7 @@ class JobManager:
             job.device_seconds += seconds
 
     def _start_pending(self) -> None:
-        for spec in list(self._pending):
+        for spec in [spec for spec in self._pending if not spec.paused]:
             got = self._slots.allocate(spec.job_id, RunningJob.rank(spec), pinned=True)
             if got is None:
                 return
@@ -224,8 +240,6 @@ class JobManager:
                 self._listener.checkpoint(spec.job_id, job.step, job.restored_path, job.last_loss)
             if job.finished:
                 self._end(job, "succeeded")
-            elif job.paused:
-                self._listener.status(spec.job_id, "paused")
             else:
                 self._listener.status(spec.job_id, "running")
                 self._begin_step(job)

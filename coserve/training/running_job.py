@@ -36,7 +36,7 @@ class RunningJob:
 
     def __init__(self, spec: JobSpec, decoder: Decoder, pool: AdapterPool, rows: list[int]) -> None:
         self.spec = spec
-        self.paused = spec.paused
+        self.paused = False
         self.sequences: list[TrainingSequence] = []
         self.microbatches: dict[str, Microbatch] = {}
         self.device_seconds = 0.0

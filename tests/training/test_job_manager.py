@@ -122,3 +122,27 @@ def test_starting_from_an_adapter_starts_from_its_weights(model, data, tmp_path)
     world.finish(local, second.job_id)
     before, after = world.final_adapter(first), world.final_adapter(second)
     assert all((after[name] - before[name]).abs().max() < 1e-6 for name in before)
+
+
+def test_a_job_that_waits_for_rows_can_be_paused_and_cancelled(model, data, tmp_path) -> None:
+    local = world.make_engine(model)
+    local.engine.slots.max_adapters = 1
+    for name in ("ftjob-1", "ftjob-2", "ftjob-3"):
+        world.submit(local, world.make_job(data, tmp_path, name, n_epochs=1))
+    assert control(local, "ftjob-2", "pause").error is None
+    assert control(local, "ftjob-2", "pause").error_code == "failed_precondition"
+    assert control(local, "ftjob-3", "cancel").error is None
+    world.finish(local, "ftjob-1")
+    assert last_status(local, "ftjob-2").status == "paused"
+    assert last_status(local, "ftjob-3").status == "cancelled"
+    assert control(local, "ftjob-2", "resume").error is None
+    world.finish(local, "ftjob-2")
+
+
+def test_a_job_submitted_paused_waits(model, data, tmp_path) -> None:
+    local = world.make_engine(model)
+    spec = m.msgspec.structs.replace(world.make_job(data, tmp_path, n_epochs=1), paused=True)
+    world.submit(local, spec)
+    assert last_status(local, spec.job_id).status == "paused" and not local.engine.jobs.has_work
+    assert control(local, spec.job_id, "resume").error is None
+    world.finish(local, spec.job_id)

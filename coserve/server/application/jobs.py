@@ -406,6 +406,9 @@ class Jobs:
                 )
             results = await self._results(job)
             await self._update(job.id, lambda now: job_changes.success(now, row.version.name, results))
+        except Unavailable:
+            # The engine died in between: the job is published when it is back (`resume_all`).
+            logger.warning(line("publication waits for the engine", id=job.id))
         except CoserveError as error:
             await self._fail(job.id, error)
 
