@@ -75,7 +75,7 @@ def test_long_examples_get_microbatches_of_their_own() -> None:
 
 def test_an_example_over_the_models_context_is_refused() -> None:
     plan = BatchPlan(Lengths([4, 9, 5]), TrainingSpec(shuffle=False), seed=0, max_length=8)
-    with pytest.raises(InvalidRequest, match="example 1 .* 9 tokens"):
+    with pytest.raises(InvalidRequest, match=r"example 1 .* 9 tokens"):
         plan.step(1)
 
 
