@@ -52,7 +52,6 @@ class Engine:
         self.outbox = Outbox(send)
         self.arrivals = arrivals
         self.stopped = False
-        torch.set_grad_enabled(False)
         self.model_config = ModelConfig.from_dir(config.model)
         torch.set_num_threads(resolve_threads(self.model_config))
         device = resolve_device(config.device)
@@ -88,6 +87,7 @@ class Engine:
 
     # ------------------------------------------------------------------ the step
 
+    @torch.no_grad()
     def step(self) -> None:
         """One step: every sequence owes tokens, the plan says which are paid now."""
         started = time.perf_counter()
