@@ -1,0 +1,215 @@
+"""Every kernel beside what torch offers for the same work, on the 0.5B shape's sizes.
+
+Each row is the median time of interleaved runs, in microseconds; `ratio` is the peer's time over ours. The
+headline is the fp32 linear at eight tokens, the matrix that decoding a small batch waits for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
+
+import common
+import torch
+import torch.nn.functional as F
+
+from coserve.kernels.adamw import adamw_
+from coserve.kernels.linear import PackedLinear
+from coserve.kernels.linear_cross_entropy import cross_entropy_
+from coserve.kernels.lora import LoraSegments, lora_backward, lora_forward_
+from coserve.kernels.paged_attention import paged_attention
+from coserve.kernels.rms_norm import rms_norm
+from coserve.kernels.rope import apply_rope_
+from coserve.kernels.swiglu import swiglu
+from coserve.kernels.window_attention import window_attention, window_attention_backward
+
+HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCAB, RANK = 896, 4864, 14, 2, 64, 151936, 16
+BLOCK = 16
+
+Case = tuple[str, dict[str, Any], Callable[[], Any], Callable[[], Any]]
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Microseconds of one run."""
+    began = time.perf_counter()
+    run()
+    return 1e6 * (time.perf_counter() - began)
+
+
+def linears() -> Iterator[Case]:
+    """The MLP's first matrix, packed, beside F.linear."""
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.randn(INNER, HIDDEN).to(dtype)
+        packed = PackedLinear(weight)
+        for tokens in (1, 8, 64, 512):
+            x, dy = torch.randn(tokens, HIDDEN).to(dtype), torch.randn(tokens, INNER).to(dtype)
+            load = {"dtype": str(dtype)[6:], "tokens": tokens, "out": INNER, "in": HIDDEN}
+            yield "linear", load, lambda x=x, p=packed: p.forward(x), lambda x=x, w=weight: F.linear(x, w)
+            yield (
+                "linear_backward",
+                load,
+                lambda dy=dy, p=packed: p.backward_input(dy),
+                lambda dy=dy, w=weight: dy @ w,
+            )
+
+
+def elementwise() -> Iterator[Case]:
+    """Norm, rotary embedding and gating."""
+    weight = torch.ones(HIDDEN)
+    angles = torch.rand(4096, DIM // 2)
+    cos, sin = angles.cos(), angles.sin()
+    for tokens in (1, 512):
+        x, gate_up = torch.randn(tokens, HIDDEN), torch.randn(tokens, 2 * INNER)
+        q, positions = torch.randn(tokens, HEADS, DIM), torch.arange(tokens)
+        load = {"dtype": "float32", "tokens": tokens}
+        yield (
+            "rms_norm",
+            load,
+            lambda x=x: rms_norm(x, weight, 1e-6),
+            lambda x=x: F.rms_norm(x, (HIDDEN,), weight, 1e-6),
+        )
+        yield (
+            "swiglu",
+            load,
+            lambda g=gate_up: swiglu(g),
+            lambda g=gate_up: F.silu(g[:, :INNER]) * g[:, INNER:],
+        )
+
+        def rotate(q: torch.Tensor = q, positions: torch.Tensor = positions) -> torch.Tensor:
+            c, s = cos[positions][:, None], sin[positions][:, None]
+            first, second = q.chunk(2, -1)
+            return torch.cat([first * c - second * s, second * c + first * s], -1)
+
+        yield "rope", load, lambda q=q, p=positions: apply_rope_(q, p, cos, sin), rotate
+
+
+def adapters() -> Iterator[Case]:
+    """A rank-16 adapter on one matrix, forward and backward; the peer is two matrix products."""
+    a, b = torch.randn(64, HIDDEN), torch.randn(64, HIDDEN)
+    rows = torch.arange(RANK, dtype=torch.int32)
+    for tokens in (8, 512):
+        x, y = torch.randn(tokens, HIDDEN), torch.randn(tokens, HIDDEN)
+        bounds = [torch.tensor([v], dtype=torch.int32) for v in (0, tokens, 0)]
+        segments, ranks = LoraSegments(*bounds, rows), torch.tensor([RANK], dtype=torch.int32)
+        load = {"dtype": "float32", "tokens": tokens, "rank": RANK}
+        yield (
+            "lora_forward",
+            load,
+            lambda x=x, y=y, s=segments, r=ranks: lora_forward_(y, x, a, b, s, r),
+            lambda x=x, y=y: y.addmm_(x @ a[:RANK].T, b[:RANK]),
+        )
+        dx, da, db = torch.zeros(tokens, HIDDEN), torch.zeros(RANK, HIDDEN), torch.zeros(RANK, HIDDEN)
+
+        def peer(x=x, y=y, dx=dx, da=da, db=db) -> None:
+            h, dh = x @ a[:RANK].T, y @ b[:RANK].T
+            db.addmm_(h.T, y), da.addmm_(dh.T, x), dx.addmm_(dh, a[:RANK])
+
+        yield (
+            "lora_backward",
+            load,
+            lambda x=x, y=y, dx=dx, da=da, db=db: lora_backward(y, x, a, b, rows, dx, da, db, 0),
+            peer,
+        )
+
+
+def attention() -> Iterator[Case]:
+    """Paged decoding beside attention over contiguous keys; a training window, both ways, beside sdpa."""
+    for sequences in (1, 8):
+        context = 1000
+        blocks = -(-context // BLOCK)
+        cache = torch.randn(2, sequences * blocks, BLOCK, KV_HEADS, DIM)
+        table = torch.arange(sequences * blocks, dtype=torch.int32).view(sequences, blocks)
+        q = torch.randn(sequences, HEADS, DIM)
+        starts = torch.arange(sequences + 1, dtype=torch.int32)
+        lengths = torch.full((sequences,), context, dtype=torch.int32)
+        k, v = torch.randn(2, sequences, KV_HEADS, context, DIM)
+        yield (
+            "paged_attention",
+            {"dtype": "float32", "sequences": sequences, "context": context},
+            lambda q=q, c=cache, t=table, s=starts, n=lengths: paged_attention(q, c[0], c[1], t, s, n, 0.125),
+            lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True),
+        )
+    for dtype in (torch.float32, torch.bfloat16):
+        tokens = 512
+        q, do = (torch.randn(tokens, HEADS, DIM).to(dtype) for _ in range(2))
+        k, v = (torch.randn(tokens, KV_HEADS, DIM).to(dtype) for _ in range(2))
+        start = torch.zeros(tokens, dtype=torch.int32)
+        o, lse = window_attention(q, k, v, start, 0, 0.125)
+        dk, dv = torch.zeros(2, tokens, KV_HEADS, DIM)
+        heads_first = [t.transpose(0, 1)[None].contiguous() for t in (q, k, v)]
+        leaves = [t.clone().requires_grad_() for t in heads_first]
+        with torch.enable_grad():
+            result = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+        gradient = do.transpose(0, 1)[None].contiguous()
+        load = {"dtype": str(dtype)[6:], "tokens": tokens}
+        yield (
+            "window_attention",
+            load,
+            lambda q=q, k=k, v=v, s=start: window_attention(q, k, v, s, 0, 0.125),
+            lambda h=heads_first: F.scaled_dot_product_attention(*h, is_causal=True, enable_gqa=True),
+        )
+        yield (
+            "window_attention_backward",
+            load,
+            lambda do=do, q=q, o=o, lse=lse, k=k, v=v, s=start, dk=dk, dv=dv: window_attention_backward(
+                do, q, o, lse, k, v, s, 0, 0.125, dk, dv
+            ),
+            lambda r=result, x=leaves, g=gradient: torch.autograd.grad(r, x, g, retain_graph=True),
+        )
+
+
+def loss_and_optimizer() -> Iterator[Case]:
+    """Cross-entropy with its gradient over the whole vocabulary, and AdamW over a rank-16 adapter."""
+    logits, targets = torch.randn(64, VOCAB), torch.randint(0, VOCAB, (64,))
+
+    def peer_loss() -> torch.Tensor:
+        gradient = F.softmax(logits, -1)
+        gradient[torch.arange(64), targets] -= 1.0
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    load = {"dtype": "float32", "rows": 64, "vocabulary": VOCAB}
+    yield "cross_entropy", load, lambda: cross_entropy_(logits, targets, 1.0), peer_loss
+    size = 8_800_000
+    state = torch.rand(4, size)
+    parameter = torch.rand(size).requires_grad_()
+    parameter.grad = torch.rand(size)
+    optimizer = torch.optim.AdamW([parameter], lr=1e-4, fused=True)
+    settings = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "step": 3}
+    yield (
+        "adamw",
+        {"dtype": "float32", "parameters": size},
+        lambda: adamw_(*state, **settings),
+        lambda: optimizer.step(),
+    )
+
+
+def main() -> None:
+    """Measure and write the result."""
+    options = common.arguments(__doc__ or "")
+    common.with_tuned_allocator()
+    torch.set_num_threads(common.THREADS)
+    rounds = 5 if options.quick else 41
+    rows: list[dict[str, Any]] = []
+    headline: dict[str, Any] = {}
+    with torch.no_grad():
+        for part in (linears, elementwise, adapters, attention, loss_and_optimizer):
+            for name, load, ours, peer in part():
+                ours(), peer()
+                mine, theirs = common.paired(lambda run=ours: timed(run), lambda run=peer: timed(run), rounds)
+                rows.append(
+                    {"kernel": name, **load, "coserve_us": median(mine), "torch_us": median(theirs)}
+                    | {"ratio": median(b / a for a, b in zip(mine, theirs, strict=True))}
+                )
+                if name == "linear" and load["dtype"] == "float32" and load["tokens"] == 8:
+                    speeds = [[1e6 / t for t in times] for times in (mine, theirs)]
+                    what = "fp32 linear of 8 tokens, F.linear as the peer"
+                    headline = common.headline(what, "calls/s", *speeds, load)
+    common.write("kernels", options.out, {"headline": headline, "rows": rows})
+    for row in rows:
+        print(f"{row['kernel']:26} {row['ratio']:6.2f}x  {row['coserve_us']:10.1f} us  {row}")
+
+
+if __name__ == "__main__":
+    main()
