@@ -1,0 +1,84 @@
+"""The latency model follows what it sees, and the targets turn it into a budget."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coserve.core.latency_model import LatencyModel, UnitCost
+from coserve.core.slo import AUTO_FLOOR, LatencyTargets
+
+
+def learnt(floor: float, per_token: float, per_context: float) -> LatencyModel:
+    """A model that has seen a device with these prices."""
+    model = LatencyModel()
+    for step in range(60):
+        tokens, context = 1 + step * 7 % 23, 100 + step * 131 % 900
+        model.observe_inference(tokens, context, floor + per_token * tokens + per_context * context)
+    return model
+
+
+@given(st.floats(1e-3, 5e-2), st.floats(1e-5, 1e-3), st.floats(0.0, 1e-5))
+def test_a_linear_device_is_predicted(floor: float, per_token: float, per_context: float) -> None:
+    model = learnt(floor, per_token, per_context)
+    expected = floor + per_token * 12 + per_context * 500
+    assert model.predict_inference(12, 500) == pytest.approx(expected, rel=0.02)
+
+
+def test_it_follows_a_machine_that_slows_down() -> None:
+    model = learnt(1e-3, 1e-4, 0.0)
+    for step in range(400):
+        tokens = 1 + step * 7 % 23
+        model.observe_inference(tokens, 200, 2e-3 + 2e-4 * tokens)
+    assert model.predict_inference(10, 200) == pytest.approx(4e-3, rel=0.05)
+
+
+def test_one_stall_does_not_bend_it_but_shows_in_the_guard() -> None:
+    model = learnt(2e-3, 1e-4, 0.0)
+    before = model.predict_inference(8, 300)
+    model.observe_inference(8, 300, 1.0)
+    assert model.predict_inference(8, 300) < 1.5 * before
+    assert model.guard > 1.0
+
+
+def test_nothing_is_predicted_before_it_was_seen() -> None:
+    model = LatencyModel()
+    assert not model.trained
+    assert model.predict_inference(4, 100) == 0.0 == model.predict_unit("layer", 64)
+
+
+def test_unit_costs_carry_their_own_spread() -> None:
+    steady, noisy = UnitCost(), UnitCost()
+    for index in range(200):
+        steady.update(1e-2, 64)
+        noisy.update(1e-2 * (0.5 + index % 2), 64)
+    assert steady.predict(64) == pytest.approx(1e-2, rel=1e-6)
+    assert noisy.predict(64) > 1.5 * noisy.mean * 64
+
+
+@pytest.mark.parametrize(
+    ("targets", "alone", "expected"),
+    [
+        (LatencyTargets(tpot=0.05), 0.02, 0.9 * 0.05 - 0.02),
+        (LatencyTargets(tpot=0.05), 0.06, 0.0),
+        (LatencyTargets(), 0.1, 0.2 * 0.1),
+        (LatencyTargets(), 0.002, AUTO_FLOOR - 0.002),
+    ],
+)
+def test_the_target_leaves_the_rest_to_training(
+    targets: LatencyTargets, alone: float, expected: float
+) -> None:
+    assert targets.training_budget(alone, 0.0, None) == pytest.approx(expected)
+
+
+def test_the_models_error_comes_off_the_budget() -> None:
+    targets = LatencyTargets(tpot=0.05)
+    assert targets.training_budget(0.02, 0.5, None) == pytest.approx(0.9 * 0.05 - 0.03)
+
+
+def test_a_first_token_that_runs_late_takes_the_budget() -> None:
+    targets = LatencyTargets(ttft=0.2, tpot=0.1)
+    assert targets.training_budget(0.02, 0.0, 0.0) == pytest.approx(0.07)
+    assert targets.training_budget(0.02, 0.0, 0.15) == pytest.approx(0.01)
+    assert targets.training_budget(0.02, 0.0, 0.5) == 0.0
