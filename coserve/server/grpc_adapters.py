@@ -66,7 +66,7 @@ class AdapterRpc(adapters_pb2_grpc.AdapterServiceServicer):
         if not checkpoint:
             if not request.job_id:
                 raise InvalidRequest("checkpoint or job_id is required.", param="checkpoint")
-            rows = await self._context.jobs.checkpoints(request.job_id)
+            rows = await self._context.jobs.records.checkpoints(request.job_id)
             if not rows:
                 raise NotFound("The job has no checkpoint yet.", param="job_id")
             checkpoint = rows[0].id

@@ -32,14 +32,14 @@ class FineTuning(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         return job_message(await self._jobs.create(plain(request)))
 
     async def GetJob(self, request: pb.GetJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
-        return job_message(await self._jobs.get(request.job_id))
+        return job_message(await self._jobs.records.get(request.job_id))
 
     async def ListJobs(
         self, request: pb.ListJobsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListJobsResponse:
         if request.limit < 0:
             raise InvalidRequest("limit must not be negative.", param="limit")
-        jobs = await self._jobs.list()
+        jobs = await self._jobs.records.list()
         ids = [job.id for job in jobs]
         shown, more = page(jobs, ids, request.after or None, request.limit or _DEFAULT_PAGE)
         return pb.ListJobsResponse(jobs=[job_message(job) for job in shown], has_more=more)
@@ -56,15 +56,15 @@ class FineTuning(fine_tuning_pb2_grpc.FineTuningServiceServicer):
     async def WatchJob(
         self, request: pb.WatchJobRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.JobEvent]:
-        async with aclosing(self._jobs.watch(request.job_id, request.after)) as events:
+        async with aclosing(self._jobs.records.watch(request.job_id, request.after)) as events:
             async for event in events:
                 yield event_message(event)
 
     async def ListCheckpoints(
         self, request: pb.ListCheckpointsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListCheckpointsResponse:
-        job = await self._jobs.get(request.job_id)
-        rows = await self._jobs.checkpoints(job.id)
+        job = await self._jobs.records.get(request.job_id)
+        rows = await self._jobs.records.checkpoints(job.id)
         return pb.ListCheckpointsResponse(checkpoints=[checkpoint_message(job, row) for row in rows])
 
     async def PreviewDataset(

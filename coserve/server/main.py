@@ -153,18 +153,43 @@ async def _start_parts(
     make_engine: EngineFactory,
     stack: contextlib.AsyncExitStack,
 ) -> Context:
+    """Start the engine, and bring back what the state directory knows; the stack ends both."""
     engine_config = resolve_model(config.engine, state)
     model_config = ModelConfig.from_dir(engine_config.model)
     tokenizer = Tokenizer.from_dir(engine_config.model, config.chat_template or None)
     database = Database(state.database)
     stack.callback(database.close)
     engine = make_engine(engine_config)
-    lifecycle = Lifecycle(engine)
-    name = engine_config.served_model_name
-    info = await engine.start()
+    await engine.start()
     stack.push_async_callback(engine.shutdown, _ENGINE_SHUTDOWN)
+    context = _make_parts(config, auth, state, database, engine, model_config, tokenizer)
+    await context.files.restore()
+    await context.adapters.restore()
+    await context.jobs.reports.restore()
+    _listen(context)
+    stack.push_async_callback(context.jobs.close)
+    await context.adapters.load_pinned()
+    for adapter, path in config.lora_modules:
+        await context.adapters.load_at_start(adapter, path)
+    return context
+
+
+def _make_parts(
+    config: ServerConfig,
+    auth: Authenticator,
+    state: StateDir,
+    database: Database,
+    engine: EngineClient,
+    model_config: ModelConfig,
+    tokenizer: Tokenizer,
+) -> Context:
+    """The application layer over an engine that has started."""
+    info = engine.info
+    assert info is not None
+    name, max_rank = engine.config.served_model_name, engine.config.max_lora_rank
+    lifecycle = Lifecycle(engine)
     base = base_model(name, config.engine.model or name, info.max_model_len, info.vocab_size)
-    metrics = _metrics(engine_config, info, name)
+    metrics = _metrics(engine.config, info, name)
     generator = Generator(engine, tokenizer, lifecycle, metrics, info.max_model_len, info.vocab_size)
     files = Files(database, state)
     adapters = Adapters(
@@ -175,7 +200,7 @@ async def _start_parts(
         state=state,
         generator=generator,
         metrics=metrics,
-        max_rank=engine_config.max_lora_rank,
+        max_rank=max_rank,
         roots=config.adapter_roots,
     )
     jobs = Jobs(
@@ -189,22 +214,14 @@ async def _start_parts(
         adapters=adapters,
         lifecycle=lifecycle,
         metrics=metrics,
-        max_rank=engine_config.max_lora_rank,
+        max_rank=max_rank,
     )
-    await files.restore()
-    await adapters.restore()
-    await jobs.restore()
-    _listen(engine, jobs, adapters, metrics)
-    stack.push_async_callback(jobs.close)
-    await adapters.load_pinned()
-    for adapter, path in config.lora_modules:
-        await adapters.load_at_start(adapter, path)
     return Context(
         config=config,
         base=base,
         engine=engine,
         tokenizer=tokenizer,
-        defaults=SamplingDefaults.from_dir(engine_config.model),
+        defaults=SamplingDefaults.from_dir(engine.config.model),
         lifecycle=lifecycle,
         metrics=metrics,
         auth=auth,
@@ -215,7 +232,10 @@ async def _start_parts(
     )
 
 
-def _listen(engine: EngineClient, jobs: Jobs, adapters: Adapters, metrics: Metrics) -> None:
+def _listen(context: Context) -> None:
+    """Hear the engine: its reports on jobs, its figures, and that it was started again."""
+    engine, jobs, adapters, metrics = context.engine, context.jobs, context.adapters, context.metrics
+
     def on_stats(stats: EngineStats) -> None:
         metrics.engine_stats(stats)
         adapters.take_tiers(stats.adapter_tiers)
@@ -226,7 +246,7 @@ def _listen(engine: EngineClient, jobs: Jobs, adapters: Adapters, metrics: Metri
         await adapters.load_pinned()
         await jobs.resume_all()
 
-    engine.on_job_event = jobs.on_event
+    engine.on_job_event = jobs.reports.take
     engine.on_stats = on_stats
     engine.on_restart = on_restart
 

@@ -160,14 +160,14 @@ def routes(context: Context) -> list[Route]:
         return json_response(job_body(await jobs.create(body)))
 
     async def list_jobs(request: Request) -> Response:
-        found = await jobs.list(_metadata_filter(request))
+        found = await jobs.records.list(_metadata_filter(request))
         if request.query_params.get("metadata") == "null":
             found = [job for job in found if not job.metadata]
         limit = query_limit(request, 20, _MAX_PAGE)
         return json_response(list_body(request, found, lambda job: job.id, job_body, limit))
 
     async def get_job(request: Request) -> Response:
-        return json_response(job_body(await jobs.get(request.path_params["id"])))
+        return json_response(job_body(await jobs.records.get(request.path_params["id"])))
 
     async def cancel(request: Request) -> Response:
         return json_response(job_body(await jobs.cancel(request.path_params["id"])))
@@ -179,13 +179,13 @@ def routes(context: Context) -> list[Route]:
         return json_response(job_body(await jobs.resume(request.path_params["id"])))
 
     async def events(request: Request) -> Response:
-        found = (await jobs.events(request.path_params["id"]))[::-1]
+        found = (await jobs.records.events(request.path_params["id"]))[::-1]
         limit = query_limit(request, 20, _MAX_PAGE)
         return json_response(list_body(request, found, lambda event: event.id, event_body, limit))
 
     async def checkpoints(request: Request) -> Response:
-        job = await jobs.get(request.path_params["id"])
-        found = await jobs.checkpoints(job.id)
+        job = await jobs.records.get(request.path_params["id"])
+        found = await jobs.records.checkpoints(job.id)
         limit = query_limit(request, 10, _MAX_PAGE)
         return json_response(
             list_body(request, found, lambda row: row.id, lambda row: checkpoint_body(job, row), limit)

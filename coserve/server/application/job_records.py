@@ -1,0 +1,136 @@
+"""The records of fine-tuning jobs: read, watched, and changed.
+
+Every change of a job is one transaction that reads its record, writes the next one and appends the events
+that say so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from sqlite3 import Connection
+
+from coserve.errors import CoserveError, InvalidRequest, NotFound, Unavailable
+from coserve.metrics import Metrics
+from coserve.server import job_store
+from coserve.server.application import job_changes
+from coserve.server.application.job_events import Changes
+from coserve.server.application.lifecycle import Lifecycle
+from coserve.server.database import Database
+from coserve.server.job_store import CheckpointRow, JobError, JobEvent, JobRecord
+
+Update = Callable[[JobRecord], tuple[JobRecord, Sequence[JobEvent]]]
+
+
+class JobRecords:
+    """What is known of the jobs of one server. `on_end` hears the id of each job that is found over."""
+
+    def __init__(
+        self,
+        database: Database,
+        lifecycle: Lifecycle,
+        metrics: Metrics,
+        on_end: Callable[[str], None],
+    ) -> None:
+        self._database = database
+        self._lifecycle = lifecycle
+        self._metrics = metrics
+        self._on_end = on_end
+        self.changes = Changes()
+
+    # ------------------------------------------------------------------ reading
+
+    async def get(self, job_id: str) -> JobRecord:
+        """A job by id; NotFound."""
+        job = await self._database.run(lambda db: job_store.get(db, job_id))
+        if job is None:
+            raise NotFound(
+                f"There is no fine-tuning job {job_id[:100]!r}.", param="job_id", code="job_not_found"
+            )
+        return job
+
+    async def list(self, metadata: dict[str, str] | None = None) -> list[JobRecord]:
+        """All jobs, newest first, with these metadata pairs."""
+        wanted = (metadata or {}).items()
+        found = await self._database.run(job_store.all_jobs)
+        return [job for job in found if wanted <= job.metadata.items()]
+
+    async def checkpoints(self, job_id: str) -> Sequence[CheckpointRow]:
+        """A job's checkpoints, newest first."""
+        await self.get(job_id)
+        return await self._database.run(lambda db: job_store.checkpoints(db, job_id))
+
+    async def events(self, job_id: str) -> list[JobEvent]:
+        """A job's events, oldest first."""
+        await self.get(job_id)
+        return await self._database.run(lambda db: job_store.events_after(db, job_id, 0))
+
+    async def watch(self, job_id: str, after: str = "") -> AsyncIterator[JobEvent]:
+        """A job's events from the start (or after one) as they come, until its terminal status.
+
+        Raises NotFound, InvalidRequest for an unknown `after`, Unavailable when the server stops.
+        """
+        job = await self.get(job_id)
+        seq = await self._seq_of(job_id, after)
+        stopped = asyncio.ensure_future(self._lifecycle.stopped.wait())
+        try:
+            while True:
+                news = self.changes.next(job_id)
+                try:
+                    job = await self.get(job_id)
+                    for event in await self._events_after(job_id, seq):
+                        seq = event.seq
+                        yield event
+                    if job.is_over:
+                        return
+                    await asyncio.wait({news, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    self.changes.forget(job_id, news)
+                if stopped.done():
+                    raise Unavailable("The server is shutting down; watch again from the last event.")
+        finally:
+            stopped.cancel()
+
+    async def _events_after(self, job_id: str, seq: int) -> list[JobEvent]:
+        return await self._database.run(lambda db: job_store.events_after(db, job_id, seq))
+
+    async def _seq_of(self, job_id: str, event_id: str) -> int:
+        if not event_id:
+            return 0
+        for event in await self.events(job_id):
+            if event.id == event_id:
+                return event.seq
+        raise InvalidRequest(f"after names no event of this job: {event_id[:100]!r}.", param="after")
+
+    # ------------------------------------------------------------------ changing
+
+    async def fail(self, job_id: str, error: CoserveError) -> None:
+        """End a job by an error."""
+        failure = JobError(error.code, error.message, error.param)
+        await self.update(job_id, lambda now: job_changes.failed(now, failure))
+
+    async def update(self, job_id: str, update: Update) -> JobRecord:
+        """One change of a job that isn't over: record and events together."""
+
+        def record(db: Connection) -> JobRecord:
+            job = job_store.get(db, job_id)
+            if job is None:
+                raise NotFound(f"There is no fine-tuning job {job_id[:100]!r}.", param="job_id")
+            if job.is_over:
+                return job
+            after, events = update(job)
+            job_store.save(db, after)
+            for event in events:
+                job_store.add_event(db, event)
+            return after
+
+        job = await self._database.run(record)
+        if job.is_over:
+            self._on_end(job_id)
+        self.changes.notify(job_id)
+        await self.count()
+        return job
+
+    async def count(self) -> None:
+        """Bring the number of jobs in each status up to date in the metrics."""
+        self._metrics.jobs(await self._database.run(job_store.count_by_status))

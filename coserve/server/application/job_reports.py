@@ -1,0 +1,174 @@
+"""What the engine reports of its jobs: steps, checkpoints, ends; and publication of what succeeded.
+
+What the engine reports twice (after a restart) changes nothing the second time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from sqlite3 import Connection
+
+from coserve.engine.messages import AdapterRef, JobCheckpoint, JobProgress, JobStatus
+from coserve.errors import CoserveError, FailedPrecondition, Unavailable
+from coserve.log import line
+from coserve.lora.peft_files import read_adapter_info
+from coserve.metrics import Metrics
+from coserve.models.config import ModelConfig
+from coserve.server import adapter_store, job_store
+from coserve.server.application import job_changes, job_data
+from coserve.server.application.adapters import Adapters
+from coserve.server.application.files import RESULTS, Files
+from coserve.server.application.job_records import JobRecords
+from coserve.server.database import Database
+from coserve.server.job_store import CheckpointRow, JobError, JobRecord
+
+logger = logging.getLogger(__name__)
+
+KEPT_CHECKPOINTS = 3
+
+
+class JobReports:
+    """Takes the engine's reports into the records, and publishes the adapters of jobs that succeed."""
+
+    def __init__(
+        self,
+        *,
+        records: JobRecords,
+        model_config: ModelConfig,
+        database: Database,
+        files: Files,
+        adapters: Adapters,
+        metrics: Metrics,
+        max_rank: int,
+    ) -> None:
+        self._records = records
+        self._model_config = model_config
+        self._database = database
+        self._files = files
+        self._adapters = adapters
+        self._metrics = metrics
+        self._max_rank = max_rank
+
+    async def restore(self) -> None:
+        """At a start, before reports come: let checkpoints answer by their names again."""
+        for checkpoint in await self._database.run(job_store.checkpoints):
+            if Path(checkpoint.path).is_dir():
+                await self._name_checkpoint(await self._records.get(checkpoint.job_id), checkpoint)
+        await self._records.count()
+
+    async def take(self, event: JobProgress | JobCheckpoint | JobStatus) -> None:
+        """Take one report of the engine; they come in order."""
+        if isinstance(event, JobProgress):
+            await self._on_progress(event)
+        elif isinstance(event, JobCheckpoint):
+            await self._on_checkpoint(event)
+        else:
+            await self._on_status(event)
+
+    async def _on_progress(self, progress: JobProgress) -> None:
+        metrics = progress.metrics
+        event = job_changes.step_event(progress.job_id, metrics)
+
+        def record(db: Connection) -> bool:
+            job = job_store.get(db, progress.job_id)
+            if job is None or job.is_over:
+                return False
+            known = job_store.metrics_event(db, progress.job_id, metrics.step)
+            if known is not None:
+                if not job_changes.same_step(known, event):
+                    warning = f"Step {metrics.step} came out differently when it was replayed."
+                    job_store.add_event(db, job_changes.event_of(job, "message", warning, level="warn"))
+                return False
+            job_store.add_event(db, event)
+            job_store.save(db, job_changes.progressed(job, event))
+            return True
+
+        if await self._database.run(record):
+            self._metrics.finetune_step(metrics.trained_tokens)
+        self._records.changes.notify(progress.job_id)
+
+    async def _on_checkpoint(self, event: JobCheckpoint) -> None:
+        job = await self._records.get(event.job_id)
+        checkpoint = CheckpointRow(
+            id=f"ftckpt-{job.id.removeprefix('ftjob-')}-{event.step}",
+            job_id=job.id,
+            step=event.step,
+            path=event.path,
+            train_loss=event.train_loss,
+            created_at=int(time.time()),
+        )
+
+        def record(db: Connection) -> Sequence[CheckpointRow]:
+            if job_store.add_checkpoint(db, checkpoint):
+                text = f"Checkpoint created at step {event.step}"
+                noted = job_changes.event_of(
+                    job, "checkpoint", text, step=event.step, checkpoint=checkpoint.id
+                )
+                job_store.add_event(db, noted)
+            old = job_store.checkpoints(db, job.id)[KEPT_CHECKPOINTS:]
+            for row in old:
+                job_store.drop_checkpoint(db, row.id)
+            return old
+
+        old = await self._database.run(record)
+        await self._name_checkpoint(job, checkpoint)
+        for row in old:
+            await self._adapters.drop_checkpoint(job_changes.checkpoint_names(job, row))
+            await asyncio.to_thread(job_data.remove, Path(row.path))
+        self._records.changes.notify(job.id)
+
+    async def _name_checkpoint(self, job: JobRecord, checkpoint: CheckpointRow) -> None:
+        try:
+            info = await asyncio.to_thread(
+                read_adapter_info, checkpoint.path, self._model_config, self._max_rank
+            )
+        except CoserveError as error:
+            logger.warning(line("checkpoint can't be served", id=checkpoint.id, reason=error.message))
+            return
+        reference = AdapterRef(checkpoint.id, checkpoint.step, info.digest, checkpoint.path)
+        self._adapters.add_checkpoint(job_changes.checkpoint_names(job, checkpoint), reference)
+
+    async def _on_status(self, event: JobStatus) -> None:
+        job = await self._records.get(event.job_id)
+        if event.status == "succeeded":
+            await self.publish(job)
+        elif event.status == "failed":
+            error = JobError(event.error_code or "internal_error", event.message, event.error_param)
+            await self._records.update(job.id, lambda now: job_changes.failed(now, error))
+        else:
+            await self._records.update(job.id, lambda now: job_changes.moved(now, event.status))
+        logger.info(line("job status", id=job.id, status=event.status))
+
+    async def publish(self, job: JobRecord) -> None:
+        """Publish the final checkpoint (once), then say so."""
+        if job.is_over:
+            return
+        try:
+            row = await self._database.run(lambda db: adapter_store.of_job(db, job.id))
+            if row is None:
+                newest = await self._database.run(lambda db: job_store.checkpoints(db, job.id))
+                if not newest:
+                    raise FailedPrecondition("The job ended without a checkpoint.")
+                row = await self._adapters.publish(
+                    job.publish_as, Path(newest[0].path), job_id=job.id, origin="job"
+                )
+            results = await self._results(job)
+            await self._records.update(
+                job.id, lambda now: job_changes.success(now, row.version.name, results)
+            )
+        except Unavailable:
+            # The engine died in between: the job is published when it is back (`resume_all`).
+            logger.warning(line("publication waits for the engine", id=job.id))
+        except CoserveError as error:
+            await self._records.fail(job.id, error)
+
+    async def _results(self, job: JobRecord) -> list[str]:
+        if job.result_files:
+            return job.result_files
+        data = job_data.results_csv(await self._records.events(job.id))
+        file = await self._files.add_bytes(data, f"step_metrics_{job.id}.csv", RESULTS)
+        return [file.id]
