@@ -243,6 +243,7 @@ def _listen(context: Context) -> None:
     async def on_restart() -> None:
         metrics.engine_lost()
         adapters.take_tiers({})
+        await jobs.engine_died()
         await adapters.load_pinned()
         await jobs.resume_all()
 

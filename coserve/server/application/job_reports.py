@@ -21,6 +21,7 @@ from coserve.models.config import ModelConfig
 from coserve.server import adapter_store, job_store
 from coserve.server.application import job_changes, job_data
 from coserve.server.application.adapters import Adapters
+from coserve.server.application.engine_deaths import EngineDeaths
 from coserve.server.application.files import RESULTS, Files
 from coserve.server.application.job_records import JobRecords
 from coserve.server.database import Database
@@ -38,6 +39,7 @@ class JobReports:
         self,
         *,
         records: JobRecords,
+        deaths: EngineDeaths,
         model_config: ModelConfig,
         database: Database,
         files: Files,
@@ -46,6 +48,7 @@ class JobReports:
         max_rank: int,
     ) -> None:
         self._records = records
+        self._deaths = deaths
         self._model_config = model_config
         self._database = database
         self._files = files
@@ -133,6 +136,7 @@ class JobReports:
         self._adapters.add_checkpoint(job_changes.checkpoint_names(job, checkpoint), reference)
 
     async def _on_status(self, event: JobStatus) -> None:
+        self._deaths.report(event.job_id, event.status)
         job = await self._records.get(event.job_id)
         if event.status == "succeeded":
             await self.publish(job)

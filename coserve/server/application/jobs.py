@@ -13,13 +13,14 @@ from sqlite3 import Connection
 from typing import Any
 
 from coserve.engine.client import EngineClient
-from coserve.errors import Conflict, CoserveError, FailedPrecondition, NotFound, Unavailable
+from coserve.errors import Conflict, CoserveError, FailedPrecondition, InternalError, NotFound, Unavailable
 from coserve.log import line
 from coserve.metrics import Metrics
 from coserve.models.config import ModelConfig
 from coserve.server import adapter_store, job_store
 from coserve.server.application import job_changes, job_data
 from coserve.server.application.adapters import Adapters
+from coserve.server.application.engine_deaths import FATAL_DEATHS, EngineDeaths
 from coserve.server.application.files import Files
 from coserve.server.application.job_factory import JobFactory
 from coserve.server.application.job_records import JobRecords
@@ -67,9 +68,12 @@ class Jobs:
         self._factory = JobFactory(base, model_config, state, files, adapters, max_rank)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._submitted: set[str] = set()
+        self._submission = asyncio.Lock()  # one at a time, so that an engine that dies of one says which
+        self._deaths = EngineDeaths()
         self.records = JobRecords(database, lifecycle, metrics, self._ended)
         self.reports = JobReports(
             records=self.records,
+            deaths=self._deaths,
             model_config=model_config,
             database=database,
             files=files,
@@ -143,35 +147,58 @@ class Jobs:
             await self.records.fail(job.id, internal_error())
 
     async def _submit(self, job_id: str) -> None:
-        job = await self.records.get(job_id)
-        if job.is_over or job_id in self._submitted:
-            return
-        folder = self._state.job(job_id)
-        spec = JobSpec(
-            job_id=job_id,
-            data_path=str(folder / "data"),
-            checkpoint_dir=str(folder / "checkpoints"),
-            seed=job.seed,
-            lora=job.lora,
-            training=job.training,
-            base_model_name=self._base.name,
-            init_path=str(folder / "init") if job.init_from else None,
-            priority=job.priority,
-            paused=job.status == "paused",
-        )
-        (folder / "checkpoints").mkdir(exist_ok=True)
-        self._submitted.add(job_id)
+        async with self._submission:
+            job = await self.records.get(job_id)
+            # Without an engine nothing is to be done: `resume_all` comes when it is back.
+            if job.is_over or job_id in self._submitted or not self._engine.ready:
+                return
+            folder = self._state.job(job_id)
+            (folder / "checkpoints").mkdir(exist_ok=True)
+            spec = JobSpec(
+                job_id=job_id,
+                data_path=str(folder / "data"),
+                checkpoint_dir=str(folder / "checkpoints"),
+                seed=job.seed,
+                lora=job.lora,
+                training=job.training,
+                base_model_name=self._base.name,
+                init_path=str(folder / "init") if job.init_from else None,
+                priority=job.priority,
+                paused=job.status == "paused",
+            )
+            await self._hand_over(spec)
+
+    async def _hand_over(self, spec: JobSpec) -> None:
+        self._submitted.add(spec.job_id)
+        self._deaths.submitting = spec.job_id
         try:
             await self._engine.submit_job(spec)
-        except Unavailable:
-            self._submitted.discard(job_id)
+        except Unavailable:  # the engine died meanwhile, perhaps of this: `submitting` stays
+            self._submitted.discard(spec.job_id)
         except CoserveError:
-            self._submitted.discard(job_id)
+            self._submitted.discard(spec.job_id)
+            self._deaths.submitting = ""
             raise
+        else:
+            self._deaths.submitting = ""
+
+    async def engine_died(self) -> None:
+        """Call first once the engine is back: forget what the dead one had, and fail jobs that it keeps dying
+        of, so that the others can go on."""
+        in_hand = self._deaths.take_in_hand()
+        self._submitted.clear()
+        jobs = {job.id: job for job in await self.records.list() if job.id in in_hand and not job.is_over}
+        for job_id in self._deaths.count({job.id: job.step for job in jobs.values()}):
+            step = jobs[job_id].step
+            when = f"after step {step}" if step else "before its first step"
+            reason = (
+                f"The engine died {FATAL_DEATHS} times in a row on this job {when}; its log has the reason."
+            )
+            logger.error(line("job given up", id=job_id, engine_deaths=FATAL_DEATHS, step=step))
+            await self.records.fail(job_id, InternalError(reason, code="engine_died"))
 
     async def resume_all(self) -> None:
         """After a start of the server or of the engine: bring every unfinished job on its way again."""
-        self._submitted.clear()
         for job in reversed(await self.records.list()):
             if job.is_over or job.id in self._tasks:
                 continue
