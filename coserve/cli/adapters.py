@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coserve.cli.connection import CHUNK_BYTES, DEFAULT_GRPC, ApiKey, Grpc, channel, metadata
+from coserve.cli.connection import CHUNK_BYTES, DEFAULT_GRPC, ApiKey, CaCert, Grpc, channel, metadata
 from coserve.cli.jobs import print_table
 from coserve.cli.values import existing_dir
 from coserve.errors import ConfigError
@@ -21,11 +21,11 @@ Version = Annotated[int, typer.Option(min=0, help="0 is the newest.")]
 
 
 @app.command("list")
-def list_adapters(grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "") -> None:
+def list_adapters(grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_cert: CaCert = "") -> None:
     """All adapters with version, rank and where their weights are."""
     from coserve.cli.stubs import adapters
 
-    with channel(grpc_address) as opened:
+    with channel(grpc_address, ca_cert) as opened:
         pb, stub = adapters(opened)
         answer = stub.ListAdapters(pb.ListAdaptersRequest(), metadata=metadata(api_key))
     rows = [_row(adapter) for adapter in answer.adapters]
@@ -42,16 +42,17 @@ def load(
     ] = False,
     grpc_address: Grpc = DEFAULT_GRPC,
     api_key: ApiKey = "",
+    ca_cert: CaCert = "",
 ) -> None:
     """Load an adapter from a directory that the server can read."""
     request = {"name": name, "path": path, "pinned": pinned, "replace": replace}
-    _print(_call("LoadAdapter", grpc_address, api_key, **request))
+    _print(_call("LoadAdapter", grpc_address, api_key, ca_cert, **request))
 
 
 @app.command("unload")
-def unload(name: Name, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "") -> None:
+def unload(name: Name, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_cert: CaCert = "") -> None:
     """Forget an adapter; requests that run on it end on it."""
-    _call("UnloadAdapter", grpc_address, api_key, name=name)
+    _call("UnloadAdapter", grpc_address, api_key, ca_cert, name=name)
     print(f"{name} unloaded")
 
 
@@ -61,9 +62,10 @@ def publish(
     checkpoint: Annotated[str, typer.Argument(help="A job's checkpoint id.")],
     grpc_address: Grpc = DEFAULT_GRPC,
     api_key: ApiKey = "",
+    ca_cert: CaCert = "",
 ) -> None:
     """Make a checkpoint the next version of an adapter."""
-    _print(_call("PublishVersion", grpc_address, api_key, name=name, checkpoint=checkpoint))
+    _print(_call("PublishVersion", grpc_address, api_key, ca_cert, name=name, checkpoint=checkpoint))
 
 
 @app.command("rollback")
@@ -72,9 +74,10 @@ def rollback(
     version: Annotated[int, typer.Option(min=0, help="0 is the one before the newest.")] = 0,
     grpc_address: Grpc = DEFAULT_GRPC,
     api_key: ApiKey = "",
+    ca_cert: CaCert = "",
 ) -> None:
     """Let a name mean an earlier version again."""
-    _print(_call("RollbackAdapter", grpc_address, api_key, name=name, version=version))
+    _print(_call("RollbackAdapter", grpc_address, api_key, ca_cert, name=name, version=version))
 
 
 @app.command("upload")
@@ -83,12 +86,13 @@ def upload(
     directory: Annotated[str, typer.Argument(help="A PEFT directory on this machine.")],
     grpc_address: Grpc = DEFAULT_GRPC,
     api_key: ApiKey = "",
+    ca_cert: CaCert = "",
 ) -> None:
     """Send a PEFT directory to the server and publish it."""
     folder = existing_dir(directory, "DIRECTORY")
     from coserve.cli.stubs import adapters
 
-    with channel(grpc_address) as opened:
+    with channel(grpc_address, ca_cert) as opened:
         pb, stub = adapters(opened)
         stream = _upload_messages(pb.UploadAdapterRequest, name, folder)
         _print(stub.UploadAdapter(stream, metadata=metadata(api_key)))
@@ -101,6 +105,7 @@ def download(
     version: Version = 0,
     grpc_address: Grpc = DEFAULT_GRPC,
     api_key: ApiKey = "",
+    ca_cert: CaCert = "",
 ) -> None:
     """Write an adapter as a PEFT directory on this machine."""
     folder = Path(directory).expanduser()
@@ -108,7 +113,7 @@ def download(
         raise ConfigError(f"DIRECTORY {directory}: exists already; name a new one.", param="directory")
     from coserve.cli.stubs import adapters
 
-    with channel(grpc_address) as opened:
+    with channel(grpc_address, ca_cert) as opened:
         pb, stub = adapters(opened)
         request = pb.DownloadAdapterRequest(name=name, version=version)
         data = b"".join(piece.data for piece in stub.DownloadAdapter(request, metadata=metadata(api_key)))
@@ -129,10 +134,10 @@ def _upload_messages(request: Any, name: str, folder: Path) -> Iterator[Any]:
         yield request(data=data[start : start + CHUNK_BYTES])
 
 
-def _call(method: str, address: str, api_key: str, **fields: Any) -> Any:
+def _call(method: str, address: str, api_key: str, ca_cert: str, **fields: Any) -> Any:
     from coserve.cli.stubs import adapters
 
-    with channel(address) as opened:
+    with channel(address, ca_cert) as opened:
         pb, stub = adapters(opened)
         return getattr(stub, method)(getattr(pb, f"{method}Request")(**fields), metadata=metadata(api_key))
 

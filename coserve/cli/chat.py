@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coserve.cli.connection import DEFAULT_URL, ApiKey, Url, no_server
+from coserve.cli.connection import DEFAULT_URL, ApiKey, CaCert, Url
+from coserve.cli.endpoint import parse_endpoint, silence
 from coserve.cli.failure import CommandFailed
 
 if TYPE_CHECKING:
@@ -27,13 +28,17 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = "",
+    ca_cert: CaCert = "",
 ) -> None:
     """Chat with a served model or adapter."""
+    endpoint = parse_endpoint("--url", url, ca_cert)
     import httpx
 
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     messages: Messages = [{"role": "system", "content": system}] if system else []
-    with httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(600.0, connect=5.0)) as client:
+    trusted = endpoint.trust() if endpoint.tls else True
+    wait = httpx.Timeout(600.0, connect=5.0)
+    with httpx.Client(base_url=url, headers=headers, timeout=wait, verify=trusted) as client:
         try:
             body = {
                 "model": model or _base_model(client),
@@ -48,8 +53,8 @@ def chat(
                     answer += piece
                 print(flush=True)
                 messages.append({"role": "assistant", "content": answer})
-        except httpx.TransportError:
-            raise no_server(url) from None
+        except httpx.TransportError as error:
+            raise silence(endpoint, str(error)) from None
 
 
 def _typed() -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coserve.cli.endpoint import Endpoint, parse_endpoint, silence, trouble
 from coserve.cli.failure import CommandFailed
 
 if TYPE_CHECKING:
@@ -16,8 +17,22 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 256 * 1024
 
-Grpc = Annotated[str, typer.Option("--grpc", metavar="HOST:PORT", help="The server's gRPC address.")]
-Url = Annotated[str, typer.Option("--url", metavar="URL", help="The server's HTTP address.")]
+Grpc = Annotated[
+    str,
+    typer.Option(
+        "--grpc", metavar="HOST:PORT", help="The server's gRPC address; grpcs://HOST:PORT where it has TLS."
+    ),
+]
+Url = Annotated[
+    str,
+    typer.Option("--url", metavar="URL", help="The server's HTTP address; https://... where it has TLS."),
+]
+CaCert = Annotated[
+    str,
+    typer.Option(
+        "--ca-cert", metavar="FILE", help="CA to trust, in PEM, where the server's certificate is private."
+    ),
+]
 ApiKey = Annotated[
     str,
     typer.Option(
@@ -33,31 +48,43 @@ def metadata(api_key: str) -> list[tuple[str, str]]:
     return [("authorization", f"Bearer {api_key}")] if api_key else []
 
 
-def no_server(address: str) -> CommandFailed:
-    """What to say when nothing answers at `address`."""
-    return CommandFailed(f"no server answers at {address}; start one with: coserve serve")
-
-
 @contextlib.contextmanager
-def channel(address: str) -> Iterator[grpc.Channel]:
-    """A gRPC channel; an RpcError raised inside becomes a CommandFailed with the server's words."""
+def channel(address: str, ca_cert: str = "") -> Iterator[grpc.Channel]:
+    """A gRPC channel, with TLS where the address says so.
+
+    An RpcError raised inside becomes a CommandFailed with the server's words. Raises ConfigError for an
+    address or a CA that is none, CommandFailed for a server that can't be reached by TLS.
+    """
+    endpoint = parse_endpoint("--grpc", address, ca_cert)
     import grpc
 
-    limit = [("grpc.max_receive_message_length", 64 * 2**20)]
-    with grpc.insecure_channel(address, options=limit) as opened:
+    with _open(endpoint) as opened:
         try:
             yield opened
         except grpc.RpcError as error:
-            raise failure_of(error, address) from None
+            raise failure_of(error, endpoint) from None
 
 
-def failure_of(error: Any, address: str) -> CommandFailed:
+def _open(endpoint: Endpoint) -> grpc.Channel:
+    import grpc
+
+    limit = [("grpc.max_receive_message_length", 64 * 2**20)]
+    if not endpoint.tls:
+        return grpc.insecure_channel(endpoint.target, options=limit)
+    found = trouble(endpoint)  # asked first: gRPC would write its own story of a bad handshake to stderr
+    if found is not None:
+        raise found
+    credentials = grpc.ssl_channel_credentials(Path(endpoint.roots).read_bytes())
+    return grpc.secure_channel(endpoint.target, credentials, options=limit)
+
+
+def failure_of(error: Any, endpoint: Endpoint) -> CommandFailed:
     """A gRPC error in one line; wrong values exit with 2 as a wrong flag does."""
     import grpc
 
     status, details = error.code(), error.details() or ""
     if status is grpc.StatusCode.UNAVAILABLE and not details.startswith("The "):
-        return no_server(address)
+        return silence(endpoint, details)
     if status is grpc.StatusCode.UNAUTHENTICATED:
         return CommandFailed(f"{details} Pass a key with --api-key or in COSERVE_API_KEY.")
     if status is grpc.StatusCode.INVALID_ARGUMENT:

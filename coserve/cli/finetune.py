@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coserve.cli.connection import DEFAULT_GRPC, ApiKey, Grpc, channel, chunks, metadata
+from coserve.cli.connection import DEFAULT_GRPC, ApiKey, CaCert, Grpc, channel, chunks, metadata
 from coserve.cli.jobs import follow_job
 from coserve.cli.values import existing_file, pairs
 
@@ -64,6 +64,7 @@ def finetune(
     follow: Annotated[bool, typer.Option(help="Stay until the job ends.")] = True,
     grpc_address: Grpc = DEFAULT_GRPC,
     api_key: ApiKey = "",
+    ca_cert: CaCert = "",
 ) -> None:
     """Fine-tune an adapter on a running server, beside whatever it serves."""
     given = dict(locals())
@@ -71,7 +72,7 @@ def finetune(
     lora, training, rest = settings(given)
     from coserve.cli.stubs import fine_tuning
 
-    with channel(grpc_address) as opened:
+    with channel(grpc_address, ca_cert) as opened:
         pb, stub = fine_tuning(opened)
         config = pb.TrainingConfig(**training)
         if preview:

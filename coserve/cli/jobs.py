@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coserve.cli.connection import DEFAULT_GRPC, ApiKey, Grpc, channel, metadata
+from coserve.cli.connection import DEFAULT_GRPC, ApiKey, CaCert, Grpc, channel, metadata
 from coserve.cli.failure import CommandFailed
 
 app = typer.Typer(help="List, follow and steer fine-tuning jobs.", no_args_is_help=False)
@@ -19,11 +19,11 @@ _DETAILS = (
 
 
 @app.command("list")
-def list_jobs(grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "") -> None:
+def list_jobs(grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_cert: CaCert = "") -> None:
     """All jobs, the newest first."""
     from coserve.cli.stubs import fine_tuning
 
-    with channel(grpc_address) as opened:
+    with channel(grpc_address, ca_cert) as opened:
         pb, stub = fine_tuning(opened)
         answer = stub.ListJobs(pb.ListJobsRequest(), metadata=metadata(api_key))
     rows = [(job.id, job.status, job.adapter, _steps(job), _time(job.created_at)) for job in answer.jobs]
@@ -31,11 +31,11 @@ def list_jobs(grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "") -> None:
 
 
 @app.command("get")
-def get(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "") -> None:
+def get(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_cert: CaCert = "") -> None:
     """One job with its settings."""
     from coserve.cli.stubs import fine_tuning
 
-    with channel(grpc_address) as opened:
+    with channel(grpc_address, ca_cert) as opened:
         pb, stub = fine_tuning(opened)
         found = stub.GetJob(pb.GetJobRequest(job_id=job), metadata=metadata(api_key))
     for name in _DETAILS:
@@ -47,31 +47,31 @@ def get(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "") -> 
 
 
 @app.command("watch")
-def watch(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "") -> None:
+def watch(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_cert: CaCert = "") -> None:
     """Follow a job from its first step to its end; the exit code is its verdict."""
     from coserve.cli.stubs import fine_tuning
 
-    with channel(grpc_address) as opened:
+    with channel(grpc_address, ca_cert) as opened:
         pb, stub = fine_tuning(opened)
         follow_job(pb, stub, job, api_key)
 
 
 @app.command("cancel")
-def cancel(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "") -> None:
+def cancel(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_cert: CaCert = "") -> None:
     """End a job; it publishes nothing."""
-    _control("CancelJob", job, grpc_address, api_key)
+    _control("CancelJob", job, grpc_address, api_key, ca_cert)
 
 
 @app.command("pause")
-def pause(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "") -> None:
+def pause(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_cert: CaCert = "") -> None:
     """Stop a job after the step it is in, to be resumed."""
-    _control("PauseJob", job, grpc_address, api_key)
+    _control("PauseJob", job, grpc_address, api_key, ca_cert)
 
 
 @app.command("resume")
-def resume(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "") -> None:
+def resume(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_cert: CaCert = "") -> None:
     """Let a paused job go on."""
-    _control("ResumeJob", job, grpc_address, api_key)
+    _control("ResumeJob", job, grpc_address, api_key, ca_cert)
 
 
 def follow_job(pb: Any, stub: Any, job_id: str, api_key: str) -> None:
@@ -104,10 +104,10 @@ def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-def _control(call: str, job_id: str, address: str, api_key: str) -> None:
+def _control(call: str, job_id: str, address: str, api_key: str, ca_cert: str) -> None:
     from coserve.cli.stubs import fine_tuning
 
-    with channel(address) as opened:
+    with channel(address, ca_cert) as opened:
         pb, stub = fine_tuning(opened)
         answer = getattr(stub, call)(getattr(pb, f"{call}Request")(job_id=job_id), metadata=metadata(api_key))
     print(f"{answer.id} {answer.status}")
