@@ -107,7 +107,7 @@ def test_grpc_scheme_is_plaintext_too(plain: ServerThread, said: Said) -> None:
         assert said("jobs", "list", "--grpc", scheme + grpc(plain))[0] == 0
 
 
-def one_line(answer: tuple[int, str, str], code: int, *words: str) -> None:
+def check_one_line(answer: tuple[int, str, str], code: int, *words: str) -> None:
     assert answer[:2] == (code, "")
     assert answer[2].startswith("coserve: ") and answer[2].count("\n") == 1
     assert [word for word in words if word not in answer[2]] == []
@@ -117,13 +117,13 @@ def test_a_scheme_that_is_not_the_server_s_is_refused(
     secure: ServerThread, plain: ServerThread, said
 ) -> None:
     answer = said("jobs", "list", "--grpc", grpc(secure))
-    one_line(answer, 2, "speaks TLS", f"--grpc grpcs://{grpc(secure)}")
+    check_one_line(answer, 2, "speaks TLS", f"--grpc grpcs://{grpc(secure)}")
     answer = said("jobs", "list", "--grpc", "grpcs://" + grpc(plain))
-    one_line(answer, 2, "no TLS", grpc(plain))
+    check_one_line(answer, 2, "no TLS", grpc(plain))
     answer = said("chat", "hello", "--url", f"http://{at(secure)}")
-    one_line(answer, 2, "speaks TLS", f"--url https://{at(secure)}")
+    check_one_line(answer, 2, "speaks TLS", f"--url https://{at(secure)}")
     answer = said("chat", "hello", "--url", f"https://{at(plain)}")
-    one_line(answer, 2, "no TLS", f"--url http://{at(plain)}")
+    check_one_line(answer, 2, "no TLS", f"--url http://{at(plain)}")
 
 
 @pytest.mark.parametrize("other", [False, True])
@@ -133,7 +133,7 @@ def test_a_certificate_of_an_unknown_signer(
     trusted = ["--ca-cert", certificate(tmp_path / "other", "IP:127.0.0.1")[1]] if other else []
     for flag, address in (("--grpc", "grpcs://" + grpc(secure)), ("--url", secure.url)):
         words = ["jobs", "list"] if flag == "--grpc" else ["chat", "hello"]
-        one_line(said(*words, flag, address, *trusted), 1, "can't be trusted", "--ca-cert FILE")
+        check_one_line(said(*words, flag, address, *trusted), 1, "can't be trusted", "--ca-cert FILE")
 
 
 def test_a_certificate_for_another_name(folder: Path, said: Said) -> None:
@@ -142,8 +142,10 @@ def test_a_certificate_for_another_name(folder: Path, said: Said) -> None:
     try:
         trusted = ["--ca-cert", certificate_file]
         answer = said("jobs", "list", "--grpc", "grpcs://" + grpc(server), *trusted)
-        one_line(answer, 1, "can't be trusted", "127.0.0.1")
-        one_line(said("chat", "hello", "--url", server.url, *trusted), 1, "can't be trusted", "127.0.0.1")
+        check_one_line(answer, 1, "can't be trusted", "127.0.0.1")
+        check_one_line(
+            said("chat", "hello", "--url", server.url, *trusted), 1, "can't be trusted", "127.0.0.1"
+        )
     finally:
         server.stop()
 
@@ -151,7 +153,7 @@ def test_a_certificate_for_another_name(folder: Path, said: Said) -> None:
 @pytest.mark.parametrize("address", ["grpcs://127.0.0.1:9", "https://127.0.0.1:9"])
 def test_nobody_there(said: Said, address: str) -> None:
     words = ["jobs", "list", "--grpc"] if address.startswith("grpc") else ["chat", "hello", "--url"]
-    one_line(said(*words, address), 1, f"no server answers at {address}")
+    check_one_line(said(*words, address), 1, f"no server answers at {address}")
 
 
 @pytest.mark.parametrize(
@@ -177,8 +179,8 @@ def test_addresses() -> None:
 def test_a_ca_that_is_none(said: Said, tmp_path: Path) -> None:
     empty = tmp_path / "empty.pem"
     empty.write_text("nothing")
-    one_line(said("jobs", "list", "--ca-cert", str(empty)), 2, "--ca-cert", "grpcs://")
+    check_one_line(said("jobs", "list", "--ca-cert", str(empty)), 2, "--ca-cert", "grpcs://")
     for flag, scheme, words in (("--grpc", "grpcs", ["jobs", "list"]), ("--url", "https", ["chat", "hello"])):
         where = [*words, flag, f"{scheme}://127.0.0.1:9", "--ca-cert"]
-        one_line(said(*where, str(empty)), 2, "--ca-cert", "PEM")
-        one_line(said(*where, str(tmp_path / "none.pem")), 2, "--ca-cert", "no such file")
+        check_one_line(said(*where, str(empty)), 2, "--ca-cert", "PEM")
+        check_one_line(said(*where, str(tmp_path / "none.pem")), 2, "--ca-cert", "no such file")
