@@ -191,7 +191,10 @@ class Jobs:
         for job_id in self._deaths.count({job.id: job.step for job in jobs.values()}):
             step = jobs[job_id].step
             when = f"after step {step}" if step else "before its first step"
-            reason = f"The engine died {FATAL_DEATHS} times in a row on this job {when}; the engine's log has the reason."
+            reason = (
+                f"The engine died {FATAL_DEATHS} times in a row on this job {when}; "
+                "the engine's log has the reason."
+            )
             logger.error(line("job given up", id=job_id, engine_deaths=FATAL_DEATHS, step=step))
             await self.records.fail(job_id, InternalError(reason, code="engine_died"))
 
