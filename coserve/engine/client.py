@@ -161,6 +161,7 @@ class EngineClient:
         """Restart the engine whenever it dies, with a growing pause while it keeps dying."""
         delay = 0.0
         loop = asyncio.get_running_loop()
+        hook: asyncio.Task[None] | None = None
         while True:
             assert self._process is not None
             started_at = loop.time()
@@ -170,6 +171,9 @@ class EngineClient:
             assert self._socket is not None
             self._socket.close(linger=0)
             self._fail_all("The engine stopped and is being restarted.")
+            if hook is not None:
+                # Its calls to the engine that died have just failed, so it ends.
+                await hook
             if self._stopping:
                 return
             logger.error("engine process ended with status %s; restarting it", code)
@@ -182,7 +186,15 @@ class EngineClient:
                 except errors.CoserveError as error:
                     delay = min(MAX_RESTART_DELAY, 2 * delay + 0.25)
                     logger.error("engine did not start: %s", error.message)
+            hook = asyncio.create_task(self._run_restart_hook())
+
+    async def _run_restart_hook(self) -> None:
+        try:
             await self.on_restart()
+        except errors.Unavailable:
+            logger.warning("the engine died again while it was brought up to date")
+        except Exception:
+            logger.exception("the engine could not be brought up to date after its restart")
 
     # ------------------------------------------------------------------ requests
 
