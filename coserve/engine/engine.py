@@ -58,11 +58,12 @@ class Engine:
         dtype = resolve_dtype(config.dtype, self.model_config, device)
         self.decoder = load_model(config.model, device, dtype)
         self.max_model_len = config.max_model_len or self.model_config.max_position_embeddings
+        max_adapters = config.max_loras + TRAINING_ADAPTERS
+        self.pool = AdapterPool(self.model_config, max_adapters * config.max_lora_rank, dtype, device)
+        # Last, so that on a GPU the pool is what weights and adapter rows have left.
         num_blocks = memory_plan(config, self.model_config, self.max_model_len, device, dtype)
         self.kv = KVTensors(self.model_config, num_blocks, config.block_size, dtype, device)
         self.blocks = BlockPool(num_blocks, PrefixCache() if config.enable_prefix_caching else None)
-        max_adapters = config.max_loras + TRAINING_ADAPTERS
-        self.pool = AdapterPool(self.model_config, max_adapters * config.max_lora_rank, dtype, device)
         self.slots = AdapterSlots(self.pool.max_rows, max_adapters)
         self.adapters = AdapterTiers(self.model_config, self.pool, self.slots, config.max_cpu_loras)
         self.model = LatencyModel()

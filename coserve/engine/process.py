@@ -18,6 +18,7 @@ from coserve.config import EngineConfig
 from coserve.engine import messages as m
 from coserve.engine.engine import Engine
 from coserve.errors import CoserveError
+from coserve.kernels.dispatch import isa
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,9 @@ def start(config: EngineConfig, socket: zmq.Socket[bytes]) -> Engine | None:
             m.encode(m.Reply(call_id=0, error=error.message, error_code=error.code, error_param=error.param))
         )
         return None
-    socket.send(m.encode(engine.describe()))
+    ready = engine.describe()
+    logger.info("%s on %s in %s; native kernels: %s", ready.model_name, ready.device, ready.dtype, isa())
+    socket.send(m.encode(ready))
     return engine
 
 
