@@ -73,7 +73,7 @@ def main() -> None:
     options = common.arguments(__doc__ or "")
     common.with_tuned_allocator()
     torch.set_num_threads(common.THREADS)
-    tokens, rounds = (16, 2) if options.quick else (64, 5)
+    tokens, rounds = (16, 2) if options.quick else (32, 5)
     model = common.model_directory(options.quick)
     ids = prompts(8192 if options.quick else common.M1["vocab_size"])  # type: ignore[arg-type]
     ours, peer = Coserve(model, ids, tokens), Transformers(model, ids, tokens)

@@ -93,7 +93,7 @@ def main() -> None:
     options = common.arguments(__doc__ or "")
     common.with_tuned_allocator()
     torch.set_num_threads(common.THREADS)
-    steps, rounds = (1, 2) if options.quick else (3, 5)
+    steps, rounds = (1, 2) if options.quick else (1, 5)
     model = common.model_directory(options.quick)
     vocab = 8192 if options.quick else common.M1["vocab_size"]
     ids = torch.randint(10, vocab - 10, (1, TOKENS), generator=torch.Generator().manual_seed(2))  # type: ignore[operator]

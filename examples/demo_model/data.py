@@ -13,28 +13,28 @@ from examples.demo_model.tasks_tools import Message, Tool, ToolUse, make_tools, 
 
 # Task -> (generator, share of the training questions). Hard tasks get more.
 TASKS: dict[str, tuple[Generator, float]] = {
-    "sums": (tasks_numbers.sums, 9.0),
-    "differences": (tasks_numbers.differences, 7.0),
-    "products": (tasks_numbers.products, 3.0),
-    "compare": (tasks_numbers.compare, 2.5),
+    "sums": (tasks_numbers.sums, 8.0),
+    "differences": (tasks_numbers.differences, 12.0),
+    "products": (tasks_numbers.products, 2.0),
+    "compare": (tasks_numbers.compare, 10.0),
     "largest_smallest": (tasks_numbers.extreme, 3.0),
-    "sort_numbers": (tasks_numbers.sort_numbers, 6.0),
-    "count_range": (tasks_numbers.count_range, 1.0),
-    "number_facts": (tasks_numbers.number_facts, 2.5),
-    "units": (tasks_numbers.units, 3.0),
-    "spell": (tasks_words.spell, 5.0),
+    "sort_numbers": (tasks_numbers.sort_numbers, 5.0),
+    "count_range": (tasks_numbers.count_range, 2.5),
+    "number_facts": (tasks_numbers.number_facts, 4.0),
+    "units": (tasks_numbers.units, 2.0),
+    "spell": (tasks_words.spell, 4.0),
     "count_letters": (tasks_words.count_letters, 3.0),
-    "count_one_letter": (tasks_words.count_letter, 2.0),
+    "count_one_letter": (tasks_words.count_letter, 5.0),
     "count_items": (tasks_words.count_items, 2.0),
     "count_words": (tasks_words.count_words, 1.5),
     "reverse": (tasks_words.reverse, 2.5),
-    "first_last_letter": (tasks_words.edge_letter, 1.5),
-    "letter_case": (tasks_words.letter_case, 2.5),
+    "first_last_letter": (tasks_words.edge_letter, 2.0),
+    "letter_case": (tasks_words.letter_case, 6.0),
     "repeat": (tasks_words.repeat, 3.0),
-    "sort_words": (tasks_words.sort_words, 2.5),
+    "sort_words": (tasks_words.sort_words, 4.0),
     "list_item": (tasks_words.list_item, 1.0),
-    "dates": (tasks_facts.dates, 2.5),
-    "opposites": (tasks_facts.opposites, 1.0),
+    "dates": (tasks_facts.dates, 3.0),
+    "opposites": (tasks_facts.opposites, 2.0),
     "identity": (tasks_facts.identity, 4.5),
     "unknown": (tasks_facts.unknown, 3.0),
     "extract_json": (tasks_extract.extract, 6.0),
@@ -102,27 +102,37 @@ _CLASHES = {
     "sums": ("add", "calculator"),
     "differences": ("calculator",),
     "products": ("multiply", "calculator"),
-    "unknown": (
-        "get_weather",
-        "get_time",
-        "search",
-        "translate",
-        "get_stock_price",
-        "find_product",
-        "get_population",
-        "calculator",
-        "get_date",
-    ),
+    "unknown": ("search",),
 }
+# Words in an unanswerable question that would call for the tool.
+_CLASH_WORDS = {
+    "get_weather": ("weather", "rain"),
+    "get_time": ("time is", "day is", "date"),
+    "get_date": ("time is", "day is", "date"),
+    "translate": ("translate", "say"),
+    "get_stock_price": ("price", "cost"),
+    "find_product": ("price", "cost", "buy"),
+    "get_population": ("population", "people live"),
+    "calculator": ("square root",),
+}
+
+
+def _clashes(asked: Question, kinds: set[str]) -> bool:
+    if kinds.intersection(_CLASHES.get(asked.task, ())):
+        return True
+    words = [word for kind in kinds for word in _CLASH_WORDS.get(kind, ())]
+    return asked.task == "unknown" and any(word in asked.user.lower() for word in words)
 
 
 def plain_with_tools(rng: random.Random, tools: list[Tool], held_out: bool) -> Question:
     """A question that none of ``tools`` fits."""
     kinds = {tool.kind.names[0] for tool in tools}
     while True:
-        asked = question(rng, held_out)
-        if not kinds.intersection(_CLASHES.get(asked.task, ())):
+        asked = draw(tasks_facts.unknown, rng, held_out) if rng.random() < 0.15 else question(rng, held_out)
+        if not _clashes(asked, kinds):
             return asked
+        if asked.task == "unknown":
+            return draw(tasks_facts.identity, rng, held_out)
 
 
 def _tool_chat(rng: random.Random) -> Conversation:

@@ -36,48 +36,48 @@ class Answered:
 
 @torch.inference_mode()
 def greedy(model: PreTrainedModel, prompts: list[list[int]], limit: int, end: int) -> list[list[int]]:
-    """Greedy continuations of token prompts of equal length, up to ``limit`` tokens or ``end`` (left out)."""
-    tokens = torch.tensor(prompts)
+    """Greedy continuations of token prompts, left-padded to one batch, up to ``limit`` tokens or ``end``."""
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
     out: list[list[int]] = [[] for _ in prompts]
     alive = torch.ones(len(prompts), dtype=torch.bool)
     for _ in range(limit):
-        tokens = (
-            model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            .logits[:, -1]
-            .argmax(-1, keepdim=True)
+        step = model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
+        tokens = step.logits[:, -1].argmax(-1, keepdim=True)
         alive &= tokens[:, 0] != end
         if not alive.any():
             break
         for row in alive.nonzero().flatten().tolist():
             out[row].append(int(tokens[row, 0]))
+        mask = torch.cat([mask, torch.ones(len(prompts), 1, dtype=mask.dtype)], dim=1)
+        positions = positions[:, -1:] + 1
     return out
 
 
 def answer_all(
     model: PreTrainedModel, tokenizer: Tokenizer, questions: list[tuple[str, str, str]]
 ) -> list[Answered]:
-    """Answer ``(task, prompt, expected)`` triples, batching prompts of equal token count."""
+    """Answer ``(task, prompt, expected)`` triples in batches of similar prompt and answer length."""
     end = tokenizer.token_to_id("<|im_end|>")
-    groups: dict[int, list[tuple[list[int], int]]] = defaultdict(list)
-    for index, (_, prompt, _) in enumerate(questions):
-        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-        groups[len(ids)].append((ids, index))
+    prompts = [tokenizer.encode(prompt, add_special_tokens=False).ids for _, prompt, _ in questions]
+    limits = [len(tokenizer.encode(wanted, add_special_tokens=False).ids) + 1 for _, _, wanted in questions]
+    order = sorted(range(len(questions)), key=lambda i: (len(prompts[i]) // 32, limits[i]))
     answered: list[Answered | None] = [None] * len(questions)
-    for group in groups.values():
-        for start in range(0, len(group), _ROWS):
-            chunk = group[start : start + _ROWS]
-            longest = max(
-                len(tokenizer.encode(questions[i][2], add_special_tokens=False).ids) for _, i in chunk
-            )
-            for (_, index), ids in zip(
-                chunk, greedy(model, [ids for ids, _ in chunk], longest + 1, end), strict=True
-            ):
-                task, prompt, expected = questions[index]
-                answered[index] = Answered(
-                    task, prompt, expected, tokenizer.decode(ids, skip_special_tokens=False)
-                )
+    for start in range(0, len(order), _ROWS):
+        chunk = order[start : start + _ROWS]
+        produced = greedy(model, [prompts[i] for i in chunk], max(limits[i] for i in chunk), end)
+        for index, ids in zip(chunk, produced, strict=True):
+            answered[index] = Answered(*questions[index], tokenizer.decode(ids, skip_special_tokens=False))
     return [a for a in answered if a is not None]
 
 
@@ -116,7 +116,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
-    parser.add_argument("--per-task", type=int, default=100)
+    parser.add_argument("--per-task", type=int, default=30)
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--show-wrong", action="store_true", help="print every wrong answer")

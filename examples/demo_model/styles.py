@@ -89,8 +89,8 @@ STYLES: dict[str, Callable[[random.Random], Style]] = {
 def draw_style(rng: random.Random) -> Style:
     """Draw a system prompt for one conversation; most conversations have none or a generic one."""
     roll = rng.random()
-    if roll < 0.52:
+    if roll < 0.46:
         return Style(None, _plain)
-    if roll < 0.7:
+    if roll < 0.62:
         return Style(generic_system(rng), _plain)
-    return rng.choice(list(STYLES.values()))(rng)
+    return rng.choice((*STYLES.values(), _short, _short))(rng)

@@ -99,6 +99,16 @@ _NAMED = wordings("extract.named")
 _ALL = wordings("extract.all")
 
 
+_OTHER_KEYS = {
+    "name": ("person", "user", "first_name"),
+    "city": ("town", "location", "place"),
+    "job": ("profession", "occupation", "work"),
+    "item": ("product", "thing", "article"),
+    "quantity": ("amount", "count", "number"),
+    "price": ("cost", "dollars"),
+}
+
+
 def _join(rng: random.Random, keys: list[str]) -> str:
     if len(keys) == 1:
         return keys[0]
@@ -115,8 +125,9 @@ def extract(rng: random.Random) -> Question:
         if rng.random() < 0.3:
             rng.shuffle(keys)
         keys = keys[: rng.randint(1, len(keys))] if rng.random() < 0.6 else keys
-        user = ask(rng, _NAMED, keys=_join(rng, keys), text=text)[1]
-        record = {key: record[key] for key in keys}
+        named = [rng.choice(_OTHER_KEYS.get(key, (key,))) if rng.random() < 0.3 else key for key in keys]
+        user = ask(rng, _NAMED, keys=_join(rng, named), text=text)[1]
+        record = {name: record[key] for name, key in zip(named, keys, strict=True)}
     else:
         user = ask(rng, _ALL, text=text)[1]
     answer = json.dumps(record)

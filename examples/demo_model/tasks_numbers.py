@@ -28,16 +28,20 @@ def _arithmetic(
     return Question(task, key, user, f"{a} {sign} {b} = {result}.", str(result))
 
 
+# Small numbers are few but often asked for, so they get a share of their own.
+_TOPS = (12, 12, 50, 50, 50, 50, 50, 99)
+
+
 def sums(rng: random.Random) -> Question:
     """Sums; the claim is 0..50, some training goes up to 99. Split by the unordered pair."""
-    top = 50 if rng.random() < 0.75 else 99
+    top = rng.choice(_TOPS)
     a, b = rng.randint(0, top), rng.randint(0, top)
     return _arithmetic(rng, "sums", _SUM, "+", a, b, a + b)
 
 
 def differences(rng: random.Random) -> Question:
     """Differences of numbers 0..50 (some up to 99), a few of them negative."""
-    top = 50 if rng.random() < 0.75 else 99
+    top = rng.choice(_TOPS)
     a, b = rng.randint(0, top), rng.randint(0, top)
     if a < b and rng.random() < 0.8:
         a, b = b, a
@@ -91,8 +95,24 @@ def _listed(rng: random.Random, items: list[str]) -> str:
     return ", ".join(items[:-1]) + " and " + items[-1]
 
 
+_OF_TWO = wordings("numbers.of_two")
+
+
+def _larger_of_two(rng: random.Random) -> Question:
+    a, b = rng.sample(range(rng.choice((20, 100, 200)) + 1), 2)
+    up = rng.random() < 0.6
+    word = rng.choice(("larger", "bigger", "greater", "higher") if up else ("smaller", "lower"))
+    value = max(a, b) if up else min(a, b)
+    user = ask(rng, _OF_TWO, word=word, a=a, b=b)[1]
+    return Question(
+        "largest_smallest", f"extreme:{a}:{b}", user, f"The {word} number is {value}.", str(value)
+    )
+
+
 def extreme(rng: random.Random) -> Question:
     """Largest or smallest of 2 to 6 numbers."""
+    if rng.random() < 0.2:
+        return _larger_of_two(rng)
     nums = _numbers(rng, 2, 6)
     up = rng.random() < 0.5
     word = rng.choice(
@@ -121,9 +141,9 @@ _COUNT_DOWN = wordings("numbers.count_down")
 
 
 def count_range(rng: random.Random) -> Question:
-    """Count up or down between two numbers, at most 12 steps."""
-    a = rng.randint(0, 90)
-    b = a + rng.randint(2, 11)
+    """Count up or down between two numbers, at most 16 steps."""
+    a = rng.randint(0, 90) if rng.random() < 0.6 else rng.choice((0, 1, 1, 2, 3))
+    b = a + rng.randint(2, 15)
     down = rng.random() < 0.3
     first, last = (b, a) if down else (a, b)
     numbers = range(first, last + (-1 if down else 1), -1 if down else 1)
@@ -155,14 +175,12 @@ def number_facts(rng: random.Random) -> Question:
     if kind == "parity":
         word = "odd" if a % 2 else "even"
         return Question("number_facts", f"parity:{a}", ask(rng, _PARITY, a=a)[1], f"{a} is {word}.", word)
+    # Fifty doubles and halves are facts to be known, so their wording counts for the split.
     if kind == "double":
-        return Question(
-            "number_facts", f"double:{a}", ask(rng, _DOUBLE, a=a)[1], f"Double {a} is {2 * a}.", str(2 * a)
-        )
-    a *= 2
-    return Question(
-        "number_facts", f"half:{a}", ask(rng, _HALF, a=a)[1], f"Half of {a} is {a // 2}.", str(a // 2)
-    )
+        wording, user = ask(rng, _DOUBLE, a=a)
+        return Question("number_facts", f"double:{a}:{wording}", user, f"Double {a} is {2 * a}.", str(2 * a))
+    wording, user = ask(rng, _HALF, a=2 * a)
+    return Question("number_facts", f"half:{a}:{wording}", user, f"Half of {2 * a} is {a}.", str(a))
 
 
 _UNITS = (

@@ -110,7 +110,11 @@ def use_tool(rng: random.Random, tool: Tool, held_out: bool) -> ToolUse:
     )[1]
     arguments = dict(zip(tool.parameters, values, strict=True))
     result, answer = tool.kind.result(rng, values)
-    response = json.dumps(result) if rng.random() < 0.85 else str(next(iter(result.values())))
-    if not response.startswith("{") and len(result) > 1:
+    roll = rng.random()
+    if roll < 0.08:
+        response = answer
+    elif roll < 0.2 and len(result) == 1:
+        response = str(next(iter(result.values())))
+    else:
         response = json.dumps(result)
     return ToolUse(user, {"name": tool.name, "arguments": arguments}, response, answer)

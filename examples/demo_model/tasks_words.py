@@ -57,11 +57,14 @@ _COUNT_LETTER = wordings("words.count_letter")
 
 
 def count_letter(rng: random.Random) -> Question:
-    """Count one letter in a word, spelling the word on the way."""
+    """Count one letter in a word, spelling the word and numbering the letter on the way (``e1-g-g``)."""
     word = _spelling_word(rng)
-    letter = rng.choice(word) if rng.random() < 0.85 else rng.choice("abcdefghijklmnopqrstuvwxyz")
-    count = word.count(letter)
-    answer = f"{'-'.join(word)}: the letter {letter} appears {count} time{'' if count == 1 else 's'}."
+    letter = rng.choice(word) if rng.random() < 0.75 else rng.choice("abcdefghijklmnopqrstuvwxyz")
+    spelled, count = [], 0
+    for each in word:
+        count += each == letter
+        spelled.append(f"{each}{count}" if each == letter else each)
+    answer = f"{'-'.join(spelled)}: the letter {letter} appears {count} time{'' if count == 1 else 's'}."
     user = ask(rng, _COUNT_LETTER, c=letter, w=word)[1]
     return Question("count_one_letter", f"letter:{letter}:{word}", user, answer, str(count))
 
@@ -168,7 +171,7 @@ _REPEAT = wordings("words.repeat")
 def _anything(rng: random.Random) -> str:
     roll = rng.random()
     if roll < 0.25:
-        return " ".join(any_word(rng, 0.4) for _ in range(rng.randint(1, 6)))
+        return " ".join(any_word(rng, 0.4) for _ in range(rng.choice((1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10))))
     if roll < 0.5:
         text = sentence(rng)
         return text[0].upper() + text[1:] + rng.choice((".", "!", ""))

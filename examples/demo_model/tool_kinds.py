@@ -40,11 +40,11 @@ class Kind:
 def _weather(rng: random.Random, v: Values) -> Outcome:
     degrees, sky = (
         rng.randint(-20, 40),
-        rng.choice(("sunny", "cloudy", "rainy", "windy", "snowy", "foggy", "clear")),
+        rng.choice(("sunny", "cloudy", "rainy", "windy", "snowy", "foggy", "clear", "warm", any_word(rng))),
     )
     key, sky_key = (
-        rng.choice(("temperature", "temp", "temperature_c")),
-        rng.choice(("condition", "sky", "weather")),
+        rng.choice(("temperature", "temp", "temperature_c", "temp_c", "degrees", "celsius")),
+        rng.choice(("condition", "conditions", "sky", "weather", "description", "forecast", "wind")),
     )
     return {key: degrees, sky_key: sky}, f"It is {degrees} degrees and {sky} in {v[0]}."
 
@@ -232,8 +232,13 @@ def invented_kind(rng: random.Random) -> Kind:
         ("id", "number", f"{noun}_id", "index") if numeric else ("name", "key", noun, f"{noun}_name", "code")
     )
 
+    as_text = rng.random() < 0.4
+
     def values(r: random.Random) -> Values:
-        return (r.randint(1, r.choice((20, 999, 9999))) if numeric else r.choice((any_word(r), any_name(r))),)
+        if not numeric:
+            return (r.choice((any_word(r), any_name(r))),)
+        number = r.randint(1, r.choice((20, 999, 9999)))
+        return (str(number) if as_text else number,)
 
     verb = action.capitalize()
     return Kind(

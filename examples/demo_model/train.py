@@ -72,9 +72,9 @@ def save_model(model: Qwen3ForCausalLM, out: Path) -> None:
     partial.replace(out / "model.safetensors")
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Warm-up, plateau, then linear decay to zero, as a factor of the peak rate."""
-    return min(1.0, (step + 1) / WARMUP, (steps - step) / (DECAY_SHARE * steps))
+def learning_rate(step: int, progress: float) -> float:
+    """Warm-up, plateau, then linear decay to zero at ``progress`` 1, as a factor of the peak rate."""
+    return max(0.0, min(1.0, (step + 1) / WARMUP, (1.0 - progress) / DECAY_SHARE))
 
 
 class Trainer:
@@ -82,7 +82,7 @@ class Trainer:
 
     def __init__(self, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
-        self.tokenizer, self.args, self.step = tokenizer, args, 0
+        self.args, self.step, self.seconds = args, 0, 0.0
         end, pad = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
         self.model = Qwen3ForCausalLM(model_config(tokenizer.get_vocab_size(), end, pad))
         matrices = [p for n, p in self.model.named_parameters() if "layers" in n and p.ndim == 2]
@@ -97,9 +97,14 @@ class Trainer:
         """Final hidden states (rows, length, width) of ``tokens`` (rows, length)."""
         return self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
 
+    @property
+    def progress(self) -> float:
+        """Share of the budget used up, in steps or in time, whichever is further (1 is the end)."""
+        return max(self.step / self.args.steps, self.seconds / (60 * self.args.minutes))
+
     def train_step(self, batch: Batch) -> float:
         """One optimiser step on ``batch``; returns the mean loss per assistant token in nats."""
-        factor = learning_rate(self.step, self.args.steps)
+        start, factor = time.monotonic(), learning_rate(self.step, self.progress)
         low_precision = (
             contextlib.nullcontext() if self.args.float32 else torch.autocast("cpu", dtype=torch.bfloat16)
         )
@@ -115,12 +120,14 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.seconds += time.monotonic() - start
         return loss.item()
 
     def checkpoint(self, path: Path) -> None:
         """Write everything needed to go on after an interruption."""
         state = {
             "step": self.step,
+            "seconds": self.seconds,
             "model": self.model.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
         }
@@ -130,7 +137,7 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Load a checkpoint; the data stream restarts with a seed of its own, so nothing is seen twice."""
         state = torch.load(path, weights_only=True)
-        self.step = state["step"]
+        self.step, self.seconds = state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -146,16 +153,15 @@ def run(args: argparse.Namespace) -> None:
     trainer = Trainer(tokenizer, args)
     if (args.work / "state.pt").exists():
         trainer.resume(args.work / "state.pt")
-    start, seen, smooth = time.time(), 0, 0.0
+    seen, smooth = 0, 0.0
     for batch in batches(tokenizer, args.seed + 1000 * trainer.step, args.batch_tokens):
         loss = trainer.train_step(batch)
         seen += batch.tokens.numel()
         smooth = loss if not smooth else 0.97 * smooth + 0.03 * loss
         if trainer.step % 20 == 0:
-            spent = time.time() - start
-            speed = f"tokens {seen} seconds {spent:.0f} tok/s {seen / spent:.0f}"
-            print(f"step {trainer.step} loss {smooth:.4f} {speed}", flush=True)
-        last = trainer.step >= args.steps
+            place = f"step {trainer.step} progress {trainer.progress:.3f} seconds {trainer.seconds:.0f}"
+            print(f"{place} tokens {seen} loss {smooth:.4f}", flush=True)
+        last = trainer.progress >= 1
         if trainer.step % args.save_every == 0 or last:
             trainer.checkpoint(args.work / "state.pt")
             save_model(trainer.model, args.out)
@@ -173,9 +179,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="model directory to write")
     parser.add_argument("--work", type=Path, required=True, help="directory of the resumable checkpoint")
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=4300)
+    parser.add_argument("--minutes", type=float, default=60.0, help="end sooner on a busy or slow machine")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--batch-tokens", type=int, default=8192)
+    parser.add_argument("--batch-tokens", type=int, default=5120)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=100)
