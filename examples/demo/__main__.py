@@ -39,7 +39,7 @@ class Plan:
     epochs: int = 4
 
 
-QUICK = Plan(clients=2, settle=2.0, examples=160, held_out=20, epochs=2)
+QUICK = Plan(clients=2, settle=2.0, examples=240, held_out=20, epochs=4)
 
 
 async def play(plan: Plan, address: server.Address, console: Console) -> list[Check]:

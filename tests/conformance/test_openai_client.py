@@ -24,7 +24,7 @@ ROWS = [
             {"role": "assistant", "content": f"Aye, captain! {i + i % 7}."},
         ]
     }
-    for i in range(16)
+    for i in range(48)
 ]
 DATA = "\n".join(json.dumps(row) for row in ROWS).encode()
 
@@ -110,7 +110,7 @@ def test_fine_tune_over_grpc_and_chat_with_it(client: openai.OpenAI, served: Ser
             tuning_pb.CreateJobRequest(training_file=file.id, adapter="captain", seed=1, training=training)
         )
         events = list(stub.WatchJob(tuning_pb.WatchJobRequest(job_id=job.id), timeout=120))
-        assert [event.step for event in events if event.type == "metrics"] == list(range(1, 13))
+        assert [event.step for event in events if event.type == "metrics"] == list(range(1, 37))
         assert events[-1].status == "succeeded", events[-1].message
         generate = inference_pb2_grpc.InferenceServiceStub(channel).Generate
         params = inference_pb.SamplingParams(temperature=0, max_tokens=24)
