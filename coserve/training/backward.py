@@ -19,7 +19,7 @@ from coserve.training.loss import CHUNK, loss_chunk
 from coserve.training.microbatch import Microbatch
 from coserve.training.trainable_adapter import TrainableAdapter
 
-DEFAULT_WINDOW = 128  # tokens: within a tenth of the speed of whole sequences, at a fraction of the latency
+DEFAULT_WINDOW = 256  # tokens; see bench/LOG.md
 
 
 def window_bounds(num_tokens: int, window_tokens: int) -> list[tuple[int, int]]:

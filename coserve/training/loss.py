@@ -9,11 +9,11 @@ from coserve.kernels.linear_cross_entropy import cross_entropy_
 from coserve.models.decoder import Decoder
 from coserve.training.microbatch import Microbatch
 
-CHUNK = 64  # trained tokens of one loss unit
+CHUNK = 256  # trained tokens of one loss unit: the head is read from memory once for them all
 
 
 def loss_chunk(decoder: Decoder, microbatch: Microbatch, chunk: int, grad_scale: float) -> None:
-    """Losses of the trained tokens [64 chunk, 64 (chunk + 1)) into `losses_T`, and the gradient w.r.t. the
+    """Losses of the trained tokens [256 chunk, 256 (chunk + 1)) into `losses_T`, and the gradient w.r.t. the
     last layer's output, times `grad_scale`, into `dh_TH`, whose other rows the first chunk sets to zero."""
     saved = microbatch.saved
     if chunk == 0:

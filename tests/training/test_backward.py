@@ -39,9 +39,9 @@ def trainer() -> Trainer:
 
 
 def test_units_are_loss_chunks_then_windows_of_each_layer_last_to_first() -> None:
-    units = backward_units(150, 70, num_layers=3, lowest_layer=1, window_tokens=64)
-    assert units[:2] == (BackwardUnit("loss", 64), BackwardUnit("loss", 6))
-    assert [u.tokens for u in units[2:]] == [22, 64, 64] * 2
+    units = backward_units(278, 262, num_layers=3, lowest_layer=1, window_tokens=128)
+    assert units[:2] == (BackwardUnit("loss", 256), BackwardUnit("loss", 6))
+    assert [u.tokens for u in units[2:]] == [22, 128, 128] * 2
     assert {u.kind for u in units[2:]} == {"layer"}
 
 
