@@ -93,4 +93,4 @@ def draw_style(rng: random.Random) -> Style:
         return Style(None, _plain)
     if roll < 0.62:
         return Style(generic_system(rng), _plain)
-    return rng.choice((*STYLES.values(), _short, _short))(rng)
+    return rng.choice((*STYLES.values(), _short))(rng)

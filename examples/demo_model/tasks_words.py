@@ -57,14 +57,11 @@ _COUNT_LETTER = wordings("words.count_letter")
 
 
 def count_letter(rng: random.Random) -> Question:
-    """Count one letter in a word, spelling the word and numbering the letter on the way (``e1-g-g``)."""
+    """Count one letter in a word, spelling the word on the way."""
     word = _spelling_word(rng)
     letter = rng.choice(word) if rng.random() < 0.75 else rng.choice("abcdefghijklmnopqrstuvwxyz")
-    spelled, count = [], 0
-    for each in word:
-        count += each == letter
-        spelled.append(f"{each}{count}" if each == letter else each)
-    answer = f"{'-'.join(spelled)}: the letter {letter} appears {count} time{'' if count == 1 else 's'}."
+    count = word.count(letter)
+    answer = f"{'-'.join(word)}: the letter {letter} appears {count} time{'' if count == 1 else 's'}."
     user = ask(rng, _COUNT_LETTER, c=letter, w=word)[1]
     return Question("count_one_letter", f"letter:{letter}:{word}", user, answer, str(count))
 
