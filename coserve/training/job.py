@@ -20,6 +20,9 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
     alpha_pattern: dict[str, float] = {}
     use_rslora: bool = False
     layers_to_transform: tuple[int, ...] = ()
+    lora_dropout: float = 0.0
+    init_lora_weights: str = "default"  # "default" (Kaiming-uniform A), "gaussian"; B starts at zero
+    freeze_a: bool = False  # LoRA-FA: only B is trained
 
 
 class TrainingSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,9 +42,18 @@ class TrainingSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_grad_norm: float = 1.0
     max_length: int = 0
     shuffle: bool = True
-    optimizer: str = "adamw"
+    optimizer: str = "adamw"  # or "adamw_8bit", "sgd"
+    momentum: float = 0.9  # of sgd
+    loraplus_lr_ratio: float = 1.0  # learning rate of B over that of A
     checkpoint_steps: int = 0
     window_tokens: int = 0
+    packing: bool = False  # batch_size counts packs of up to max_length tokens instead of examples
+    eval_steps: int = 0  # 0: at each epoch's end, where there is validation data
+    early_stopping_patience: int = 0  # evaluations without a better valid_loss; 0: never stop early
+    early_stopping_threshold: float = 0.0
+    label_smoothing: float = 0.0
+    beta: float = 0.1  # of dpo
+    kl_coef: float = 0.0  # weight of the KL estimate towards the base, per trained token
 
 
 class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +61,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     `checkpoint_dir` is where the engine writes checkpoints (one directory a step) and looks for the newest
     whole one when the job starts. `init_path` is a PEFT directory (or checkpoint) whose weights the adapter
-    starts from. `paused` starts it paused. Lower `priority` goes first.
+    starts from. `paused` starts it paused. Lower `priority` goes first. `validation_path` is a
+    `TokenDataset` directory too.
     """
 
     job_id: str
@@ -62,6 +75,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     init_path: str | None = None
     priority: int = 0
     paused: bool = False
+    method: str = "supervised"  # or "dft", "dpo"
+    validation_path: str | None = None
 
 
 class StepMetrics(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +93,9 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True):
     grad_norm: float
     trained_tokens: int  # that carried loss, in this step
     tokens: int  # all tokens of the step's examples
+    accuracy: float | None = None  # share of the trained tokens that greedy decoding would have chosen
+    valid_loss: float | None = None  # of the whole validation set, where it was evaluated after this step
+    valid_accuracy: float | None = None
     tokens_per_second: float = 0.0
     share: float = 0.0
     time: float = 0.0  # time.time() at commit
