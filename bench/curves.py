@@ -1,7 +1,7 @@
 """The loss curve of a real fine-tune beside PEFT's: same adapter to start from, same batches, same schedule.
 
-The demo model in fp32 learns GSM8K's training set (`../shared/data/chat/gsm8k/train.jsonl`; a generated set of
-sums where that file is absent, which the result says). PEFT runs under autograd with torch's AdamW on padded
+The demo model in fp32 learns GSM8K's training set (`../shared/data/chat/gsm8k/train.jsonl`; generated sums
+where that file is absent, which the result says). PEFT runs under autograd with torch's AdamW on padded
 batches. Writes the losses of every step and, with `--plot`, a picture of both curves and their difference.
 """
 
@@ -115,9 +115,8 @@ def _batch_loss(model: torch.nn.Module, examples: list[Any]) -> torch.Tensor:
         labels_BT[row, : len(ids)] = torch.tensor(labels)
         mask_BT[row, : len(ids)] = 1
     logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
-    return torch.nn.functional.cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=NOT_TRAINED, reduction="sum"
-    )
+    logits, targets = logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(logits, targets, ignore_index=NOT_TRAINED, reduction="sum")
 
 
 def plot(path: Path, mine: list[float], theirs: list[float], data: str) -> None:
@@ -180,8 +179,8 @@ def main() -> None:
     a, b = fmean(mine[-last:]), fmean(theirs[-last:])
     result = {
         "headline": {
-            "what": f"mean loss of the last {last} of {steps} steps on {data}, demo model in fp32; the peer is "
-            "PEFT from the same adapter on the same batches; spread is the steps' smallest and largest ratio",
+            "what": f"mean loss of the last {last} of {steps} steps on {data}, demo model in fp32; the peer "
+            "is PEFT from the same adapter on the same batches; spread: smallest and largest ratio of a step",
             "coserve": a,
             "peer": b,
             "unit": "nats a token",
