@@ -23,9 +23,11 @@ class BytesDecoder:
         self._strip_space = strip_space
 
     def push(self, token_id: int) -> str:
+        """Take a token; returns the whole characters that are certain now."""
         return self._shown(self._utf8.decode(self._token_bytes(token_id)))
 
     def finish(self) -> str:
+        """What is left when no token follows."""
         return self._shown(self._utf8.decode(b"", final=True))
 
     def _shown(self, text: str) -> str:
@@ -48,10 +50,12 @@ class WindowDecoder:
         self._read = 0  # tokens of the window whose text is out
 
     def push(self, token_id: int) -> str:
+        """Take a token; returns the whole characters that are certain now."""
         self._window.append(token_id)
         return self._emit(final=len(self._window) - self._read > _MAX_HELD_TOKENS)
 
     def finish(self) -> str:
+        """What is left when no token follows."""
         return self._emit(final=True)
 
     def _emit(self, final: bool) -> str:

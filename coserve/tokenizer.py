@@ -97,10 +97,6 @@ class Tokenizer:
         """Number of token ids, added tokens included (the model's embedding may have more rows)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with `add_special_tokens` those the model expects around it (bos)."""
         ids: list[int] = self._backend.encode(_valid(text), add_special_tokens=add_special_tokens).ids

@@ -38,10 +38,12 @@ class AdapterSlots:
 
     @property
     def rows_in_use(self) -> int:
+        """Rows that adapters have now."""
         return self.max_rows - len(self._free_rows)
 
     @property
     def keys(self) -> list[str]:
+        """Adapters with rows, least recently used first."""
         return list(self._slots)
 
     def rows(self, key: str) -> list[int]:
@@ -78,6 +80,7 @@ class AdapterSlots:
         return False
 
     def pin(self, key: str, pinned: bool) -> None:
+        """Keep an adapter on the device whoever reads it, or no longer."""
         self._slots[key].pinned = pinned
 
     def revive(self, key: str) -> None:

@@ -38,6 +38,7 @@ class BlockPool:
 
     @property
     def num_extent_slabs(self) -> int:
+        """Slabs held as activation extents."""
         return sum(self._extents.values())
 
     @property
@@ -99,13 +100,6 @@ class BlockPool:
         """Give an extent's slabs back."""
         for block in range(start, start + self._extents.pop(start)):
             self._give_back(block)
-
-    def drop_idle(self) -> None:
-        """Empty the prefix cache of blocks that nobody reads."""
-        for block in list(self._idle):
-            self._forget(block)
-            self._give_back(block)
-        self._idle.clear()
 
     def _take_blank(self, block: int) -> None:
         self._is_free[block] = False

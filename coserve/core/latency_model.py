@@ -24,6 +24,7 @@ class RecursiveLeastSquares:
         self._p = [[1e6 if i == j else 0.0 for j in range(size)] for i in range(size)]
 
     def predict(self, x: list[float]) -> float:
+        """The fitted value at features `x`, in the unit of the observations."""
         return sum(w * v for w, v in zip(self.weights, x, strict=True))
 
     def update(self, x: list[float], y: float) -> None:
@@ -51,6 +52,7 @@ class UnitCost:
         self.count = 0
 
     def update(self, seconds: float, tokens: int) -> None:
+        """Take one measured unit in."""
         value = seconds / tokens
         if self.count == 0:
             self.mean = value
@@ -60,6 +62,7 @@ class UnitCost:
         self.count += 1
 
     def predict(self, tokens: int) -> float:
+        """Seconds that a unit of so many tokens should not exceed: the mean and two deviations."""
         return (self.mean + 2.0 * self.deviation) * tokens
 
 

@@ -36,6 +36,7 @@ class PrefixCache:
         return self._block_of.get(key)
 
     def holds(self, block: int) -> bool:
+        """Whether the cache knows what is in this block."""
         return block in self._key_of
 
     def insert(self, key: bytes, block: int) -> bool:

@@ -47,7 +47,6 @@ class Request(Sequence):
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.scheduled_at: float | None = None
-        self.last_token_at: float | None = None
         self._stop_ids = frozenset(sampling.stop_token_ids) | (
             frozenset() if sampling.ignore_eos else frozenset(eos_token_ids)
         )
@@ -55,15 +54,13 @@ class Request(Sequence):
 
     @property
     def num_tokens(self) -> int:
+        """Prompt and output so far."""
         return len(self.token_ids)
 
     @property
     def num_output_tokens(self) -> int:
+        """Sampled so far."""
         return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
-    def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -77,6 +74,7 @@ class Request(Sequence):
 
     @property
     def finished(self) -> bool:
+        """It has given its last token, or was aborted."""
         return self.status is RequestStatus.FINISHED
 
     def append(self, token_id: int) -> tuple[str, int | None] | None:

@@ -35,4 +35,5 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     @property
     def greedy(self) -> bool:
+        """The most likely token is taken, without a random number."""
         return self.temperature == 0.0

@@ -71,6 +71,7 @@ class Scheduler:
         self.waiting.sort(key=lambda r: r.order)
 
     def get(self, request_id: str) -> Request | None:
+        """The request of this id; None when there is none."""
         return self._requests.get(request_id)
 
     def finish(self, request: Request) -> None:
@@ -87,6 +88,7 @@ class Scheduler:
 
     @property
     def has_requests(self) -> bool:
+        """Somebody waits or runs."""
         return bool(self.running or self.waiting)
 
     # ------------------------------------------------------------------ one step

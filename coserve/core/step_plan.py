@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from coserve.core.request import Request
-from coserve.core.span import InferenceSpan, SpanKind, TrainingSpan
+from coserve.core.span import InferenceSpan, TrainingSpan
 from coserve.core.training_sequence import TrainingSequence
 
 
@@ -28,10 +28,12 @@ class StepPlan:
 
     @property
     def empty(self) -> bool:
+        """There is nothing to do."""
         return not (self.inference or self.training_forward or self.training_backward)
 
     @property
     def inference_tokens(self) -> int:
+        """Rows of the step that belong to requests."""
         return sum(span.length for span in self.inference)
 
     @property
@@ -40,16 +42,9 @@ class StepPlan:
         return sum(span.start + span.length for span in self.inference)
 
     @property
-    def forward_tokens(self) -> int:
-        return self.inference_tokens + sum(span.length for span in self.training_forward)
-
-    @property
     def kind(self) -> str:
         """"inference", "training" or "mixed", as the step histogram labels it."""
         training = bool(self.training_forward or self.training_backward)
         if not self.inference:
             return "training"
         return "mixed" if training else "inference"
-
-    def decode_only(self) -> bool:
-        return all(span.kind is SpanKind.DECODE for span in self.inference)

@@ -50,10 +50,12 @@ class TrainingQueue:
 
     @property
     def sequences(self) -> list[TrainingSequence]:
+        """All that are queued, of every job."""
         return [s for job in self._jobs.values() for s in job.sequences]
 
     @property
     def has_work(self) -> bool:
+        """Some job owes tokens."""
         return any(not s.done for s in self.sequences)
 
     def submit(self, job_id: str, sequences: list[TrainingSequence], priority: int = 0) -> None:

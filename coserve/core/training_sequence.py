@@ -54,10 +54,12 @@ class TrainingSequence(Sequence):
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of the microbatch."""
         return self._num_tokens
 
     @property
     def forward_done(self) -> bool:
+        """Every token has gone forward."""
         return self.cursor >= self._num_tokens
 
     @property
@@ -67,6 +69,7 @@ class TrainingSequence(Sequence):
 
     @property
     def done(self) -> bool:
+        """Forward and backward are complete."""
         return self.forward_done and self.backward_owed == 0
 
     def window(self, most: int, affordable: int) -> int:

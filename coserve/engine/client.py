@@ -21,7 +21,7 @@ import zmq
 import zmq.asyncio
 
 from coserve import errors
-from coserve.config import EngineConfig
+from coserve.config import ALLOCATOR, EngineConfig
 from coserve.engine import messages as m
 from coserve.training.job import JobSpec
 
@@ -31,9 +31,7 @@ JobEvent = m.JobProgress | m.JobCheckpoint | m.JobStatus
 START_TIMEOUT = 600.0  # seconds a large model may take to load
 MAX_RESTART_DELAY = 10.0
 ENGINE_ENVIRONMENT = {
-    # Freed workspaces are kept, on huge pages: page faults cost training more than arithmetic saves.
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296"
-    ":glibc.malloc.trim_threshold=17179869184",
+    "GLIBC_TUNABLES": ALLOCATOR,
     # Compute threads that wait give their core back soon: the server needs it.
     "GOMP_SPINCOUNT": "10000",
 }

@@ -169,6 +169,7 @@ class Engine:
 
     @property
     def is_loading(self) -> bool:
+        """Whether the adapter of this digest is on its way to the device."""
         return self.adapters.is_loading
 
     @singledispatchmethod

@@ -201,7 +201,6 @@ class EngineStats(Message):
     waiting_deferred: int = 0  # waiting for an adapter's load
     kv_usage: float = 0.0
     memory_bytes: dict[str, int] = {}
-    adapters_by_tier: dict[str, int] = {}
     adapter_tiers: dict[str, str] = {}  # digest -> "device" | "host"; absent: disk only
     running_adapters: list[str] = []  # names with a request in flight
     waiting_adapters: list[str] = []

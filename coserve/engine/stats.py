@@ -56,7 +56,6 @@ class StatsKeeper:
         """Gauges now, counts since the last snapshot."""
         engine = self._engine
         scheduler, blocks, adapters = engine.scheduler, engine.blocks, engine.adapters
-        tiers = adapters.tiers()
         forward, backward = engine.jobs.take_token_counts()
         stats = m.EngineStats(
             call_id=call_id,
@@ -65,8 +64,7 @@ class StatsKeeper:
             waiting_deferred=scheduler.num_deferred,
             kv_usage=blocks.num_kv_blocks / blocks.num_blocks,
             memory_bytes=self._memory(),
-            adapters_by_tier={t: list(tiers.values()).count(t) for t in ("device", "host")},
-            adapter_tiers=tiers,
+            adapter_tiers=adapters.tiers(),
             running_adapters=self._names(scheduler.running),
             waiting_adapters=self._names(scheduler.waiting),
             steps=self._steps,

@@ -52,11 +52,6 @@ class LayerActivations:
     x_mid_TH: torch.Tensor | None = None
     gate_up_T2I: torch.Tensor | None = None
 
-    @property
-    def keeps_backward(self) -> bool:
-        """The layer will have a backward."""
-        return self.x_in_TH is not None
-
     @staticmethod
     def shapes(
         config: BlockShape, tokens: int, dtype: torch.dtype, backward: bool = True

@@ -37,6 +37,7 @@ class AdapterVersion:
 
     @property
     def full_name(self) -> str:
+        """`name@version`."""
         return f"{self.name}@{self.version}"
 
 

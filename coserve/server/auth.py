@@ -48,10 +48,6 @@ class Authenticator:
     def __init__(self, keys: Iterable[Key] = ()) -> None:
         self._keys = tuple(keys)
 
-    @property
-    def enabled(self) -> bool:
-        return bool(self._keys)
-
     @classmethod
     def from_config(
         cls, api_keys: Iterable[str], admin_api_keys: Iterable[str], keys_file: str

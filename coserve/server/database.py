@@ -54,10 +54,6 @@ class Database:
         """The result of `work(connection)`; what it wrote is committed, or rolled back when it raised."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._transaction, work)
 
-    def run_now(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        """The same from a program without an event loop (start-up)."""
-        return self._thread.submit(self._transaction, work).result()
-
     def _transaction(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         self._connection.execute("BEGIN IMMEDIATE")
         try:

@@ -36,30 +36,10 @@ _GRPC: tuple[tuple[type[errors.CoserveError], grpc.StatusCode], ...] = (
     (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
 )
 
-_BY_CODE: dict[str, type[errors.CoserveError]] = {
-    kind.default_code: kind
-    for kind in (
-        errors.InvalidRequest,
-        errors.ContextLengthExceeded,
-        errors.FailedPrecondition,
-        errors.NotFound,
-        errors.ModelNotFound,
-        errors.Conflict,
-        errors.Unavailable,
-        errors.InternalError,
-    )
-}
-
 
 def internal_error() -> errors.InternalError:
     """What a client is told of a fault whose details stay in the log."""
     return errors.InternalError("The server had an internal error; its log has the details.")
-
-
-def from_code(code: str | None, message: str, param: str | None = None) -> errors.CoserveError:
-    """The error of the tree that an engine's `error_code` names; InternalError when it names none."""
-    kind = _BY_CODE.get(code or "", errors.InternalError)
-    return kind(message, param=param, code=code)
 
 
 def http_status(error: errors.CoserveError) -> tuple[int, str]:

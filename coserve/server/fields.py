@@ -37,12 +37,15 @@ class Fields:
         self.path = path
 
     def has(self, name: str) -> bool:
+        """Whether the field is there and not null."""
         return self.body.get(name) is not None
 
     def raw(self, name: str) -> Any:
+        """The value as it came; None when absent."""
         return self.body.get(name)
 
     def fail(self, name: str, reason: str) -> InvalidRequest:
+        """The error for this field; `reason` goes on after its name."""
         return InvalidRequest(f"{self.path}{name} {reason}", param=self.path + name)
 
     def only(self, allowed: frozenset[str], where: str) -> None:
@@ -58,6 +61,7 @@ class Fields:
     def integer(
         self, name: str, default: int | None = None, low: int | None = None, high: int | None = None
     ) -> int | None:
+        """A whole number from `low` to `high`; 3.0 is 3."""
         value = self.body.get(name)
         if value is None:
             return default
@@ -73,6 +77,7 @@ class Fields:
     def number(
         self, name: str, default: float | None = None, low: float | None = None, high: float | None = None
     ) -> float | None:
+        """A finite number from `low` to `high`."""
         value = self.body.get(name)
         if value is None:
             return default
@@ -91,6 +96,7 @@ class Fields:
             raise self.fail(name, f"must be at most {high:g}, not {value:g}.")
 
     def boolean(self, name: str, default: bool = False) -> bool:
+        """true or false."""
         value = self.body.get(name)
         if value is None:
             return default
@@ -99,6 +105,7 @@ class Fields:
         return value
 
     def string(self, name: str, default: str | None = None, max_length: int | None = None) -> str | None:
+        """Text of at most `max_length` characters."""
         value = self.body.get(name)
         if value is None:
             return default
@@ -109,6 +116,7 @@ class Fields:
         return value
 
     def required_string(self, name: str) -> str:
+        """Text that has to be there."""
         value = self.string(name)
         if not value:
             raise InvalidRequest(
@@ -117,12 +125,14 @@ class Fields:
         return value
 
     def choice(self, name: str, allowed: Sequence[str], default: str | None = None) -> str | None:
+        """One of the words in `allowed`."""
         value = self.string(name, default)
         if value is not None and value not in allowed:
             raise self.fail(name, f"must be one of {', '.join(allowed)}; not {shown(value)}.")
         return value
 
     def array(self, name: str) -> list[Any] | None:
+        """A list of anything."""
         value = self.body.get(name)
         if value is None:
             return None
@@ -131,6 +141,7 @@ class Fields:
         return list(value)
 
     def strings(self, name: str) -> list[str] | None:
+        """A list of texts."""
         values = self.array(name)
         if values is None:
             return None
@@ -140,6 +151,7 @@ class Fields:
         return values
 
     def integers(self, name: str) -> list[int] | None:
+        """A list of whole numbers."""
         values = self.array(name)
         if values is None:
             return None
@@ -149,6 +161,7 @@ class Fields:
         return values
 
     def object(self, name: str) -> Fields | None:
+        """A nested object, with its own path in errors."""
         value = self.body.get(name)
         if value is None:
             return None

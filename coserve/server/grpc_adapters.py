@@ -31,6 +31,7 @@ class AdapterRpc(adapters_pb2_grpc.AdapterServiceServicer):
     async def LoadAdapter(
         self, request: pb.LoadAdapterRequest, context: grpc.aio.ServicerContext
     ) -> pb.Adapter:
+        """Load a PEFT directory under an allowed root."""
         _require_name(request.name)
         row = await self._adapters.load(
             request.name, request.path, pinned=request.pinned, replace_existing=request.replace
@@ -40,6 +41,7 @@ class AdapterRpc(adapters_pb2_grpc.AdapterServiceServicer):
     async def UnloadAdapter(
         self, request: pb.UnloadAdapterRequest, context: grpc.aio.ServicerContext
     ) -> pb.UnloadAdapterResponse:
+        """Forget an adapter."""
         _require_name(request.name)
         await self._adapters.unload(request.name)
         return pb.UnloadAdapterResponse()
@@ -47,12 +49,14 @@ class AdapterRpc(adapters_pb2_grpc.AdapterServiceServicer):
     async def GetAdapter(
         self, request: pb.GetAdapterRequest, context: grpc.aio.ServicerContext
     ) -> pb.Adapter:
+        """One version of an adapter."""
         _require_name(request.name)
         return self._message(self._adapters.get(request.name, request.version))
 
     async def ListAdapters(
         self, request: pb.ListAdaptersRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListAdaptersResponse:
+        """All versions, of one name where it is given."""
         rows = self._adapters.all_versions()
         if request.name:
             self._adapters.get(request.name)
@@ -62,6 +66,7 @@ class AdapterRpc(adapters_pb2_grpc.AdapterServiceServicer):
     async def PublishVersion(
         self, request: pb.PublishVersionRequest, context: grpc.aio.ServicerContext
     ) -> pb.Adapter:
+        """Make a checkpoint the next version of an adapter."""
         checkpoint = request.checkpoint
         if not checkpoint:
             if not request.job_id:
@@ -75,12 +80,14 @@ class AdapterRpc(adapters_pb2_grpc.AdapterServiceServicer):
     async def RollbackAdapter(
         self, request: pb.RollbackAdapterRequest, context: grpc.aio.ServicerContext
     ) -> pb.Adapter:
+        """Let a name mean an earlier version again."""
         _require_name(request.name)
         return self._message(await self._adapters.rollback(request.name, request.version))
 
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: grpc.aio.ServicerContext
     ) -> pb.Adapter:
+        """Take a PEFT directory as a tar and publish it."""
         writer = UploadWriter(self._context.files.folder)
         try:
             info = await receive(request_iterator, writer)
@@ -91,6 +98,7 @@ class AdapterRpc(adapters_pb2_grpc.AdapterServiceServicer):
     async def DownloadAdapter(
         self, request: pb.DownloadAdapterRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.DownloadAdapterResponse]:
+        """A version as a tar of its PEFT directory."""
         _require_name(request.name)
         row = self._adapters.get(request.name, request.version)
         async for chunk in archive_chunks(Path(row.version.path)):

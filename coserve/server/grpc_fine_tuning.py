@@ -29,14 +29,17 @@ class FineTuning(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         self._jobs = context.jobs
 
     async def CreateJob(self, request: pb.CreateJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
+        """Check a request and start its job."""
         return job_message(await self._jobs.create(plain(request)))
 
     async def GetJob(self, request: pb.GetJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
+        """One job."""
         return job_message(await self._jobs.records.get(request.job_id))
 
     async def ListJobs(
         self, request: pb.ListJobsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListJobsResponse:
+        """Jobs, the newest first."""
         if request.limit < 0:
             raise InvalidRequest("limit must not be negative.", param="limit")
         jobs = await self._jobs.records.list()
@@ -45,17 +48,21 @@ class FineTuning(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         return pb.ListJobsResponse(jobs=[job_message(job) for job in shown], has_more=more)
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
+        """End a job without publishing."""
         return job_message(await self._jobs.cancel(request.job_id))
 
     async def PauseJob(self, request: pb.PauseJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
+        """Stop a job after the step it is in."""
         return job_message(await self._jobs.pause(request.job_id))
 
     async def ResumeJob(self, request: pb.ResumeJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
+        """Let a paused job go on."""
         return job_message(await self._jobs.resume(request.job_id))
 
     async def WatchJob(
         self, request: pb.WatchJobRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.JobEvent]:
+        """All events of a job, then those to come, to the last status."""
         async with aclosing(self._jobs.records.watch(request.job_id, request.after)) as events:
             async for event in events:
                 yield event_message(event)
@@ -63,6 +70,7 @@ class FineTuning(fine_tuning_pb2_grpc.FineTuningServiceServicer):
     async def ListCheckpoints(
         self, request: pb.ListCheckpointsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListCheckpointsResponse:
+        """The kept checkpoints, the newest first."""
         job = await self._jobs.records.get(request.job_id)
         rows = await self._jobs.records.checkpoints(job.id)
         return pb.ListCheckpointsResponse(checkpoints=[checkpoint_message(job, row) for row in rows])
@@ -70,6 +78,7 @@ class FineTuning(fine_tuning_pb2_grpc.FineTuningServiceServicer):
     async def PreviewDataset(
         self, request: pb.PreviewDatasetRequest, context: grpc.aio.ServicerContext
     ) -> pb.PreviewDatasetResponse:
+        """Rows as text, tokens and labels."""
         source = request.WhichOneof("source")
         if source is None:
             raise InvalidRequest("file_id or data is required.", param="file_id")
@@ -94,6 +103,7 @@ class FineTuning(fine_tuning_pb2_grpc.FineTuningServiceServicer):
     async def UploadFile(
         self, request_iterator: AsyncIterator[pb.UploadFileRequest], context: grpc.aio.ServicerContext
     ) -> pb.File:
+        """Take a file in pieces."""
         files = self._context.files
         writer = UploadWriter(files.folder)
         try:

@@ -28,6 +28,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
+        """Stream the output of one prompt."""
         generation = self._prepare(plain(request))
         async with aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
@@ -89,6 +90,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.ServerInfo:
+        """What is served, and its limits."""
         base, info = self._context.base, self._context.engine.info
         return pb.ServerInfo(
             version=__version__,

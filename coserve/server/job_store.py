@@ -57,6 +57,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_over(self) -> bool:
+        """It has ended and will not change."""
         return self.status in TERMINAL
 
 
@@ -83,6 +84,7 @@ class JobEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def id(self) -> str:
+        """As clients see it; ids sort like the events."""
         return f"ftevent-{self.seq:012d}"
 
 

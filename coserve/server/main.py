@@ -101,6 +101,7 @@ class RunningServer:
 
     @property
     def ready_line(self) -> str:
+        """The line printed once requests can come."""
         return f"coserve ready http={self.http_url} grpc={self.grpc_address} model={self.context.base.name}"
 
 

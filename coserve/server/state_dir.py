@@ -41,6 +41,7 @@ class StateDir:
         return self.adapters / quote(name, safe="-._~") / str(version)
 
     def job(self, job_id: str) -> Path:
+        """The folder of a job."""
         return self.jobs / job_id
 
     def close(self) -> None:

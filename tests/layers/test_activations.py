@@ -42,7 +42,7 @@ def test_layers_without_backward_keep_keys_and_values_only() -> None:
     saved = MicrobatchActivations(
         torch.zeros(MicrobatchActivations.nbytes(*shape), dtype=torch.uint8), *shape
     )
-    assert [saved.layer(layer).keeps_backward for layer in range(3)] == [False, False, True]
+    assert [saved.layer(layer).x_in_TH is not None for layer in range(3)] == [False, False, True]
     assert saved.layer(0).gate_up_T2I is None
     assert saved.layer(0).k_TND.shape == (7, 2, 10)
     full = LayerActivations.shapes(CONFIG, 7, torch.float32)

@@ -102,7 +102,10 @@ class Generation:
         """Output ids of all requests, once all are finished."""
         for _ in range(2000):
             if all(request.finished for request in self.requests.values()):
-                return {name: request.output_token_ids for name, request in self.requests.items()}
+                return {
+                    name: request.token_ids[request.num_prompt_tokens :]
+                    for name, request in self.requests.items()
+                }
             self.step()
         raise AssertionError("the requests never finish")
 

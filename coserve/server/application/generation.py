@@ -59,11 +59,13 @@ class Usage:
     cached_tokens: int = 0
 
     def add(self, delta: Delta) -> None:
+        """Count one piece of the output."""
         self.completion_tokens += len(delta.token_ids)
         self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
 
     @property
     def total_tokens(self) -> int:
+        """Prompt and completion."""
         return self.prompt_tokens + self.completion_tokens
 
 
@@ -80,6 +82,7 @@ class Choice:
     stop_reason: str | int | None = None
 
     def add(self, delta: Delta) -> None:
+        """Take one piece of the output."""
         self.text += delta.text
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs

@@ -62,6 +62,7 @@ def moved(job: JobRecord, status: str) -> Transition:
 
 
 def after_validation(job: JobRecord, prepared: Prepared, total_steps: int) -> Transition:
+    """The job with its data read: what was found, and the queue as its next state."""
     events = [event_of(job, "message", text, level=level) for level, text in prepared.remarks()]
     after = change(job, total_steps=total_steps)
     if job.status == "paused":

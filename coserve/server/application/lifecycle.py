@@ -28,6 +28,7 @@ class Lifecycle:
 
     @property
     def in_flight(self) -> int:
+        """Requests under way."""
         return self._in_flight
 
     def check_open(self) -> None:
