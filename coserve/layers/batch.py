@@ -23,7 +23,7 @@ class LoraPool(Protocol):
     """All adapters' weights on the device, as rows."""
 
     def rows(self, module: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(a_RK, b_RN) of module `LINEAR_MODULES[module]`; b is B transposed times the scale."""
+        """(a_RK, b_RN) of a module by its number in `linear_modules`; b is B transposed times the scale."""
         ...
 
 

@@ -16,8 +16,6 @@ from coserve.kernels.linear import PackedLinear
 from coserve.kernels.lora import lora_backward, lora_forward_
 from coserve.layers.batch import LoraBatch, ModuleGradient
 
-Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ = range(7)
-
 
 class AdaptedLinear:
     """`weights` [N_m, K] of the modules numbered `modules`, merged row-wise in that order."""

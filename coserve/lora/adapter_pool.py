@@ -1,6 +1,6 @@
 """The device rows that all adapters live in.
 
-For each of the seven linear modules one tensor A [L, rows, K] and one tensor B [L, rows, N] (transposed,
+For each linear module of the model one tensor A [L, rows, K] and one tensor B [L, rows, N] (transposed,
 multiplied by the scale). An adapter of rank r has r row numbers, the same in every module and layer; a module
 with a smaller rank leaves the last of them zero. Which rows are whose is decided in core/adapter_slots.py.
 """
@@ -13,7 +13,6 @@ import torch
 
 from coserve.lora.adapter import HostAdapter
 from coserve.lora.peft_files import LinearShapes
-from coserve.models.config import LINEAR_MODULES
 
 
 class AdapterPool:
@@ -30,7 +29,8 @@ class AdapterPool:
         self.num_layers = config.num_layers
         self.max_rows = max_rows
         self.dtype = dtype
-        shapes = [config.module_shape(name) for name in LINEAR_MODULES]
+        self._modules = {name: number for number, name in enumerate(config.linear_modules)}
+        shapes = [config.module_shape(name) for name in self._modules]
         sizes = (self.num_layers, max_rows)
         self._a = [torch.zeros(*sizes, inputs, dtype=dtype, device=device) for _, inputs in shapes]
         self._b = [torch.zeros(*sizes, outputs, dtype=dtype, device=device) for outputs, _ in shapes]
@@ -41,7 +41,7 @@ class AdapterPool:
         return sum(tensor.nbytes for tensor in (*self._a, *self._b))
 
     def rows(self, module: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(a [rows, K], b [rows, N]) of module `LINEAR_MODULES[module]` in one layer; views."""
+        """(a [rows, K], b [rows, N]) of the module numbered `module` in one layer; views."""
         return self._a[module][layer], self._b[module][layer]
 
     def ranks(self, rows: Sequence[int]) -> torch.Tensor:
@@ -55,13 +55,13 @@ class AdapterPool:
         """Copy an adapter into `rows`, as many as its rank; what a smaller module leaves is set to zero."""
         if len(rows) != adapter.rank:
             raise ValueError(f"{len(rows)} rows for an adapter of rank {adapter.rank}")
-        ranks_LM = torch.zeros(self.num_layers, len(LINEAR_MODULES), dtype=torch.int32)
+        ranks_LM = torch.zeros(self.num_layers, len(self._modules), dtype=torch.int32)
         for (layer, name), weights in adapter.modules.items():
-            ranks_LM[layer, LINEAR_MODULES.index(name)] = len(weights.a_RK)
+            ranks_LM[layer, self._modules[name]] = len(weights.a_RK)
         self.place(rows, ranks_LM)
         for (layer, name), weights in adapter.modules.items():
             scaled_b_RN = weights.b_NR.t() * weights.scale
-            self.write_module(rows, LINEAR_MODULES.index(name), layer, weights.a_RK, scaled_b_RN)
+            self.write_module(rows, self._modules[name], layer, weights.a_RK, scaled_b_RN)
 
     def place(self, rows: Sequence[int], ranks_LM: torch.Tensor) -> None:
         """Clear `rows` for an adapter with these ranks [L, modules], whose modules are then written."""

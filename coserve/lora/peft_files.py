@@ -24,7 +24,6 @@ from safetensors.numpy import save_file
 from coserve.errors import Conflict, InvalidRequest, NotFound
 from coserve.lora.peft_config import PeftConfig
 from coserve.lora.safetensors_header import BadSafetensors, TensorEntry, read_header
-from coserve.models.config import LINEAR_MODULES
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -38,6 +37,8 @@ class LinearShapes(Protocol):
 
     @property
     def num_layers(self) -> int: ...
+    @property
+    def linear_modules(self) -> tuple[str, ...]: ...
     def module_shape(self, name: str) -> tuple[int, int]: ...
     def module_path(self, layer: int, name: str) -> str: ...
 
@@ -99,7 +100,7 @@ def _checked(directory: Path, model: LinearShapes, max_rank: int | None) -> Adap
     paths = {
         model.module_path(layer, name): (layer, name)
         for layer in range(model.num_layers)
-        for name in LINEAR_MODULES
+        for name in model.linear_modules
     }
     layers = {path: layer for path, (layer, _) in paths.items()}
     wanted = [path for path, layer in layers.items() if config.targets(path, layer)]

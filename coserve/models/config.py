@@ -14,7 +14,7 @@ from typing import Any
 from coserve.errors import ConfigError
 
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ATTENTION_MODULES = LINEAR_MODULES[:4]
+FUSED_MODULES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -22,7 +22,8 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 class Family:
     """How an architecture differs from plain Llama.
 
-    `qkv_bias` and `o_bias` None follow `attention_bias` of the file.
+    `qkv_bias` and `o_bias` None follow `attention_bias` of the file; `fused` families have one matrix for
+    q, k and v and one for gate and up, which an adapter then sits on as a whole.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Family:
     o_bias: bool | None = None
     qk_norm: bool = False
     default_head_dim: int | None = None
+    fused: bool = False
 
 
 FAMILIES = {
@@ -77,6 +79,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     torch_dtype: str = "float32"
     hidden_act: str = "silu"
+    fused: bool = False
 
     @classmethod
     def from_dir(cls, path: str | Path) -> ModelConfig:
@@ -141,7 +144,13 @@ class ModelConfig:
             eos_token_ids=_eos_ids(generation or {}, raw),
             torch_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
             hidden_act=ACTIVATIONS[act],
+            fused=family.fused,
         )
+
+    @property
+    def linear_modules(self) -> tuple[str, ...]:
+        """Names of a block's linears; a module's number, everywhere, is its place in here."""
+        return FUSED_MODULES if self.fused else LINEAR_MODULES
 
     @property
     def q_size(self) -> int:
@@ -154,9 +163,11 @@ class ModelConfig:
         return self.num_kv_heads * self.head_dim
 
     def module_shape(self, name: str) -> tuple[int, int]:
-        """(out, in) features of one of `LINEAR_MODULES`."""
+        """(out, in) features of one of `linear_modules`."""
         hidden, inner = self.hidden_size, self.intermediate_size
         return {
+            "qkv_proj": (self.q_size + 2 * self.kv_size, hidden),
+            "gate_up_proj": (2 * inner, hidden),
             "q_proj": (self.q_size, hidden),
             "k_proj": (self.kv_size, hidden),
             "v_proj": (self.kv_size, hidden),
@@ -168,13 +179,13 @@ class ModelConfig:
 
     def module_path(self, layer: int, name: str) -> str:
         """The module's dotted path in transformers, e.g. "model.layers.0.self_attn.q_proj"."""
-        block = "self_attn" if name in ATTENTION_MODULES else "mlp"
+        block = "mlp" if name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj") else "self_attn"
         return f"model.layers.{layer}.{block}.{name}"
 
     @property
     def num_parameters(self) -> int:
         """Weights of the model (biases and norms left out), the tied head counted once."""
-        linear = sum(out * into for out, into in map(self.module_shape, LINEAR_MODULES))
+        linear = sum(out * into for out, into in map(self.module_shape, self.linear_modules))
         tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return linear * self.num_layers + tables
 

@@ -15,7 +15,7 @@ from coserve.layers.embedding import Embedding
 from coserve.layers.lm_head import LMHead
 from coserve.layers.mlp import MLP
 from coserve.layers.norm import RMSNorm
-from coserve.models.config import LINEAR_MODULES, ModelConfig
+from coserve.models.config import ModelConfig
 
 
 class DecoderLayer:
@@ -83,7 +83,7 @@ class Decoder:
     @property
     def lora_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of every linear that an adapter may sit on."""
-        return {name: self.config.module_shape(name) for name in LINEAR_MODULES}
+        return {name: self.config.module_shape(name) for name in self.config.linear_modules}
 
     @property
     def nbytes(self) -> int:

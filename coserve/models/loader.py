@@ -13,20 +13,11 @@ from coserve.errors import ConfigError
 from coserve.kernels.swiglu import Activation
 from coserve.layers.attention import Attention
 from coserve.layers.embedding import Embedding
-from coserve.layers.linear import (
-    DOWN_PROJ,
-    GATE_PROJ,
-    K_PROJ,
-    O_PROJ,
-    Q_PROJ,
-    UP_PROJ,
-    V_PROJ,
-    AdaptedLinear,
-)
+from coserve.layers.linear import AdaptedLinear
 from coserve.layers.lm_head import LMHead
 from coserve.layers.mlp import MLP
 from coserve.layers.norm import RMSNorm
-from coserve.models.config import ATTENTION_MODULES, LINEAR_MODULES, ModelConfig
+from coserve.models.config import ModelConfig
 from coserve.models.decoder import Decoder, DecoderLayer, make_rope_table
 
 Fetch = Callable[[str], torch.Tensor]
@@ -42,7 +33,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes[HEAD] = (config.vocab_size, hidden)
     for layer in range(config.num_layers):
-        for name in LINEAR_MODULES:
+        for name in config.linear_modules:
             path = config.module_path(layer, name)
             shapes[f"{path}.weight"] = config.module_shape(name)
             if _has_bias(config, name):
@@ -103,15 +94,14 @@ def build_decoder(config: ModelConfig, fetch: Fetch, device: torch.device | str)
     rope = make_rope_table(config, device)
     eps = config.rms_norm_eps
 
-    def linear(layer: int, *modules: int) -> AdaptedLinear:
-        names = [LINEAR_MODULES[m] for m in modules]
+    def linear(layer: int, *names: str) -> AdaptedLinear:
         paths = [config.module_path(layer, name) for name in names]
         weights = [fetch(f"{path}.weight") for path in paths]
         biases = [
             fetch(f"{path}.bias") if _has_bias(config, name) else None
             for path, name in zip(paths, names, strict=True)
         ]
-        return AdaptedLinear(modules, weights, biases)
+        return AdaptedLinear([config.linear_modules.index(name) for name in names], weights, biases)
 
     def norm(name: str) -> RMSNorm:
         return RMSNorm(fetch(f"{name}.weight"), eps)
@@ -121,14 +111,15 @@ def build_decoder(config: ModelConfig, fetch: Fetch, device: torch.device | str)
         heads = f"{prefix}.self_attn"
         attention = Attention(
             config,
-            linear(layer, Q_PROJ, K_PROJ, V_PROJ),
-            linear(layer, O_PROJ),
+            linear(layer, *(("qkv_proj",) if config.fused else ("q_proj", "k_proj", "v_proj"))),
+            linear(layer, "o_proj"),
             rope,
             norm(f"{heads}.q_norm") if config.qk_norm else None,
             norm(f"{heads}.k_norm") if config.qk_norm else None,
         )
         act: Activation = "silu" if config.hidden_act == "silu" else "gelu_tanh"
-        mlp = MLP(linear(layer, GATE_PROJ, UP_PROJ), linear(layer, DOWN_PROJ), act)
+        gate_up = linear(layer, *(("gate_up_proj",) if config.fused else ("gate_proj", "up_proj")))
+        mlp = MLP(gate_up, linear(layer, "down_proj"), act)
         attn_norm, mlp_norm = norm(f"{prefix}.input_layernorm"), norm(f"{prefix}.post_attention_layernorm")
         return DecoderLayer(attn_norm, attention, mlp_norm, mlp)
 
@@ -139,9 +130,9 @@ def build_decoder(config: ModelConfig, fetch: Fetch, device: torch.device | str)
 
 
 def _has_bias(config: ModelConfig, name: str) -> bool:
-    if name in ATTENTION_MODULES:
-        return config.o_bias if name == "o_proj" else config.attention_bias
-    return config.mlp_bias
+    if name == "o_proj":
+        return config.o_bias
+    return config.attention_bias if name in ("q_proj", "k_proj", "v_proj") else config.mlp_bias
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

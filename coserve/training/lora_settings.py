@@ -7,16 +7,16 @@ from typing import Any
 from coserve.errors import InvalidRequest
 from coserve.lora.peft_config import PeftConfig
 from coserve.lora.peft_files import make_config
-from coserve.models.config import LINEAR_MODULES, ModelConfig
+from coserve.models.config import ModelConfig
 from coserve.training.job import LoraSpec
 
 
-def peft_config(spec: LoraSpec, base_model_name: str = "") -> dict[str, Any]:
+def peft_config(spec: LoraSpec, config: ModelConfig, base_model_name: str = "") -> dict[str, Any]:
     """adapter_config.json of an adapter with these settings, their defaults filled in."""
     return make_config(
         r=spec.r,
         lora_alpha=spec.lora_alpha or 2 * spec.r,
-        target_modules=spec.target_modules or LINEAR_MODULES,
+        target_modules=spec.target_modules or config.linear_modules,
         base_model_name=base_model_name,
         rank_pattern=spec.rank_pattern,
         alpha_pattern=spec.alpha_pattern,
@@ -40,10 +40,10 @@ def resolve_lora(spec: LoraSpec, config: ModelConfig) -> PeftConfig:
     paths = {
         config.module_path(layer, name): layer
         for layer in range(config.num_layers)
-        for name in LINEAR_MODULES
+        for name in config.linear_modules
     }
     try:
-        resolved = PeftConfig.parse(peft_config(spec))
+        resolved = PeftConfig.parse(peft_config(spec, config))
         wanted = {path: layer for path, layer in paths.items() if resolved.targets(path, layer)}
         resolved.check_names(paths, wanted)
     except InvalidRequest as error:

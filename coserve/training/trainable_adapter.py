@@ -19,7 +19,7 @@ from coserve.errors import InvalidRequest
 from coserve.layers.batch import LoraPool, ModuleGradient
 from coserve.lora.adapter import load_adapter
 from coserve.lora.peft_files import tensor_key, write_adapter
-from coserve.models.config import LINEAR_MODULES, ModelConfig
+from coserve.models.config import ModelConfig
 from coserve.training.job import LoraSpec
 from coserve.training.lora_settings import peft_config, resolve_lora
 
@@ -63,17 +63,17 @@ class TrainableAdapter:
     ) -> None:
         """A new adapter drawn from `seed`. Raises InvalidRequest as `resolve_lora` does."""
         resolved = resolve_lora(spec, config)
-        self.config = peft_config(spec, base_model_name)
+        self.config = peft_config(spec, config, base_model_name)
         places = [
             (layer, module, config.module_path(layer, name), config.module_shape(name))
             for layer in range(config.num_layers)
-            for module, name in enumerate(LINEAR_MODULES)
+            for module, name in enumerate(config.linear_modules)
             if resolved.targets(config.module_path(layer, name), layer)
         ]
         sizes = [resolved.rank(path) * (out + into) for _, _, path, (out, into) in places]
         self.parameters = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
         self.gradients = torch.zeros_like(self.parameters)
-        self.ranks_LM = torch.zeros(config.num_layers, len(LINEAR_MODULES), dtype=torch.int32)
+        self.ranks_LM = torch.zeros(config.num_layers, len(config.linear_modules), dtype=torch.int32)
         self.modules: list[TrainableModule] = []
         end = 0
         for (layer, module, path, (out, into)), size in zip(places, sizes, strict=True):
@@ -172,7 +172,7 @@ class TrainableAdapter:
         """
         given = load_adapter(directory, model, param="init_from")
         tensors = {}
-        scales = {(m.layer, LINEAR_MODULES[m.module]): m.scale for m in self.modules}
+        scales = {(m.layer, model.linear_modules[m.module]): m.scale for m in self.modules}
         for place, weights in given.modules.items():
             path = model.module_path(*place)
             ratio = weights.scale / scales.get(place, weights.scale)

@@ -7,8 +7,9 @@ import torch
 
 from coserve.kernels.lora import LoraSegments
 from coserve.layers.batch import LoraBatch, ModuleGradient
-from coserve.layers.linear import K_PROJ, Q_PROJ, V_PROJ, AdaptedLinear
+from coserve.layers.linear import AdaptedLinear
 
+Q_PROJ, K_PROJ, V_PROJ = range(3)
 SIZES = {Q_PROJ: 12, K_PROJ: 5, V_PROJ: 7}
 INPUT, POOL_ROWS = 9, 6
 

@@ -35,7 +35,7 @@ class Trainer:
     def make(cls, decoder: Decoder, adapter: TrainableAdapter) -> Trainer:
         pool = AdapterPool(decoder.config, adapter.rank + 3, decoder.dtype, decoder.device)
         for layer in range(decoder.config.num_layers):
-            for module in range(7):
+            for module in range(len(decoder.config.linear_modules)):
                 for tensor in pool.rows(module, layer):
                     tensor.fill_(float("nan"))
         rows = list(range(adapter.rank + 2, 2, -1))

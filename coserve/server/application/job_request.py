@@ -15,7 +15,7 @@ from typing import Any
 from coserve.errors import InvalidRequest
 from coserve.lora.peft_config import PeftConfig
 from coserve.lora.peft_files import make_config
-from coserve.models.config import LINEAR_MODULES, ModelConfig
+from coserve.models.config import ModelConfig
 from coserve.server.fields import Fields, shown
 from coserve.training.job import LoraSpec, TrainingSpec
 from coserve.training.schedule import POLYNOMIAL_END, SCHEDULES
@@ -125,7 +125,7 @@ def parse_lora(fields: Fields, model: ModelConfig, max_rank: int) -> LoraSpec:
     spec = LoraSpec(
         r=r,
         lora_alpha=alpha,
-        target_modules=_target_modules(fields),
+        target_modules=_target_modules(fields, model.linear_modules),
         rank_pattern=_pattern(fields, "rank_pattern", max_rank),
         alpha_pattern=_alpha_pattern(fields),
         use_rslora=fields.boolean("use_rslora"),
@@ -140,17 +140,17 @@ def default_lora(model: ModelConfig, max_rank: int) -> LoraSpec:
     return parse_lora(Fields({}, "lora."), model, max_rank)
 
 
-def _target_modules(fields: Fields) -> tuple[str, ...]:
+def _target_modules(fields: Fields, modules: tuple[str, ...]) -> tuple[str, ...]:
     raw = fields.raw("target_modules")
     if raw is None or raw == [] or raw == ALL_LINEAR or raw == [ALL_LINEAR]:
-        return LINEAR_MODULES
+        return modules
     names = [raw] if isinstance(raw, str) else fields.strings("target_modules") or []
     for name in names:
-        if name not in LINEAR_MODULES:
+        if name not in modules:
             raise fields.fail(
-                "target_modules", f"has {shown(name)}; this model's modules are {', '.join(LINEAR_MODULES)}."
+                "target_modules", f"has {shown(name)}; this model's modules are {', '.join(modules)}."
             )
-    return tuple(name for name in LINEAR_MODULES if name in names)
+    return tuple(name for name in modules if name in names)
 
 
 def _pattern(fields: Fields, name: str, max_rank: int) -> dict[str, int]:
@@ -193,7 +193,9 @@ def _check_patterns(spec: LoraSpec, model: ModelConfig) -> None:
     """Every pattern must match a module that is adapted, as PEFT would match it."""
     config = PeftConfig.parse(peft_config(spec))
     layers = {
-        model.module_path(layer, name): layer for layer in range(model.num_layers) for name in LINEAR_MODULES
+        model.module_path(layer, name): layer
+        for layer in range(model.num_layers)
+        for name in model.linear_modules
     }
     adapted = {path: layer for path, layer in layers.items() if config.targets(path, layer)}
     try:
@@ -221,7 +223,7 @@ def lora_of(config: Mapping[str, Any], model: ModelConfig) -> LoraSpec:
     parsed = PeftConfig.parse(config)
     targets = tuple(
         name
-        for name in LINEAR_MODULES
+        for name in model.linear_modules
         if any(parsed.targets(model.module_path(layer, name), layer) for layer in range(model.num_layers))
     )
     layers = config.get("layers_to_transform")
