@@ -14,8 +14,8 @@ from coserve.kernels.kv_store import kv_store
 from coserve.kernels.paged_attention import paged_attention
 from coserve.kernels.rope import apply_rope_
 from coserve.kernels.window_attention import window_attention, window_attention_backward
-from coserve.layers.activations import BlockShape
-from coserve.layers.batch import BackwardWindow, ForwardBatch, TrainingWindow
+from coserve.layers.activations import BlockShape, LayerActivations
+from coserve.layers.batch import BackwardWindow, ForwardBatch, ModuleGradient, TrainingWindow
 from coserve.layers.linear import AdaptedLinear
 from coserve.layers.norm import RMSNorm
 
@@ -74,9 +74,7 @@ class Attention:
         qk_TMD, v_TND = qkv_TMD[:, :m], qkv_TMD[:, m:]
         if self.q_norm is not None and self.k_norm is not None:
             for window in batch.windows:
-                saved = window.saved.layer(layer).qk_raw_TND
-                if saved is not None:
-                    saved[window.stream] = qk_TMD[window.batch_rows]
+                window.saved.layer(layer).keep(window.stream, qk_raw_TND=qk_TMD[window.batch_rows])
             q_TND, k_TND = self.q_norm.forward(qk_TMD[:, :n]), self.k_norm.forward(qk_TMD[:, n:])
             self._rotate(q_TND, batch.positions_T)
             self._rotate(k_TND, batch.positions_T)
@@ -98,33 +96,38 @@ class Attention:
     ) -> torch.Tensor:
         """Attention of one training window; keeps what its backward needs."""
         saved, stream = window.saved.layer(layer), window.stream
-        saved.k_TND[stream] = k_WND
-        saved.v_TND[stream] = v_WND
-        if saved.q_TND is not None:
-            saved.q_TND[stream] = q_WND
-            q_WND = saved.q_TND[stream]
+        if not saved.recomputes:
+            saved.keep(stream, k_TND=k_WND, v_TND=v_WND)
         o_WND, lse_WN = window_attention(
             q_WND, saved.k_TND, saved.v_TND, window.sample_start_W, window.window_start, self.scale
         )
-        if saved.attn_out_TH is not None and saved.lse_TN is not None:
-            saved.attn_out_TH[stream] = o_WND.reshape(window.rows, -1)
-            saved.lse_TN[stream] = lse_WN
+        saved.keep(stream, q_TND=q_WND, attn_out_TH=o_WND.reshape(window.rows, -1), lse_TN=lse_WN)
         return o_WND
 
-    def backward(self, dy_WH: torch.Tensor, x_WH: torch.Tensor, window: BackwardWindow) -> torch.Tensor:
-        """Gradient w.r.t. the normed input `x` [W, H]. The window's keys have got all their gradients when
-        its own queries are done, since later windows went before."""
-        saved, stream = window.saved, window.stream
+    def is_adapted(self, lora: dict[int, ModuleGradient]) -> bool:
+        """Some projection has an adapter among `lora`."""
+        return self.qkv.is_adapted(lora) or self.out.is_adapted(lora)
+
+    def backward(
+        self, dy_WH: torch.Tensor, x_WH: torch.Tensor, saved: LayerActivations, window: BackwardWindow
+    ) -> torch.Tensor | None:
+        """Gradient w.r.t. the normed input `x` [W, H]; None where nobody needs it. `saved` is complete, and
+        the window's own. Its keys have got all their gradients when its own queries are done, since later
+        windows went before."""
+        stream = window.stream
         assert saved.q_TND is not None and saved.attn_out_TH is not None and saved.lse_TN is not None
         width, m = window.end - window.start, self.heads + self.kv_heads
-        o_WH = saved.attn_out_TH[stream]
-        do_WH = self.out.backward(dy_WH, lambda: o_WH, window.lora, window.start)
+        o_WH, lora, start = saved.attn_out_TH, window.lora, window.start
+        if window.lowest and not self.qkv.is_adapted(lora):
+            self.out.backward_adapter(dy_WH, lambda: o_WH, lora, start)
+            return None
+        do_WH = self.out.backward(dy_WH, lambda: o_WH, lora, start)
         shape = (width, self.heads, self.dim)
         dq_WND = window_attention_backward(
             do_WH.view(shape),
-            saved.q_TND[stream],
+            saved.q_TND,
             o_WH.view(shape),
-            saved.lse_TN[stream],
+            saved.lse_TN,
             saved.k_TND,
             saved.v_TND,
             window.sample_start_T[stream],
@@ -140,9 +143,13 @@ class Attention:
         self._rotate(dqkv_WMD[:, :m], window.positions_T[stream], inverse=True)
         if self.q_norm is not None and self.k_norm is not None:
             assert saved.qk_raw_TND is not None
-            raw_WMD, n = saved.qk_raw_TND[stream], self.heads
+            raw_WMD, n = saved.qk_raw_TND, self.heads
             dqkv_WMD[:, :n] = self.q_norm.backward(dqkv_WMD[:, :n].contiguous(), raw_WMD[:, :n].contiguous())
             dqkv_WMD[:, n:m] = self.k_norm.backward(
                 dqkv_WMD[:, n:m].contiguous(), raw_WMD[:, n:].contiguous()
             )
-        return self.qkv.backward(dqkv_WMD.view(width, -1), lambda: x_WH, window.lora, window.start)
+        dqkv_WN = dqkv_WMD.view(width, -1)
+        if window.lowest:
+            self.qkv.backward_adapter(dqkv_WN, lambda: x_WH, lora, start)
+            return None
+        return self.qkv.backward(dqkv_WN, lambda: x_WH, lora, start)

@@ -30,14 +30,20 @@ class LoraPool(Protocol):
 class LayerSaver(Protocol):
     """Where a microbatch keeps what its backward needs."""
 
-    @property
-    def x_out_TH(self) -> torch.Tensor:
-        """Output of the last layer, before the final norm."""
-        ...
-
     def layer(self, layer: int) -> LayerActivations:
         """Buffers of one layer."""
         ...
+
+
+@dataclass(frozen=True)
+class SingleLayer:
+    """The saver of a window that runs through one layer alone."""
+
+    saved: LayerActivations
+
+    def layer(self, layer: int) -> LayerActivations:
+        """That layer's."""
+        return self.saved
 
 
 @dataclass(frozen=True)
@@ -59,13 +65,15 @@ class InferenceRows:
 @dataclass(frozen=True)
 class TrainingWindow:
     """Rows [row_start, row_start + rows) of the batch are tokens [window_start, window_start + rows) of a
-    microbatch. `sample_start_W` int32 is the stream index where each token's sample begins."""
+    microbatch. `sample_start_W` int32 is the stream index where each token's sample begins. `x_out_TH` takes
+    the last layer's output; None where only a part of the model runs."""
 
     row_start: int
     rows: int
     window_start: int
     sample_start_W: torch.Tensor
     saved: LayerSaver
+    x_out_TH: torch.Tensor | None = None
 
     @property
     def batch_rows(self) -> slice:
@@ -128,6 +136,8 @@ class BackwardWindow:
 
     `sample_start_T` int32, `positions_T` int64 and the buffers in `saved` cover the whole microbatch, as do
     `dk_TND`, `dv_TND` (fp32, zeroed before the layer's last window). `lora` maps module numbers to gradients.
+    `layer` and `rows_lora`, the adapter as the forward of these tokens had it, are for recomputing. In the
+    `lowest` adapted layer nobody needs the gradient w.r.t. the input.
     """
 
     start: int
@@ -138,8 +148,20 @@ class BackwardWindow:
     dk_TND: torch.Tensor
     dv_TND: torch.Tensor
     lora: dict[int, ModuleGradient]
+    layer: int = 0
+    rows_lora: LoraBatch | None = None
+    lowest: bool = False
 
     @property
     def stream(self) -> slice:
         """The window's tokens in its microbatch."""
         return slice(self.start, self.end)
+
+    def forward_batch(self, saved: LayerActivations) -> ForwardBatch:
+        """The window as a batch of its own for this one layer, which keeps what it makes in `saved`. A part
+        of a layer's forward reads no token ids, so positions stand in for them."""
+        positions_W = self.positions_T[self.stream]
+        rows = self.end - self.start
+        starts_W = self.sample_start_T[self.stream]
+        window = TrainingWindow(0, rows, self.start, starts_W, SingleLayer(saved))
+        return ForwardBatch(positions_W, positions_W, None, [window], self.rows_lora)

@@ -60,10 +60,40 @@ class AdaptedLinear:
         """dx [W, K] of dy [W, N]; adds the adapters' gradients. `x_WK` makes the input, asked for only when
         an adapter needs it; `token_offset` is the window's first token's index in its microbatch."""
         dx_WK = self.packed.backward_input(dy_WN)
+        self._add_adapter(dy_WN, x_WK, lora, token_offset, dx_WK)
+        return dx_WK
+
+    def backward_adapter(
+        self,
+        dy_WN: torch.Tensor,
+        x_WK: Callable[[], torch.Tensor],
+        lora: dict[int, ModuleGradient],
+        token_offset: int,
+    ) -> None:
+        """The adapters' gradients as in `backward`, without dx: below, nothing trains."""
+        if self.is_adapted(lora):
+            self._add_adapter(dy_WN, x_WK, lora, token_offset, dy_WN.new_zeros(len(dy_WN), self.in_features))
+
+    def is_adapted(self, lora: dict[int, ModuleGradient]) -> bool:
+        """Some module of this product has an adapter among `lora`."""
+        return any(module in lora for module, _ in self.parts)
+
+    @property
+    def in_features(self) -> int:
+        """K of the merged weight."""
+        return self.packed.in_features
+
+    def _add_adapter(
+        self,
+        dy_WN: torch.Tensor,
+        x_WK: Callable[[], torch.Tensor],
+        lora: dict[int, ModuleGradient],
+        token_offset: int,
+        dx_WK: torch.Tensor,
+    ) -> None:
         adapted = [(columns, lora[module]) for module, columns in self.parts if module in lora]
         if adapted:
             x = x_WK()
             for columns, g in adapted:
                 dy = dy_WN[:, columns]
                 lora_backward(dy, x, g.a_RK, g.b_RN, g.rows, dx_WK, g.da_rK, g.db_rN, token_offset)
-        return dx_WK

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from coserve.kernels.swiglu import Activation, swiglu, swiglu_backward
+from coserve.layers.activations import LayerActivations
 from coserve.layers.batch import BackwardWindow, ForwardBatch
 from coserve.layers.linear import AdaptedLinear
 
@@ -18,19 +19,33 @@ class MLP:
         self.act = act
 
     def forward(self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int) -> torch.Tensor:
-        """[T, H] of normed input [T, H]; saves gate and up of the training rows."""
-        gate_up_T2I = self.gate_up.forward(x_TH, batch.lora, layer)
-        for window in batch.windows:
-            saved = window.saved.layer(layer).gate_up_T2I
-            if saved is not None:
-                saved[window.stream] = gate_up_T2I[window.batch_rows]
+        """[T, H] of normed input [T, H]."""
+        gate_up_T2I = self.forward_gate_up(x_TH, batch, layer)
         return self.down.forward(swiglu(gate_up_T2I, self.act), batch.lora, layer)
 
-    def backward(self, dy_WH: torch.Tensor, x_WH: torch.Tensor, window: BackwardWindow) -> torch.Tensor:
-        """Gradient w.r.t. the normed input `x` [W, H]."""
-        assert window.saved.gate_up_T2I is not None
-        gate_up_W2I = window.saved.gate_up_T2I[window.stream]
+    def forward_gate_up(self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int) -> torch.Tensor:
+        """The forward as far as its backward needs it: gate and up [T, 2I], kept of the training rows."""
+        gate_up_T2I = self.gate_up.forward(x_TH, batch.lora, layer)
+        for window in batch.windows:
+            window.saved.layer(layer).keep(window.stream, gate_up_T2I=gate_up_T2I[window.batch_rows])
+        return gate_up_T2I
+
+    def backward(
+        self,
+        dy_WH: torch.Tensor,
+        x_WH: torch.Tensor,
+        saved: LayerActivations,
+        window: BackwardWindow,
+        needs_input: bool = True,
+    ) -> torch.Tensor | None:
+        """Gradient w.r.t. the normed input `x` [W, H], None unless `needs_input`; `saved` is complete, and
+        the window's own."""
+        gate_up_W2I = saved.gate_up_T2I
+        assert gate_up_W2I is not None
         lora, start = window.lora, window.start
         dact_WI = self.down.backward(dy_WH, lambda: swiglu(gate_up_W2I, self.act), lora, start)
         dgate_up_W2I = swiglu_backward(dact_WI, gate_up_W2I, self.act)
+        if not needs_input:
+            self.gate_up.backward_adapter(dgate_up_W2I, lambda: x_WH, lora, start)
+            return None
         return self.gate_up.backward(dgate_up_W2I, lambda: x_WH, lora, start)

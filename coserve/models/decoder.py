@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from coserve.layers.activations import LayerActivations
 from coserve.layers.attention import Attention, RopeTable
 from coserve.layers.batch import BackwardWindow, ForwardBatch
 from coserve.layers.embedding import Embedding
@@ -29,25 +30,49 @@ class DecoderLayer:
 
     def forward(self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int) -> torch.Tensor:
         """[T, H] of [T, H]; training rows leave behind what their backward needs."""
+        for window in batch.windows:
+            window.saved.layer(layer).keep(window.stream, x_in_TH=x_TH[window.batch_rows])
+        normed_TH, x_mid_TH = self._attend(x_TH, batch, layer)
+        return self.mlp.forward(normed_TH, batch, layer).add_(x_mid_TH)
+
+    def _attend(
+        self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The attention half: (normed input of the MLP, x_mid), [T, H] each."""
         attended_TH = self.attention.forward(self.attn_norm.forward(x_TH), batch, layer)
         normed_TH, x_mid_TH = self.mlp_norm.add_forward(attended_TH, x_TH)
         for window in batch.windows:
-            saved = window.saved.layer(layer)
-            if saved.x_in_TH is not None and saved.x_mid_TH is not None:
-                saved.x_in_TH[window.stream] = x_TH[window.batch_rows]
-                saved.x_mid_TH[window.stream] = x_mid_TH[window.batch_rows]
-        return self.mlp.forward(normed_TH, batch, layer).add_(x_mid_TH)
+            window.saved.layer(layer).keep(window.stream, x_mid_TH=x_mid_TH[window.batch_rows])
+        return normed_TH, x_mid_TH
 
-    def backward(self, dy_WH: torch.Tensor, window: BackwardWindow) -> torch.Tensor:
-        """Gradient w.r.t. the window's input [W, H] of that w.r.t. its output; adds the adapters' gradients
-        and those of the keys and values it saw."""
-        saved, stream = window.saved, window.stream
-        assert saved.x_in_TH is not None and saved.x_mid_TH is not None
-        x_mid_WH = saved.x_mid_TH[stream]
-        dnormed_WH = self.mlp.backward(dy_WH, self.mlp_norm.forward(x_mid_WH), window)
+    def _complete(self, window: BackwardWindow) -> tuple[LayerActivations, torch.Tensor]:
+        """The window's own activations with what the policy dropped computed again by the forward's own
+        parts, and the MLP's normed input [W, H]."""
+        saved = window.saved.rows(window.stream)
+        assert saved.x_in_TH is not None
+        batch = window.forward_batch(saved)
+        if saved.x_mid_TH is None:
+            normed_WH, _ = self._attend(saved.x_in_TH, batch, window.layer)
+        else:
+            normed_WH = self.mlp_norm.forward(saved.x_mid_TH)
+        if saved.gate_up_T2I is None:
+            self.mlp.forward_gate_up(normed_WH, batch, window.layer)
+        return saved, normed_WH
+
+    def backward(self, dy_WH: torch.Tensor, window: BackwardWindow) -> torch.Tensor | None:
+        """Gradient w.r.t. the window's input [W, H] of that w.r.t. its output, None in the lowest adapted
+        layer; adds the adapters' gradients and those of the keys and values it saw."""
+        saved, normed_WH = self._complete(window)
+        x_in_WH, x_mid_WH = saved.x_in_TH, saved.x_mid_TH
+        assert x_in_WH is not None and x_mid_WH is not None
+        ends_here = window.lowest and not self.attention.is_adapted(window.lora)
+        dnormed_WH = self.mlp.backward(dy_WH, normed_WH, saved, window, needs_input=not ends_here)
+        if dnormed_WH is None:
+            return None
         dx_mid_WH = self.mlp_norm.backward(dnormed_WH, x_mid_WH).add_(dy_WH)
-        x_in_WH = saved.x_in_TH[stream]
-        dnormed_WH = self.attention.backward(dx_mid_WH, self.attn_norm.forward(x_in_WH), window)
+        dnormed_WH = self.attention.backward(dx_mid_WH, self.attn_norm.forward(x_in_WH), saved, window)
+        if dnormed_WH is None:
+            return None
         return self.attn_norm.backward(dnormed_WH, x_in_WH).add_(dx_mid_WH)
 
 
@@ -110,7 +135,8 @@ class Decoder:
             x_TH = self.layers[layer].forward(x_TH, batch, layer)
         if last == len(self.layers):
             for window in batch.windows:
-                window.saved.x_out_TH[window.stream] = x_TH[window.batch_rows]
+                if window.x_out_TH is not None:
+                    window.x_out_TH[window.stream] = x_TH[window.batch_rows]
         return x_TH
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:

@@ -1,4 +1,10 @@
-"""Where a microbatch in flight keeps its activations: one extent of bytes, cut into named buffers."""
+"""Where a microbatch in flight keeps its activations: one extent of bytes, cut into named buffers.
+
+What policy C needs lies first, then what B adds layer by layer from the lowest, then what A adds. A *level*
+says how much of that there is: 0 is C in every layer, each of the first n levels gives one more layer B (n
+layers have a backward), each of the next n one more layer A. So going down a level gives up the extent's tail
+and nothing else; and as the upper layers lie last, what the backward is done with goes first.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,7 @@ import math
 
 import torch
 
-from coserve.layers.activations import BlockShape, LayerActivations
+from coserve.layers.activations import BlockShape, Buffer, LayerActivations
 
 ALIGNMENT = 64  # bytes
 
@@ -26,14 +32,20 @@ class MicrobatchActivations:
         tokens: int,
         dtype: torch.dtype,
         lowest_layer: int,
+        level: int | None = None,
     ) -> None:
-        """Cut `extent` (flat uint8, at least `nbytes` long, aligned to 64 bytes) into buffers."""
+        """Cut `extent` (flat uint8, at least as long as `level_bytes` says of `level`, aligned to 64 bytes)
+        into buffers; no level stands for the highest."""
+        parts = _parts(config, num_layers, tokens, dtype, lowest_layer)
+        self.level = len(parts) - 1 if level is None else level
         buffers: dict[str, torch.Tensor] = {}
         end = 0
-        for name, shape, kind in _shapes(config, num_layers, tokens, dtype, lowest_layer):
-            size = math.prod(shape) * kind.itemsize
-            buffers[name] = extent[end : end + size].view(kind).view(shape)
-            end += -(-size // ALIGNMENT) * ALIGNMENT
+        self._parts = [[name for name, _, _ in part] for part in parts[: self.level + 1]]
+        for part in parts[: self.level + 1]:
+            for name, shape, kind in part:
+                size = math.prod(shape) * kind.itemsize
+                buffers[name] = extent[end : end + size].view(kind).view(shape)
+                end += _aligned(size)
         self.x_out_TH = buffers["x_out_TH"]
         self.dh_TH = buffers["dh_TH"]
         self.dk_TND = buffers["dk_TND"]
@@ -45,30 +57,60 @@ class MicrobatchActivations:
             self._layers.append(LayerActivations.from_buffers(own))
 
     @staticmethod
-    def nbytes(
+    def level_bytes(
         config: BlockShape, num_layers: int, tokens: int, dtype: torch.dtype, lowest_layer: int
+    ) -> list[int]:
+        """Bytes of the extent at every level, ascending, for a microbatch of `tokens` tokens."""
+        sizes, total = [], 0
+        for part in _parts(config, num_layers, tokens, dtype, lowest_layer):
+            total += sum(_aligned(math.prod(shape) * kind.itemsize) for _, shape, kind in part)
+            sizes.append(total)
+        return sizes
+
+    @classmethod
+    def nbytes(
+        cls, config: BlockShape, num_layers: int, tokens: int, dtype: torch.dtype, lowest_layer: int
     ) -> int:
-        """Bytes of the extent that a microbatch of `tokens` tokens needs."""
-        shapes = _shapes(config, num_layers, tokens, dtype, lowest_layer)
-        sizes = (math.prod(shape) * kind.itemsize for _, shape, kind in shapes)
-        return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+        """Bytes of the extent at the highest level."""
+        return cls.level_bytes(config, num_layers, tokens, dtype, lowest_layer)[-1]
 
     def layer(self, layer: int) -> LayerActivations:
         """Buffers of one layer."""
         return self._layers[layer]
 
+    def downgrade(self, level: int) -> None:
+        """Forget the buffers above `level`: their part of the extent is somebody else's now."""
+        while self.level > level:
+            for name in self._parts.pop():
+                layer, _, field = name.partition(".")
+                setattr(self._layers[int(layer)], field, None)
+            self.level -= 1
 
-def _shapes(
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _parts(
     config: BlockShape, num_layers: int, tokens: int, dtype: torch.dtype, lowest_layer: int
-) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+) -> list[list[Buffer]]:
+    """The buffers that each level adds to the one below it, in the extent's order."""
     key = (tokens, config.num_kv_heads, config.head_dim)
-    shapes: list[tuple[str, tuple[int, ...], torch.dtype]] = [
+    first: list[Buffer] = [
         ("x_out_TH", (tokens, config.hidden_size), dtype),
         ("dh_TH", (tokens, config.hidden_size), dtype),
         ("dk_TND", key, torch.float32),
         ("dv_TND", key, torch.float32),
     ]
+    layer_buffers = LayerActivations.buffers(config, tokens, dtype)
+    trained = range(lowest_layer, num_layers)
     for layer in range(num_layers):
-        for name, shape, kind in LayerActivations.shapes(config, tokens, dtype, layer >= lowest_layer):
-            shapes.append((f"{layer}.{name}", shape, kind))
-    return shapes
+        first += _named(layer, layer_buffers.keys)
+        if layer in trained:
+            first += _named(layer, layer_buffers.input)
+    attention = [_named(layer, layer_buffers.attention) for layer in trained]
+    return [first, *attention, *(_named(layer, layer_buffers.mlp) for layer in trained)]
+
+
+def _named(layer: int, buffers: list[Buffer]) -> list[Buffer]:
+    return [(f"{layer}.{name}", shape, dtype) for name, shape, dtype in buffers]

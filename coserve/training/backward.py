@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 
 from coserve.core.training_sequence import BackwardUnit
-from coserve.layers.batch import BackwardWindow, LoraPool
+from coserve.kernels.lora import LoraSegments
+from coserve.layers.batch import BackwardWindow, LoraBatch, LoraPool
 from coserve.models.decoder import Decoder
 from coserve.training.loss import CHUNK, loss_chunk
 from coserve.training.microbatch import Microbatch
@@ -77,6 +78,7 @@ class MicrobatchBackward:
             adapter.lowest_layer,
             window_tokens,
         )
+        self._lora_by_width: dict[int, LoraBatch] = {}
         self._num_chunks = -(-microbatch.num_trained // CHUNK)
 
     @property
@@ -115,6 +117,22 @@ class MicrobatchBackward:
             saved.dk_TND,
             saved.dv_TND,
             self.adapter.layer_gradients(self.pool, self._rows, layer),
+            layer,
+            self._forward_lora(end - start),
+            lowest=layer == self.adapter.lowest_layer,
         )
         dx_WH = self.decoder.layers[layer].backward(saved.dh_TH[start:end], work)
-        saved.dh_TH[start:end] = dx_WH
+        if dx_WH is not None:
+            saved.dh_TH[start:end] = dx_WH
+
+    def _forward_lora(self, tokens: int) -> LoraBatch:
+        """The adapter for a window that goes forward again."""
+        found = self._lora_by_width.get(tokens)
+        if found is None:
+            device = self._rows.device
+            bounds = (torch.tensor([n], dtype=torch.int32, device=device) for n in (0, tokens, 0))
+            ranks_LMS = self.adapter.ranks_LM[..., None].contiguous()
+            found = self._lora_by_width[tokens] = LoraBatch(
+                LoraSegments(*bounds, self._rows), ranks_LMS, self.pool
+            )
+        return found

@@ -62,7 +62,7 @@ class Microbatch:
     def window(self, row_start: int, start: int, length: int) -> TrainingWindow:
         """Tokens [start, start + length) as rows of a forward batch, from row `row_start` on."""
         starts_W = self.sample_start_T[start : start + length]
-        return TrainingWindow(row_start, length, start, starts_W, self.saved)
+        return TrainingWindow(row_start, length, start, starts_W, self.saved, self.saved.x_out_TH)
 
     def loss_sum(self) -> float:
         """Sum of the tokens' losses, exactly rounded so that no order matters; valid after the loss units."""

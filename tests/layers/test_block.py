@@ -81,7 +81,7 @@ def test_forward_and_backward(act: str, qk_norm: bool, width: int) -> None:
     bounds = [(s, min(s + width, TOKENS)) for s in range(0, TOKENS, width)]
     with torch.no_grad():
         for start, end in bounds:
-            window = TrainingWindow(0, end - start, start, starts[start:end], saved)
+            window = TrainingWindow(0, end - start, start, starts[start:end], saved, saved.x_out_TH)
             batch = ForwardBatch(positions[start:end], positions[start:end], None, [window], None)
             decoder.forward_layers(x_TH[start:end], batch)
         torch.testing.assert_close(saved.x_out_TH.double(), expected.detach(), rtol=0, atol=1e-5)

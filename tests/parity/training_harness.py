@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,8 +69,14 @@ class Trainer:
         forward_window: int = 0,
         backward_window: int = 0,
         microbatch_tokens: int = 1 << 30,
+        level: int | None = None,
+        before_unit: Callable[[int, Microbatch], None] | None = None,
     ) -> float:
-        """Fills the adapter's gradients of the mean loss over all samples' trained tokens; returns it."""
+        """Fills the adapter's gradients of the mean loss over all samples' trained tokens; returns it.
+
+        `level` is the activations' (the highest by default); `before_unit` is called with a backward unit's
+        index and the microbatch before each unit.
+        """
         adapter, config = self.adapter, self.decoder.config
         trained = sum(sum(label != -100 for label in labels[1:]) for _, labels in samples)
         adapter.zero_gradients()
@@ -85,7 +91,7 @@ class Trainer:
                 adapter.lowest_layer,
             )
             extent = torch.full((MicrobatchActivations.nbytes(*shape),), 255, dtype=torch.uint8)
-            microbatch.activations = MicrobatchActivations(extent, *shape)
+            microbatch.activations = MicrobatchActivations(extent, *shape, level)
             self.forward(microbatch, forward_window)
             backward = MicrobatchBackward(
                 self.decoder,
@@ -97,6 +103,8 @@ class Trainer:
                 window_tokens=backward_window or microbatch.num_tokens,
             )
             while not backward.done:
+                if before_unit is not None:
+                    before_unit(backward.cursor, microbatch)
                 backward.run_next()
             losses.append(microbatch.loss_sum())
         adapter.finish_gradients()
