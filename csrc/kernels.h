@@ -31,11 +31,11 @@ struct Kernels {
   void (*lora_forward)(int64_t dtype, void* y, int64_t y_stride, const void* x, int64_t x_stride,
                        const void* a, const void* b, const int32_t* token_start, const int32_t* token_end,
                        const int32_t* row_offset, const int32_t* rows, const int32_t* ranks, int64_t rank_stride,
-                       int64_t S, int64_t N, int64_t K);
+                       const int64_t* keys, const double* rates, int64_t salt, int64_t S, int64_t N, int64_t K);
   void (*lora_backward)(int64_t dtype, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
                         const void* a, const void* b, const int32_t* rows, int64_t rank, void* dx,
-                        int64_t dx_stride, float* da, float* db, int64_t token_offset, int64_t T, int64_t N,
-                        int64_t K);
+                        int64_t dx_stride, float* da, float* db, int64_t token_offset, const int64_t* keys,
+                        const double* rates, int64_t salt, int64_t T, int64_t N, int64_t K);
   // elementwise.cpp
   void (*rms_norm)(int64_t dtype, const void* x, int64_t x_stride, int64_t inner, const void* residual,
                    const void* w, int64_t T, int64_t H, double eps, void* sum, void* y);

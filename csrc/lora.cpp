@@ -1,6 +1,8 @@
 // LoRA on a batch that mixes adapters, and its backward for one adapter. h = x a^T and dh = dy b^T are dot
 // products over contiguous rows: VL partial sums over ascending elements, reduced in a fixed tree, so a
-// token's h depends on nothing else in the batch.
+// token's h depends on nothing else in the batch. With dropout x is what its mask keeps, and the factor
+// 1 / (1 - rate) goes into h and dh.
+#include "dropout.h"
 #include "parallel.h"
 #include "tile.h"
 
@@ -65,8 +67,8 @@ static void project_down(const T* x, int64_t x_stride, int64_t tokens, const T* 
 }
 
 // y[t] += sum over i of h[t, i] * b[rows[i]] for TOKENS tokens and `vectors` vectors of columns.
-template <int TOKENS, int VECTORS, class T>
-static void expand_tile(T* y, int64_t y_stride, const float* h, const T* b, const int32_t* rows,
+template <int TOKENS, int VECTORS, class Y, class T>
+static void expand_tile(Y* y, int64_t y_stride, const float* h, const T* b, const int32_t* rows,
                         int64_t rank, int64_t N, int64_t n) {
   vf sum[TOKENS][VECTORS] = {};
   for (int64_t i = 0; i < rank; i++) {
@@ -85,22 +87,22 @@ static void expand_tile(T* y, int64_t y_stride, const float* h, const T* b, cons
   for (int t = 0; t < TOKENS; t++)
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) {
-      T* row = y + t * y_stride;
+      Y* row = y + t * y_stride;
       int64_t at = n + v * VL;
       store_at(row, load_at(row, at, N) + sum[t][v], at, N);
     }
 }
 
-template <int TOKENS, class T>
-static void expand_rows(T* y, int64_t y_stride, const float* h, const T* b, const int32_t* rows,
+template <int TOKENS, class Y, class T>
+static void expand_rows(Y* y, int64_t y_stride, const float* h, const T* b, const int32_t* rows,
                         int64_t rank, int64_t N) {
   int64_t n = 0;
   for (; n + 2 * VL <= N; n += 2 * VL) expand_tile<TOKENS, 2>(y, y_stride, h, b, rows, rank, N, n);
   for (; n < N; n += VL) expand_tile<TOKENS, 1>(y, y_stride, h, b, rows, rank, N, n);
 }
 
-template <class T>
-static void project_up(T* y, int64_t y_stride, int64_t tokens, const float* h, const T* b,
+template <class Y, class T>
+static void project_up(Y* y, int64_t y_stride, int64_t tokens, const float* h, const T* b,
                        const int32_t* rows, int64_t rank, int64_t N) {
   int64_t t = 0;
   for (; t + 4 <= tokens; t += 4) expand_rows<4>(y + t * y_stride, y_stride, h + t * rank, b, rows, rank, N);
@@ -114,9 +116,29 @@ struct Segments {
   int64_t rank(int64_t s) const { return ranks[s * rank_stride]; }
 };
 
+// `keys` is null without dropout; rows of a segment with rate 0 keep everything.
+struct Dropout {
+  const int64_t* keys;
+  const double* rates;
+  int64_t salt;
+
+  double rate(int64_t segment) const { return keys ? rates[segment] : 0.0; }
+};
+
+template <class T>
+static void drop_rows(const T* x, int64_t x_stride, int64_t tokens, int64_t K, const Dropout& dropout,
+                      int64_t first_token, double rate, T* out) {
+  for (int64_t t = 0; t < tokens; t++)
+    drop_row(x + t * x_stride, K, RowMask(dropout.keys[first_token + t], dropout.salt, rate), out + t * K);
+}
+
+static void multiply(float* values, int64_t count, float factor) {
+  for (int64_t i = 0; i < count; i++) values[i] *= factor;
+}
+
 template <class T>
 static void forward(T* y, int64_t y_stride, const T* x, int64_t x_stride, const T* a, const T* b,
-                    const Segments& segments, int64_t N, int64_t K) {
+                    const Segments& segments, const Dropout& dropout, int64_t N, int64_t K) {
   double work = 0;
   int64_t tiles = 0;
   for (int64_t s = 0; s < segments.count; s++) {
@@ -139,8 +161,18 @@ static void forward(T* y, int64_t y_stride, const T* x, int64_t x_stride, const 
     int64_t rank = segments.rank(p.segment);
     int64_t tokens = smaller(FORWARD_TILE, segments.token_end[p.segment] - p.token);
     const int32_t* rows = segments.rows + segments.row_offset[p.segment];
-    float* h = (float*)scratch(0, tokens * rank * sizeof(float));
-    project_down(x + p.token * x_stride, x_stride, tokens, a, rows, rank, K, h);
+    const T* input = x + p.token * x_stride;
+    double rate = dropout.rate(p.segment);
+    size_t dropped_bytes = rate > 0 ? tokens * K * sizeof(T) : 0;
+    float* h = (float*)scratch(0, tokens * rank * sizeof(float) + dropped_bytes);
+    if (rate > 0) {
+      T* kept = (T*)(h + tokens * rank);
+      drop_rows(input, x_stride, tokens, K, dropout, p.token, rate, kept);
+      project_down((const T*)kept, K, tokens, a, rows, rank, K, h);
+      multiply(h, tokens * rank, (float)(1.0 / (1.0 - rate)));
+    } else {
+      project_down(input, x_stride, tokens, a, rows, rank, K, h);
+    }
     project_up(y + p.token * y_stride, y_stride, tokens, h, b, rows, rank, N);
   });
 }
@@ -148,12 +180,15 @@ static void forward(T* y, int64_t y_stride, const T* x, int64_t x_stride, const 
 static void lora_forward(int64_t dtype, void* y, int64_t y_stride, const void* x, int64_t x_stride,
                          const void* a, const void* b, const int32_t* token_start, const int32_t* token_end,
                          const int32_t* row_offset, const int32_t* rows, const int32_t* ranks, int64_t rank_stride,
-                         int64_t S, int64_t N, int64_t K) {
+                         const int64_t* keys, const double* rates, int64_t salt, int64_t S, int64_t N, int64_t K) {
   Segments segments{token_start, token_end, row_offset, rows, ranks, rank_stride, S};
+  Dropout dropout{keys, rates, salt};
   if (dtype == 0)
-    forward((float*)y, y_stride, (const float*)x, x_stride, (const float*)a, (const float*)b, segments, N, K);
+    forward((float*)y, y_stride, (const float*)x, x_stride, (const float*)a, (const float*)b, segments,
+            dropout, N, K);
   else
-    forward((bf16*)y, y_stride, (const bf16*)x, x_stride, (const bf16*)a, (const bf16*)b, segments, N, K);
+    forward((bf16*)y, y_stride, (const bf16*)x, x_stride, (const bf16*)a, (const bf16*)b, segments, dropout, N,
+            K);
 }
 
 constexpr int64_t COLUMN_BLOCK = 96;
@@ -184,16 +219,45 @@ static void token_sums(const float* left, int64_t rank, const T* right, int64_t 
   }
 }
 
+// dx[t] += what the mask keeps of sum over i of dh[t, i] * a[rows[i]].
+template <class T>
+static void add_dropped(T* dx, int64_t dx_stride, int64_t tokens, const float* dh, const T* a,
+                        const int32_t* rows, int64_t rank, int64_t K, const Dropout& dropout,
+                        int64_t first_token, double rate) {
+  constexpr int64_t GROUP = 4;
+  float* sums = (float*)scratch(0, GROUP * K * sizeof(float));
+  for (int64_t t = 0; t < tokens; t += GROUP) {
+    int64_t count = smaller(GROUP, tokens - t);
+    memset(sums, 0, count * K * sizeof(float));
+    project_up(sums, K, count, dh + t * rank, a, rows, rank, K);
+    for (int64_t i = 0; i < count; i++)
+      add_kept(dx + (t + i) * dx_stride, sums + i * K, K,
+               RowMask(dropout.keys[first_token + t + i], dropout.salt, rate));
+  }
+}
+
 template <class T>
 static void backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, const T* a, const T* b,
                      const int32_t* rows, int64_t rank, T* dx, int64_t dx_stride, float* da, float* db,
-                     int64_t token_offset, int64_t tokens, int64_t N, int64_t K) {
+                     int64_t token_offset, const Dropout& dropout, int64_t tokens, int64_t N, int64_t K) {
   if (tokens == 0 || rank == 0) return;
-  float* h = (float*)scratch(1, 2 * tokens * rank * sizeof(float));
+  double rate = dropout.rate(0);
+  size_t dropped_bytes = rate > 0 ? tokens * K * sizeof(T) : 0;
+  float* h = (float*)scratch(1, 2 * tokens * rank * sizeof(float) + dropped_bytes);
   float* dh = h + tokens * rank;
+  T* kept = (T*)(dh + tokens * rank);
   double work = (double)tokens * rank * (N + K);
   parallel_for(divide_up(tokens, FORWARD_TILE), work * 1.5, [&](int64_t task) {
     int64_t t = task * FORWARD_TILE, count = smaller(FORWARD_TILE, tokens - t);
+    if (rate > 0) {
+      drop_rows(x + t * x_stride, x_stride, count, K, dropout, t, rate, kept + t * K);
+      project_down((const T*)kept + t * K, K, count, a, rows, rank, K, h + t * rank);
+      project_down(dy + t * dy_stride, dy_stride, count, b, rows, rank, N, dh + t * rank);
+      multiply(h + t * rank, count * rank, (float)(1.0 / (1.0 - rate)));
+      multiply(dh + t * rank, count * rank, (float)(1.0 / (1.0 - rate)));
+      add_dropped(dx + t * dx_stride, dx_stride, count, dh + t * rank, a, rows, rank, K, dropout, t, rate);
+      return;
+    }
     project_down(x + t * x_stride, x_stride, count, a, rows, rank, K, h + t * rank);
     project_down(dy + t * dy_stride, dy_stride, count, b, rows, rank, N, dh + t * rank);
     project_up(dx + t * dx_stride, dx_stride, count, dh + t * rank, a, rows, rank, K);
@@ -201,7 +265,7 @@ static void backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_strid
   int64_t a_blocks = divide_up(K, COLUMN_BLOCK), b_blocks = divide_up(N, COLUMN_BLOCK);
   parallel_for(a_blocks + b_blocks, work, [&](int64_t task) {
     if (task < a_blocks)
-      token_sums(dh, rank, x, x_stride, tokens, token_offset, task * COLUMN_BLOCK, K, da);
+      token_sums(dh, rank, rate > 0 ? kept : x, rate > 0 ? K : x_stride, tokens, token_offset, task * COLUMN_BLOCK, K, da);
     else
       token_sums(h, rank, dy, dy_stride, tokens, token_offset, (task - a_blocks) * COLUMN_BLOCK, N, db);
   });
@@ -209,14 +273,15 @@ static void backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_strid
 
 static void lora_backward(int64_t dtype, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
                           const void* a, const void* b, const int32_t* rows, int64_t rank, void* dx,
-                          int64_t dx_stride, float* da, float* db, int64_t token_offset, int64_t T, int64_t N,
-                          int64_t K) {
+                          int64_t dx_stride, float* da, float* db, int64_t token_offset, const int64_t* keys,
+                          const double* rates, int64_t salt, int64_t T, int64_t N, int64_t K) {
+  Dropout dropout{keys, rates, salt};
   if (dtype == 0)
     backward((const float*)dy, dy_stride, (const float*)x, x_stride, (const float*)a, (const float*)b, rows,
-             rank, (float*)dx, dx_stride, da, db, token_offset, T, N, K);
+             rank, (float*)dx, dx_stride, da, db, token_offset, dropout, T, N, K);
   else
     backward((const bf16*)dy, dy_stride, (const bf16*)x, x_stride, (const bf16*)a, (const bf16*)b, rows, rank,
-             (bf16*)dx, dx_stride, da, db, token_offset, T, N, K);
+             (bf16*)dx, dx_stride, da, db, token_offset, dropout, T, N, K);
 }
 
 void add_lora(Kernels& table) {

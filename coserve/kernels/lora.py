@@ -6,6 +6,9 @@ An adapter is a set of rows in a pool: for one module of one layer, `a` [rows, K
     h = x a^T,   y += h b
     dh = dy b^T,   db += h^T dy,   da += dh^T x,   dx += dh a
 
+With dropout (dropout.py) keep * x / (1 - rate) stands for x in h and da, and dx += keep / (1 - rate) (dh a);
+the mask is made again in the backward.
+
 h and dh stay fp32. Sums over tokens run in tiles of 64 anchored at the microbatch's start, added last to
 first, so windows cut at multiples of 64 change no bit.
 """
@@ -17,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from coserve.kernels.dispatch import DTYPE_CODES, native_for, require, require_index, require_like, wide
+from coserve.kernels.dropout import NO_DROPOUT, Dropout, keep_mask
 
 TILE = 64
 
@@ -59,15 +63,17 @@ def lora_forward_(
     b_RN: torch.Tensor,
     segments: LoraSegments,
     ranks_S: torch.Tensor,
+    dropout: Dropout | None = None,
 ) -> torch.Tensor:
     """Add each segment's adapter to `y` [T, N] in place and return it.
 
     `y` may be a column slice (row stride > N); `x` [T, K], `a`, `b` have its dtype. `ranks` [S] int32
-    (stride free) is the module's rank per segment, 0 where the adapter leaves the module alone.
+    (stride free) is the module's rank per segment, 0 where the adapter leaves the module alone. `dropout` has
+    a key for every token and a rate for every segment; a segment of rate 0 drops nothing.
     """
     native = native_for(y_TN)
     if native is None:
-        return _lora_forward_reference_(y_TN, x_TK, a_RK, b_RN, segments, ranks_S)
+        return _lora_forward_reference_(y_TN, x_TK, a_RK, b_RN, segments, ranks_S, dropout)
     N, K, dtype = y_TN.shape[1], x_TK.shape[1], y_TN.dtype
     if not (
         x_TK.dtype is dtype
@@ -83,6 +89,8 @@ def lora_forward_(
         and ranks_S.shape == (segments.count,)
     ):
         _check_forward(y_TN, x_TK, a_RK, b_RN, segments, ranks_S)
+    if dropout is not None:
+        _check_dropout(dropout, len(x_TK), segments.count)
     native.lora_forward(
         DTYPE_CODES[y_TN.dtype],
         y_TN.data_ptr(),
@@ -94,6 +102,7 @@ def lora_forward_(
         *segments.pointers,
         ranks_S.data_ptr(),
         ranks_S.stride(0),
+        *(NO_DROPOUT if dropout is None else dropout.arguments),
         segments.count,
         N,
         K,
@@ -111,15 +120,19 @@ def lora_backward(
     da_rK: torch.Tensor,
     db_rN: torch.Tensor,
     token_offset: int,
+    dropout: Dropout | None = None,
 ) -> None:
     """Add one adapter's gradients over one window: into `dx` [T, K], and fp32 `da` [r, K], `db` [r, N].
 
     `rows` [r] int32 are the adapter's pool rows; `db` is w.r.t. the scaled b. The window's first token has
-    index `token_offset` in its microbatch. `dy`, `x`, `dx` may be column slices.
+    index `token_offset` in its microbatch. `dy`, `x`, `dx` may be column slices. `dropout` is that of the
+    forward: a key for every token of the window, one rate.
     """
     native = native_for(dy_TN)
     if native is None:
-        return _lora_backward_reference(dy_TN, x_TK, a_RK, b_RN, rows, dx_TK, da_rK, db_rN, token_offset)
+        return _lora_backward_reference(
+            dy_TN, x_TK, a_RK, b_RN, rows, dx_TK, da_rK, db_rN, token_offset, dropout
+        )
     (T, N), K, rank = dy_TN.shape, x_TK.shape[1], len(rows)
     require_like(dy_TN, dy=dy_TN, x=x_TK, dx=dx_TK)
     require_like(dy_TN, contiguous=True, a=a_RK, b=b_RN)
@@ -131,6 +144,8 @@ def lora_backward(
     )
     for name, grad in (("da", da_rK), ("db", db_rN)):
         require(grad.dtype == torch.float32 and grad.is_contiguous(), f"{name} must be contiguous fp32")
+    if dropout is not None:
+        _check_dropout(dropout, T, 1)
     native.lora_backward(
         DTYPE_CODES[dy_TN.dtype],
         dy_TN.data_ptr(),
@@ -146,6 +161,7 @@ def lora_backward(
         da_rK.data_ptr(),
         db_rN.data_ptr(),
         token_offset,
+        *(NO_DROPOUT if dropout is None else dropout.arguments),
         T,
         N,
         K,
@@ -170,6 +186,12 @@ def _check_forward(
     )
 
 
+def _check_dropout(dropout: Dropout, tokens: int, rates: int) -> None:
+    keys, given = len(dropout.keys_T), len(dropout.rates_S)
+    require(keys == tokens, f"dropout has {keys} keys, expected {tokens}")
+    require(given == rates, f"dropout has {given} rates, expected {rates}")
+
+
 def _lora_forward_reference_(
     y: torch.Tensor,
     x: torch.Tensor,
@@ -177,7 +199,10 @@ def _lora_forward_reference_(
     b: torch.Tensor,
     segments: LoraSegments,
     ranks: torch.Tensor,
+    dropout: Dropout | None,
 ) -> torch.Tensor:
+    if dropout is not None:
+        _check_dropout(dropout, len(x), segments.count)
     spans = zip(
         segments.token_start.tolist(),
         segments.token_end.tolist(),
@@ -185,11 +210,17 @@ def _lora_forward_reference_(
         ranks.tolist(),
         strict=True,
     )
-    for start, end, offset, rank in spans:
+    for index, (start, end, offset, rank) in enumerate(spans):
         if rank == 0 or start == end:
             continue
         rows = segments.rows[offset : offset + rank].long()
-        h = wide(x[start:end]) @ wide(a[rows]).t()
+        xf = wide(x[start:end])
+        if dropout is None:
+            h = xf @ wide(a[rows]).t()
+        else:
+            rate = dropout.rates_S[index]
+            keep = keep_mask(dropout.keys_T[start:end], dropout.salt, x.shape[1], rate)
+            h = (xf.where(keep, 0) @ wide(a[rows]).t()) * _survivor_factor(rate, xf)
         y[start:end] = (wide(y[start:end]) + h @ wide(b[rows])).to(y.dtype)
     return y
 
@@ -204,14 +235,29 @@ def _lora_backward_reference(
     da: torch.Tensor,
     db: torch.Tensor,
     token_offset: int,
+    dropout: Dropout | None,
 ) -> None:
     af, bf = wide(a[rows.long()]), wide(b[rows.long()])
+    keep, factor = None, None
+    if dropout is not None:
+        _check_dropout(dropout, len(x), 1)
+        keep = keep_mask(dropout.keys_T, dropout.salt, x.shape[1], dropout.rates_S[0])
+        factor = _survivor_factor(dropout.rates_S[0], af)
     end = token_offset + len(x)
     for tile in reversed(range(token_offset // TILE, -(-end // TILE))):
         first, last = max(tile * TILE, token_offset), min((tile + 1) * TILE, end)
         span = slice(first - token_offset, last - token_offset)
         xf, dyf = wide(x[span]), wide(dy[span])
-        dh = dyf @ bf.t()
-        db += (xf @ af.t()).t() @ dyf
+        if keep is not None:
+            xf = xf.where(keep[span], 0)
+        h, dh = xf @ af.t(), dyf @ bf.t()
+        if factor is not None:
+            h, dh = h * factor, dh * factor
+        db += h.t() @ dyf
         da += dh.t() @ xf
-        dx[span] = (wide(dx[span]) + dh @ af).to(dx.dtype)
+        into_dx = dh @ af if keep is None else (dh @ af).where(keep[span], 0)
+        dx[span] = (wide(dx[span]) + into_dx).to(dx.dtype)
+
+
+def _survivor_factor(rate: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return (1.0 / (1.0 - rate)).to(like.dtype)

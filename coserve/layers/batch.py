@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from coserve.kernels.dropout import Dropout
 from coserve.kernels.lora import LoraSegments
 from coserve.layers.activations import LayerActivations
 
@@ -66,7 +67,8 @@ class InferenceRows:
 class TrainingWindow:
     """Rows [row_start, row_start + rows) of the batch are tokens [window_start, window_start + rows) of a
     microbatch. `sample_start_W` int32 is the stream index where each token's sample begins. `x_out_TH` takes
-    the last layer's output; None where only a part of the model runs."""
+    the last layer's output; None where only a part of the model runs. `dropout` has the tokens' keys and one
+    rate for them; None where nothing is dropped."""
 
     row_start: int
     rows: int
@@ -74,6 +76,7 @@ class TrainingWindow:
     sample_start_W: torch.Tensor
     saved: LayerSaver
     x_out_TH: torch.Tensor | None = None
+    dropout: Dropout | None = None
 
     @property
     def batch_rows(self) -> slice:
@@ -89,11 +92,13 @@ class TrainingWindow:
 @dataclass
 class LoraBatch:
     """Which adapter each row uses. `ranks_LMS` int32 [L, modules, S]: the rank of segment s in that module
-    of that layer, 0 where its adapter leaves it alone."""
+    of that layer, 0 where its adapter leaves it alone. `dropout` has a key for every row of the batch and a
+    rate for every segment; None where nothing is dropped."""
 
     segments: LoraSegments
     ranks_LMS: torch.Tensor
     pool: LoraPool
+    dropout: Dropout | None = None
     _adapted: list[list[bool]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -121,13 +126,15 @@ class ForwardBatch:
 
 class ModuleGradient(NamedTuple):
     """One adapted linear in training: the pool's tensors, the adapter's rows in them (int32 [r]), and the
-    fp32 sums that its gradients are added to. `db_rN` is the gradient of the scaled, transposed B."""
+    fp32 sums that its gradients are added to. `db_rN` is the gradient of the scaled, transposed B. `dropout`
+    is that of the window's tokens in this module."""
 
     a_RK: torch.Tensor
     b_RN: torch.Tensor
     rows: torch.Tensor
     da_rK: torch.Tensor
     db_rN: torch.Tensor
+    dropout: Dropout | None = None
 
 
 @dataclass(frozen=True)

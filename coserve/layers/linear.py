@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from coserve.kernels.dropout import module_salt
 from coserve.kernels.linear import PackedLinear
 from coserve.kernels.lora import lora_backward, lora_forward_
 from coserve.layers.batch import LoraBatch, ModuleGradient
@@ -47,7 +48,8 @@ class AdaptedLinear:
                 if lora.adapts(module, layer):
                     a_RK, b_RN = lora.pool.rows(module, layer)
                     ranks_S = lora.ranks_LMS[layer, module]
-                    lora_forward_(y_TN[:, columns], x_TK, a_RK, b_RN, lora.segments, ranks_S)
+                    dropout = lora.dropout and lora.dropout.salted(module_salt(layer, module))
+                    lora_forward_(y_TN[:, columns], x_TK, a_RK, b_RN, lora.segments, ranks_S, dropout)
         return y_TN
 
     def backward(
@@ -96,4 +98,5 @@ class AdaptedLinear:
             x = x_WK()
             for columns, g in adapted:
                 dy = dy_WN[:, columns]
-                lora_backward(dy, x, g.a_RK, g.b_RN, g.rows, dx_WK, g.da_rK, g.db_rN, token_offset)
+                sums = g.da_rK, g.db_rN
+                lora_backward(dy, x, g.a_RK, g.b_RN, g.rows, dx_WK, *sums, token_offset, g.dropout)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from coserve.core.training_sequence import BackwardUnit
+from coserve.kernels.dropout import Dropout
 from coserve.kernels.lora import LoraSegments
 from coserve.layers.batch import BackwardWindow, LoraBatch, LoraPool
 from coserve.models.decoder import Decoder
@@ -108,6 +109,7 @@ class MicrobatchBackward:
             saved.dk_TND.zero_()
             saved.dv_TND.zero_()
         start, end = self._windows[window]
+        dropout = microbatch.dropout(start, end - start)
         work = BackwardWindow(
             start,
             end,
@@ -116,17 +118,17 @@ class MicrobatchBackward:
             saved.layer(layer),
             saved.dk_TND,
             saved.dv_TND,
-            self.adapter.layer_gradients(self.pool, self._rows, layer),
+            self.adapter.layer_gradients(self.pool, self._rows, layer, dropout),
             layer,
-            self._forward_lora(end - start),
+            self._forward_lora(end - start, dropout),
             lowest=layer == self.adapter.lowest_layer,
         )
         dx_WH = self.decoder.layers[layer].backward(saved.dh_TH[start:end], work)
         if dx_WH is not None:
             saved.dh_TH[start:end] = dx_WH
 
-    def _forward_lora(self, tokens: int) -> LoraBatch:
-        """The adapter for a window that goes forward again."""
+    def _forward_lora(self, tokens: int, dropout: Dropout | None) -> LoraBatch:
+        """The adapter for a window that goes forward again, with the masks of its first time."""
         found = self._lora_by_width.get(tokens)
         if found is None:
             device = self._rows.device
@@ -135,4 +137,5 @@ class MicrobatchBackward:
             found = self._lora_by_width[tokens] = LoraBatch(
                 LoraSegments(*bounds, self._rows), ranks_LMS, self.pool
             )
+        found.dropout = dropout
         return found

@@ -22,6 +22,7 @@ def peft_config(spec: LoraSpec, config: ModelConfig, base_model_name: str = "") 
         alpha_pattern=spec.alpha_pattern,
         use_rslora=spec.use_rslora,
         layers_to_transform=spec.layers_to_transform,
+        lora_dropout=spec.lora_dropout,
     )
 
 
@@ -29,8 +30,13 @@ def resolve_lora(spec: LoraSpec, config: ModelConfig) -> PeftConfig:
     """The settings checked against the model.
 
     Raises InvalidRequest for target modules that are unknown or not supported (lm_head, embeddings), and for
-    layers and pattern keys that match nothing.
+    layers and pattern keys that match nothing, and a dropout outside [0, 1).
     """
+    if not 0.0 <= spec.lora_dropout < 1.0:
+        raise InvalidRequest(
+            f"lora_dropout is {spec.lora_dropout}; it must be at least 0 and less than 1",
+            param="lora.lora_dropout",
+        )
     beyond = [layer for layer in spec.layers_to_transform if not 0 <= layer < config.num_layers]
     if beyond:
         raise InvalidRequest(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from coserve.kernels.dropout import Dropout, row_keys
 from coserve.kernels.linear_cross_entropy import IGNORED
 from coserve.layers.batch import TrainingWindow
 from coserve.training.activations import MicrobatchActivations
@@ -15,15 +17,31 @@ from coserve.training.activations import MicrobatchActivations
 Sample = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
 
 
+class LoraDropout(NamedTuple):
+    """What the dropout masks of a microbatch follow from: each sample is example `examples[i]` of the data in
+    optimizer step `step` of the job with this seed."""
+
+    rate: float
+    seed: int
+    step: int
+    examples: Sequence[int]
+
+
 class Microbatch:
     """The stream of `samples`: (token_ids, labels), labels aligned with tokens, -100 where not trained.
 
     token_ids_T, targets_T, positions_T int64; sample_start_T int32; losses_T fp32 (after the loss units).
     The target at a token is the label of the next one of the same sample. Whoever owns the memory sets
-    `activations` before the first forward window and takes it back (None) after the backward.
+    `activations` before the first forward window and takes it back (None) after the backward. Without
+    `dropout`, as in evaluation, the adapter sees its whole input.
     """
 
-    def __init__(self, samples: Sequence[Sample], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        device: torch.device | str = "cpu",
+        dropout: LoraDropout | None = None,
+    ) -> None:
         self.activations: MicrobatchActivations | None = None
         lengths = [len(ids) for ids, _ in samples]
         starts = np.cumsum([0, *lengths])
@@ -40,6 +58,14 @@ class Microbatch:
         self.sample_start_T = torch.from_numpy(sample_start).to(device)
         self.losses_T = torch.zeros(self.num_tokens, dtype=torch.float32, device=device)
         self.trained_rows = (self.targets_T != IGNORED).nonzero().flatten()
+        self.dropout_keys_T: torch.Tensor | None = None
+        if dropout is not None and dropout.rate > 0:
+            keys = [
+                row_keys(dropout.seed, dropout.step, example, np.arange(length))
+                for example, length in zip(dropout.examples, lengths, strict=True)
+            ]
+            self.dropout_keys_T = torch.from_numpy(np.concatenate(keys)).to(device)
+            self.dropout_rates_S = torch.tensor([dropout.rate], dtype=torch.float64, device=device)
 
     @property
     def num_trained(self) -> int:
@@ -50,7 +76,8 @@ class Microbatch:
     def workspace_bytes(self) -> int:
         """Bytes held beside the activations."""
         held = (self.token_ids_T, self.targets_T, self.positions_T, self.sample_start_T, self.losses_T)
-        return sum(tensor.nbytes for tensor in held) + self.trained_rows.nbytes
+        keys = 0 if self.dropout_keys_T is None else self.dropout_keys_T.nbytes
+        return sum(tensor.nbytes for tensor in held) + self.trained_rows.nbytes + keys
 
     @property
     def saved(self) -> MicrobatchActivations:
@@ -62,7 +89,14 @@ class Microbatch:
     def window(self, row_start: int, start: int, length: int) -> TrainingWindow:
         """Tokens [start, start + length) as rows of a forward batch, from row `row_start` on."""
         starts_W = self.sample_start_T[start : start + length]
-        return TrainingWindow(row_start, length, start, starts_W, self.saved, self.saved.x_out_TH)
+        dropout = self.dropout(start, length)
+        return TrainingWindow(row_start, length, start, starts_W, self.saved, self.saved.x_out_TH, dropout)
+
+    def dropout(self, start: int, length: int) -> Dropout | None:
+        """Keys and rate of tokens [start, start + length); None where nothing is dropped."""
+        if self.dropout_keys_T is None:
+            return None
+        return Dropout(self.dropout_keys_T[start : start + length], self.dropout_rates_S)
 
     def loss_sum(self) -> float:
         """Sum of the tokens' losses, exactly rounded so that no order matters; valid after the loss units."""

@@ -22,7 +22,7 @@ from coserve.training.backward import MicrobatchBackward, backward_units
 from coserve.training.batching import BatchPlan, StepBatch
 from coserve.training.dataset import TokenDataset
 from coserve.training.job import JobSpec, StepMetrics
-from coserve.training.microbatch import Microbatch
+from coserve.training.microbatch import LoraDropout, Microbatch
 from coserve.training.optimizer import AdamW
 from coserve.training.schedule import Schedule
 from coserve.training.trainable_adapter import TrainableAdapter
@@ -109,7 +109,8 @@ class RunningJob:
         self._began = time.perf_counter()
         self.device_seconds = 0.0
         for index, examples in enumerate(self._batch.microbatches):
-            microbatch = Microbatch([self._dataset[i] for i in examples], self._decoder.device)
+            dropout = LoraDropout(self.spec.lora.lora_dropout, self.spec.seed, self.step + 1, examples)
+            microbatch = Microbatch([self._dataset[i] for i in examples], self._decoder.device, dropout)
             units = backward_units(
                 microbatch.num_tokens,
                 microbatch.num_trained,

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from coserve.errors import InvalidRequest
+from coserve.kernels.dropout import Dropout, module_salt
 from coserve.layers.batch import LoraPool, ModuleGradient
 from coserve.lora.adapter import load_adapter
 from coserve.lora.peft_files import tensor_key, write_adapter
@@ -118,10 +119,19 @@ class TrainableAdapter:
         """Before the first backward unit of an optimizer step."""
         self.gradients.zero_()
 
-    def layer_gradients(self, pool: LoraPool, rows: torch.Tensor, layer: int) -> dict[int, ModuleGradient]:
-        """Module number -> weights and sums for one layer's backward; `rows` int32 are the pool's."""
+    def layer_gradients(
+        self, pool: LoraPool, rows: torch.Tensor, layer: int, dropout: Dropout | None = None
+    ) -> dict[int, ModuleGradient]:
+        """Module number -> weights and sums for one layer's backward; `rows` int32 are the pool's, `dropout`
+        is that of the window's tokens."""
         return {
-            m.module: ModuleGradient(*pool.rows(m.module, layer), rows[: m.rank], m.da_RK, m.db_RN)
+            m.module: ModuleGradient(
+                *pool.rows(m.module, layer),
+                rows[: m.rank],
+                m.da_RK,
+                m.db_RN,
+                dropout and dropout.salted(module_salt(layer, m.module)),
+            )
             for m in self._by_layer.get(layer, ())
         }
 

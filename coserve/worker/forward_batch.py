@@ -10,6 +10,7 @@ import torch
 
 from coserve.core.span import InferenceSpan, TrainingSpan
 from coserve.core.step_plan import StepPlan
+from coserve.kernels.dropout import Dropout
 from coserve.kernels.lora import LoraSegments
 from coserve.layers.batch import ForwardBatch, InferenceRows, LoraBatch, TrainingWindow
 from coserve.lora.adapter_pool import AdapterPool
@@ -61,7 +62,8 @@ def build_forward_batch(
         ids_T.append(microbatch.token_ids_T[span.start : span.start + span.length])
         positions_T.append(microbatch.positions_T[span.start : span.start + span.length])
         row += span.length
-    lora = _lora_batch([*plan.inference, *plan.training_forward], pool, slots, device)
+    dropped = [window.dropout for window in windows]
+    lora = _lora_batch(plan.inference, plan.training_forward, dropped, pool, slots, device)
     return ForwardBatch(torch.cat(ids_T), torch.cat(positions_T), inference, windows, lora)
 
 
@@ -96,23 +98,31 @@ def _inference_rows(
 
 
 def _lora_batch(
-    spans: Sequence[InferenceSpan | TrainingSpan], pool: AdapterPool, slots: AdapterRows, device: torch.device
+    inference: Sequence[InferenceSpan],
+    training: Sequence[TrainingSpan],
+    dropped: Sequence[Dropout | None],
+    pool: AdapterPool,
+    slots: AdapterRows,
+    device: torch.device,
 ) -> LoraBatch | None:
     keys: list[str] = []
     starts: list[int] = []
     ends: list[int] = []
+    dropout: list[Dropout | None] = []
+    spans = [(span.request.adapter, span.length, None) for span in inference]
+    spans += [(s.sequence.adapter, s.length, d) for s, d in zip(training, dropped, strict=True)]
     token = 0
-    for span in spans:
-        key = span.request.adapter if isinstance(span, InferenceSpan) else span.sequence.adapter
-        begin, token = token, token + span.length
+    for key, length, drop in spans:
+        begin, token = token, token + length
         if key is None:
             continue
-        if keys and keys[-1] == key and ends[-1] == begin:
+        if keys and keys[-1] == key and ends[-1] == begin and drop is None and dropout[-1] is None:
             ends[-1] = token
         else:
             keys.append(key)
             starts.append(begin)
             ends.append(token)
+            dropout.append(drop)
     if not keys:
         return None
     rows = [slots.rows(key) for key in keys]
@@ -124,4 +134,19 @@ def _lora_batch(
         )
     )
     ranks_LMS = torch.stack([pool.ranks(own) for own in rows], dim=-1)
-    return LoraBatch(segments, ranks_LMS, pool)
+    return LoraBatch(segments, ranks_LMS, pool, _dropout_rows(dropout, starts, token))
+
+
+def _dropout_rows(segments: Sequence[Dropout | None], starts: Sequence[int], rows: int) -> Dropout | None:
+    """The segments' dropout over the whole batch, rate 0 where there is none; None when there is none at
+    all."""
+    dropped = [(index, drop) for index, drop in enumerate(segments) if drop is not None]
+    if not dropped:
+        return None
+    first = dropped[0][1]
+    keys_T = first.keys_T.new_zeros(rows)
+    rates_S = first.rates_S.new_zeros(len(segments))
+    for index, drop in dropped:
+        keys_T[starts[index] : starts[index] + len(drop.keys_T)] = drop.keys_T
+        rates_S[index] = drop.rates_S[0]
+    return Dropout(keys_T, rates_S)

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from coserve.kernels.dropout import Dropout
 from coserve.kernels.lora import LoraSegments
 from coserve.layers.batch import ForwardBatch, LoraBatch
 from coserve.lora.adapter_pool import AdapterPool
@@ -18,7 +19,7 @@ from coserve.models.decoder import Decoder
 from coserve.training.activations import MicrobatchActivations
 from coserve.training.backward import MicrobatchBackward
 from coserve.training.batching import pack
-from coserve.training.microbatch import Microbatch, Sample
+from coserve.training.microbatch import LoraDropout, Microbatch, Sample
 from coserve.training.trainable_adapter import TrainableAdapter
 
 
@@ -42,22 +43,23 @@ class Trainer:
         adapter.place(pool, rows)
         return cls(decoder, adapter, rows, pool)
 
-    def lora_batch(self, tokens: int) -> LoraBatch:
+    def lora_batch(self, tokens: int, dropout: Dropout | None = None) -> LoraBatch:
         values = [0], [tokens], [0], self.rows
         segments = LoraSegments(*(torch.tensor(v, dtype=torch.int32) for v in values))
-        return LoraBatch(segments, self.adapter.ranks_LM[..., None].contiguous(), self.pool)
+        return LoraBatch(segments, self.adapter.ranks_LM[..., None].contiguous(), self.pool, dropout)
 
     def forward(self, microbatch: Microbatch, window_tokens: int) -> None:
         width = window_tokens or microbatch.num_tokens
         for start in range(0, microbatch.num_tokens, width):
             length = min(width, microbatch.num_tokens - start)
             span = slice(start, start + length)
+            window = microbatch.window(0, start, length)
             batch = ForwardBatch(
                 microbatch.token_ids_T[span],
                 microbatch.positions_T[span],
                 None,
-                [microbatch.window(0, start, length)],
-                self.lora_batch(length),
+                [window],
+                self.lora_batch(length, window.dropout),
             )
             self.decoder.forward(batch)
 
@@ -71,18 +73,20 @@ class Trainer:
         microbatch_tokens: int = 1 << 30,
         level: int | None = None,
         before_unit: Callable[[int, Microbatch], None] | None = None,
+        dropout: LoraDropout | None = None,
     ) -> float:
         """Fills the adapter's gradients of the mean loss over all samples' trained tokens; returns it.
 
         `level` is the activations' (the highest by default); `before_unit` is called with a backward unit's
-        index and the microbatch before each unit.
+        index and the microbatch before each unit. `dropout` holds an example number for every sample.
         """
         adapter, config = self.adapter, self.decoder.config
         trained = sum(sum(label != -100 for label in labels[1:]) for _, labels in samples)
         adapter.zero_gradients()
         losses = []
         for run in pack([len(ids) for ids, _ in samples], microbatch_tokens):
-            microbatch = Microbatch([samples[i] for i in run])
+            drop = dropout and dropout._replace(examples=[dropout.examples[i] for i in run])
+            microbatch = Microbatch([samples[i] for i in run], dropout=drop)
             shape = (
                 config,
                 config.num_layers,
