@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from google.protobuf.message import Message
@@ -34,23 +35,25 @@ def lora_message(lora: LoraSpec) -> fine_tuning_pb2.LoraConfig:
     return fine_tuning_pb2.LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
-        lora_dropout=0.0,
+        lora_dropout=lora.lora_dropout,
         target_modules=lora.target_modules,
         rank_pattern=lora.rank_pattern,
         alpha_pattern=lora.alpha_pattern,
         use_rslora=lora.use_rslora,
-        init_lora_weights="true",
+        init_lora_weights="true" if lora.init_lora_weights == "default" else lora.init_lora_weights,
         layers_to_transform=lora.layers_to_transform,
         peft_type="LORA",
+        freeze_a=lora.freeze_a,
     )
 
 
-def training_message(training: TrainingSpec) -> fine_tuning_pb2.TrainingConfig:
-    """The settings in force."""
+def training_message(training: TrainingSpec, auto: Sequence[str] = ()) -> fine_tuning_pb2.TrainingConfig:
+    """The settings in force; those that `auto` names are still to be chosen."""
     values = {name: getattr(training, name) for name in training.__struct_fields__}
-    return fine_tuning_pb2.TrainingConfig(
-        packing=True, **{name: value for name, value in values.items() if value is not None}
-    )
+    if "learning_rate_multiplier" in auto:
+        del values["learning_rate"]
+    found = {name: value for name, value in values.items() if value is not None and name not in auto}
+    return fine_tuning_pb2.TrainingConfig(auto=auto, **found)
 
 
 def job_message(job: JobRecord) -> fine_tuning_pb2.Job:
@@ -63,9 +66,10 @@ def job_message(job: JobRecord) -> fine_tuning_pb2.Job:
         adapter=job.adapter,
         fine_tuned_model=job.fine_tuned_model or "",
         training_file=job.training_file,
+        validation_file=job.validation_file,
         method=job.method,
         lora=lora_message(job.lora),
-        training=training_message(job.training),
+        training=training_message(job.training, job.auto),
         seed=job.seed,
         created_at=job.created_at,
         started_at=job.started_at or 0,
@@ -79,6 +83,14 @@ def job_message(job: JobRecord) -> fine_tuning_pb2.Job:
         else None,
         result_files=job.result_files,
         metadata=job.metadata,
+        suffix=job.suffix,
+        init_from=job.init_from,
+        priority=job.priority,
+        epoch=job.epoch,
+        tokens_per_second=job.tokens_per_second,
+        share=job.share,
+        loss=job.loss,
+        valid_loss=job.valid_loss,
     )
 
 
@@ -101,11 +113,17 @@ def event_message(event: JobEvent) -> fine_tuning_pb2.JobEvent:
         tokens_per_second=event.tokens_per_second,
         share=event.share,
         checkpoint=event.checkpoint,
+        accuracy=event.accuracy,
+        valid_loss=event.valid_loss,
+        valid_accuracy=event.valid_accuracy,
+        trained_tokens=event.trained_tokens,
     )
 
 
-def checkpoint_message(job: JobRecord, checkpoint: CheckpointRow) -> fine_tuning_pb2.Checkpoint:
-    """A checkpoint."""
+def checkpoint_message(
+    job: JobRecord, checkpoint: CheckpointRow, step: JobEvent | None
+) -> fine_tuning_pb2.Checkpoint:
+    """A checkpoint; `step` is the metrics event of its optimizer step."""
     return fine_tuning_pb2.Checkpoint(
         id=checkpoint.id,
         job_id=checkpoint.job_id,
@@ -113,6 +131,9 @@ def checkpoint_message(job: JobRecord, checkpoint: CheckpointRow) -> fine_tuning
         train_loss=checkpoint.train_loss,
         created_at=checkpoint.created_at,
         name=checkpoint_names(job, checkpoint)[1],
+        accuracy=step.accuracy if step else None,
+        valid_loss=step.valid_loss if step else None,
+        valid_accuracy=step.valid_accuracy if step else None,
     )
 
 

@@ -42,7 +42,7 @@ class FineTuning(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         """Jobs, the newest first."""
         if request.limit < 0:
             raise InvalidRequest("limit must not be negative.", param="limit")
-        jobs = await self._jobs.records.list()
+        jobs = await self._jobs.records.list(dict(request.metadata))
         ids = [job.id for job in jobs]
         shown, more = page(jobs, ids, request.after or None, request.limit or _DEFAULT_PAGE)
         return pb.ListJobsResponse(jobs=[job_message(job) for job in shown], has_more=more)
@@ -73,7 +73,10 @@ class FineTuning(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         """The kept checkpoints, the newest first."""
         job = await self._jobs.records.get(request.job_id)
         rows = await self._jobs.records.checkpoints(job.id)
-        return pb.ListCheckpointsResponse(checkpoints=[checkpoint_message(job, row) for row in rows])
+        steps = await self._jobs.records.metrics_of(rows)
+        return pb.ListCheckpointsResponse(
+            checkpoints=[checkpoint_message(job, row, steps.get(row.id)) for row in rows]
+        )
 
     async def PreviewDataset(
         self, request: pb.PreviewDatasetRequest, context: grpc.aio.ServicerContext

@@ -22,8 +22,12 @@ class JobError(msgspec.Struct, frozen=True):
 
 
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """All that is known of a job. `publish_as` is the name its adapter gets; `request_digest` tells a repeat
-    of an idempotent request from another one under the same key."""
+    """All that is known of a job.
+
+    `publish_as` is the name its adapter gets, `auto` the settings that the data will decide, `step_seconds`
+    how long a step takes, averaged over the latest; `request_digest` tells a repeat of an idempotent request
+    from another one under the same key.
+    """
 
     id: str
     status: str
@@ -36,6 +40,8 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     training: TrainingSpec
     seed: int
     created_at: int
+    auto: tuple[str, ...] = ()
+    validation_file: str = ""
     suffix: str = ""
     init_from: str = ""
     metadata: dict[str, str] = {}
@@ -51,7 +57,10 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     total_steps: int = 0
     epoch: float = 0.0
     tokens_per_second: float = 0.0
+    step_seconds: float = 0.0
     share: float = 0.0
+    loss: float | None = None
+    valid_loss: float | None = None
     error: JobError | None = None
     result_files: list[str] = []
 
@@ -75,6 +84,9 @@ class JobEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     total_steps: int = 0
     epoch: float = 0.0
     loss: float = 0.0
+    accuracy: float | None = None
+    valid_loss: float | None = None
+    valid_accuracy: float | None = None
     learning_rate: float = 0.0
     grad_norm: float = 0.0
     tokens_per_second: float = 0.0

@@ -182,6 +182,10 @@ class FakeEngine:
             grad_norm=1.0,
             trained_tokens=10,
             tokens=40,
+            tokens_per_second=80.0,
+            accuracy=step / 4,
+            valid_loss=3.0 if step == 1 else None,
+            valid_accuracy=0.125 if step == 1 else None,
         )
 
     async def step(self, job_id: str, step: int, total: int, loss: float | None = None) -> None:

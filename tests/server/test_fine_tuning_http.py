@@ -89,7 +89,8 @@ def test_a_job_from_file_to_model(server: ServerThread) -> None:
     assert adapter is not None and adapter.name == done.fine_tuned_model
     (results,) = done.result_files
     table = client.files.content(results).text.splitlines()
-    assert table[0].startswith("step,train_loss") and len(table) == 4
+    assert table[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    assert table[1:] == ["1,2.0,0.25,3.0,0.125", "2,1.0,0.5,,", "3,0.6666666666666666,0.75,,"]
     assert client.models.delete(done.fine_tuned_model).deleted
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(
@@ -111,6 +112,11 @@ def test_events_and_checkpoints(server: ServerThread, http: httpx.Client) -> Non
     assert all(event.data == {} for event in events if event.type == "message")
     (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id)
     assert checkpoint.step_number == 3 and checkpoint.metrics.train_loss == pytest.approx(2 / 3)
+    assert checkpoint.metrics.train_mean_token_accuracy == 0.75 and checkpoint.metrics.valid_loss is None
+    assert metrics[-1]["full_valid_loss"] == metrics[-1]["valid_loss"] == 3.0  # type: ignore[index]
+    assert metrics[-1]["full_valid_mean_token_accuracy"] == 0.125  # type: ignore[index]
+    assert "valid_loss" not in metrics[0]  # type: ignore[operator]
+    assert "Step 1/3: training loss=2.0000, validation loss=3.0000" in [event.message for event in events]
     for name in (checkpoint.id, checkpoint.fine_tuned_model_checkpoint):
         body = {"model": name, "messages": [{"role": "user", "content": "Hi"}]}
         assert http.post("/v1/chat/completions", json=body).json()["model"] == name
@@ -205,7 +211,7 @@ def test_refused_by_name(
 
 def test_defaults(server: ServerThread, http: httpx.Client) -> None:
     server.engine.auto_train = False
-    body = {"model": BASE, "training_file": upload(server.openai()), "hyperparameters": {"n_epochs": "auto"}}
+    body = {"model": BASE, "training_file": upload(server.openai())}
     job = http.post("/v1/fine_tuning/jobs", json=body).json()
     wait_for(lambda: job["id"] in server.engine.jobs)
     spec = server.engine.jobs[job["id"]]
@@ -214,6 +220,41 @@ def test_defaults(server: ServerThread, http: httpx.Client) -> None:
     assert (training.n_epochs, training.batch_size, training.learning_rate) == (3, 8, 2e-4)
     assert (training.warmup_ratio, training.max_grad_norm, training.max_length) == (0.03, 1.0, 256)
     assert http.get(f"/v1/fine_tuning/jobs/{job['id']}").json()["progress"]["total_steps"] == 9
+
+
+def test_auto_is_chosen_by_the_data_and_reported(server: ServerThread, http: httpx.Client) -> None:
+    """Twenty examples: five times through them, in batches of two, at half the default learning rate."""
+    server.engine.auto_train = False
+    auto = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
+    file = upload(server.openai())
+    body = {"model": BASE, "training_file": file, "method": {"type": "supervised"}}
+    body["method"]["supervised"] = {"hyperparameters": auto}
+    made = http.post("/v1/fine_tuning/jobs", json=body).json()
+    assert made["hyperparameters"] == auto
+    wait_for(lambda: made["id"] in server.engine.jobs)
+    chosen = http.get(f"/v1/fine_tuning/jobs/{made['id']}").json()
+    expected = {"n_epochs": 5, "batch_size": 2, "learning_rate_multiplier": pytest.approx(0.5)}
+    assert chosen["hyperparameters"] == chosen["method"]["supervised"]["hyperparameters"] == expected
+    assert chosen["progress"]["total_steps"] == 50
+    training = server.engine.jobs[made["id"]].training
+    assert (training.n_epochs, training.batch_size, training.learning_rate) == (5, 2, 1e-4)
+    messages = [e["message"] for e in http.get(f"/v1/fine_tuning/jobs/{made['id']}/events").json()["data"]]
+    assert "Chosen for 20 examples: n_epochs 5, batch_size 2, learning_rate 0.0001" in messages
+    both = {"model": BASE, "training_file": file, "training": {"n_epochs": 2, "auto": ["n_epochs"]}}
+    refused = http.post("/v1/fine_tuning/jobs", json=both).json()["error"]
+    assert refused["param"] == "training.auto" and "n_epochs" in refused["message"]
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(0.5, True), (0.0, True), (2e-3, False)])
+def test_an_absurd_learning_rate_is_warned_of(
+    server: ServerThread, http: httpx.Client, rate: float, warned: bool
+) -> None:
+    body = {"model": BASE, "training_file": upload(server.openai()), "training": {"learning_rate": rate}}
+    job = http.post("/v1/fine_tuning/jobs", json=body).json()["id"]
+    assert until_over(server.openai(), job).status == "succeeded"
+    events = http.get(f"/v1/fine_tuning/jobs/{job}/events", params={"limit": 100}).json()["data"]
+    found = [event["message"] for event in events if event["level"] == "warn"]
+    assert [f"learning_rate {rate:g}" in text for text in found] == [True] * warned
 
 
 def test_idempotency(server: ServerThread, http: httpx.Client) -> None:
@@ -237,7 +278,9 @@ def test_init_from_takes_the_shape(server: ServerThread, http: httpx.Client) -> 
     as_model = {"model": "base-one", "training_file": file}
     assert http.post("/v1/fine_tuning/jobs", json=as_model).json()["init_from"] == "base-one"
     other = http.post("/v1/fine_tuning/jobs", json={**body, "lora": {"r": 8}})
-    assert other.status_code == 400 and other.json()["error"]["param"] == "lora"
+    assert other.status_code == 400 and other.json()["error"]["param"] == "lora.r"
+    same = http.post("/v1/fine_tuning/jobs", json={**body, "lora": {"r": 4, "target_modules": "all-linear"}})
+    assert same.json()["peft"]["lora_alpha"] == 8
 
 
 def test_lists_page_and_filter(server: ServerThread) -> None:

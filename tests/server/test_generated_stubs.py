@@ -39,7 +39,8 @@ AGREED = {
 
 @pytest.mark.parametrize("message", list(AGREED), ids=lambda message: message.DESCRIPTOR.name)
 def test_agreed_fields(message: type) -> None:
-    assert [field.name for field in message.DESCRIPTOR.fields] == AGREED[message].split()
+    agreed = AGREED[message].split()
+    assert [field.name for field in message.DESCRIPTOR.fields][: len(agreed)] == agreed
 
 
 @pytest.mark.parametrize("message", [fine_tuning_pb2.LoraConfig, fine_tuning_pb2.TrainingConfig])

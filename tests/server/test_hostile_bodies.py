@@ -9,7 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coserve.server.application.job_request import _LORA_FIELDS, _REQUEST_FIELDS, _TRAINING_FIELDS
+from coserve.server.application.job_request import REQUEST_FIELDS
+from coserve.server.application.lora_request import LORA_FIELDS
+from coserve.server.application.training_request import TRAINING_FIELDS
 from coserve.server.openai.chat_completions import KNOWN_FIELDS
 from tests.server.running import BASE, ServerThread
 
@@ -38,7 +40,7 @@ BODIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "/v1/completions": ({"prompt": "Hi", "max_tokens": 2}, sorted(KNOWN_FIELDS | {"prompt", "suffix"})),
     "/v1/fine_tuning/jobs": (
         {"model": BASE, "training_file": "file-x"},
-        sorted(_REQUEST_FIELDS | {"hyperparameters", "integrations"}),
+        sorted(REQUEST_FIELDS | {"hyperparameters", "integrations"}),
     ),
     "/tokenize": ({"prompt": "x"}, ["prompt", "messages", "model", "tools", "add_special_tokens"]),
     "/detokenize": ({"tokens": [1]}, ["tokens", "model"]),
@@ -76,7 +78,7 @@ def test_fields_of_any_kind(server: ServerThread, http: httpx.Client, path: str,
 @QUICK
 @given(data=st.data())
 def test_job_settings_of_any_kind(http: httpx.Client, part: str, data: st.DataObject) -> None:
-    names = sorted(_LORA_FIELDS if part == "lora" else _TRAINING_FIELDS)
+    names = sorted(LORA_FIELDS if part == "lora" else TRAINING_FIELDS)
     settings_ = data.draw(st.dictionaries(st.sampled_from(names), JSON, min_size=1, max_size=3))
     check(http.post("/v1/fine_tuning/jobs", json={"training_file": "file-x", part: settings_}))
 

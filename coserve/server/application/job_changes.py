@@ -9,10 +9,13 @@ from typing import Any
 from msgspec.structs import replace as change
 
 from coserve.server import job_store
-from coserve.server.application.job_data import Prepared
+from coserve.server.application import auto_settings
+from coserve.server.application.job_data import Prepared, total_steps
+from coserve.server.application.training_request import warnings
 from coserve.server.job_store import CheckpointRow, JobError, JobEvent, JobRecord
-from coserve.training.job import StepMetrics
+from coserve.training.job import StepMetrics, TrainingSpec
 
+PACE = 0.1  # weight of a new step's duration in the running mean
 Transition = tuple[JobRecord, Sequence[JobEvent]]
 
 
@@ -56,26 +59,41 @@ def moved(job: JobRecord, status: str) -> Transition:
     after = change(job, status=status)
     if status == "running" and job.started_at is None:
         after = change(after, started_at=int(time.time()))
+    if status == "paused":
+        after = change(after, estimated_finish=None, share=0.0)
     if status in job_store.TERMINAL:
         after = change(after, finished_at=int(time.time()), estimated_finish=None, share=0.0)
     return after, [status_event(after)]
 
 
-def after_validation(job: JobRecord, prepared: Prepared, total_steps: int) -> Transition:
-    """The job with its data read: what was found, and the queue as its next state."""
-    events = [event_of(job, "message", text, level=level) for level, text in prepared.remarks()]
-    after = change(job, total_steps=total_steps)
+def after_validation(job: JobRecord, prepared: Prepared) -> Transition:
+    """The job with its data read: what was found, what follows for its settings, and the queue as its next
+    state."""
+    training = auto_settings.choose(job.training, job.auto, prepared.examples)
+    remarks = prepared.remarks()
+    if job.auto:
+        remarks.append(("info", f"Chosen for {prepared.examples} examples: {_chosen(training, job.auto)}"))
+    remarks += [("warn", text) for text in warnings(training)]
+    events = [event_of(job, "message", text, level=level) for level, text in remarks]
+    steps = total_steps(prepared.examples, training)
+    after = change(job, training=training, auto=(), total_steps=steps)
     if job.status == "paused":
         return after, events
     after, said = moved(after, "queued")
     return after, [*events, *said]
 
 
-def progressed(job: JobRecord, event: JobEvent) -> JobRecord:
-    """The job after a step that is counted for the first time."""
+def _chosen(training: TrainingSpec, names: Sequence[str]) -> str:
+    """The settings in force, by the names that stand for them."""
+    shown = {name: name for name in names} | {"learning_rate_multiplier": "learning_rate"}
+    return ", ".join(f"{shown[name]} {getattr(training, shown[name]):g}" for name in names)
+
+
+def progressed(job: JobRecord, event: JobEvent, seconds: float) -> JobRecord:
+    """The job after a step that is counted for the first time and took `seconds` (0: not known)."""
     now = time.time()
     started = job.started_at or int(now)
-    pace = (now - started) / max(1, event.step)
+    pace = job.step_seconds + (seconds - job.step_seconds) * (PACE if job.step_seconds else 1.0)
     return change(
         job,
         started_at=started,
@@ -84,7 +102,10 @@ def progressed(job: JobRecord, event: JobEvent) -> JobRecord:
         epoch=event.epoch,
         tokens_per_second=event.tokens_per_second,
         share=event.share,
+        loss=event.loss,
+        valid_loss=job.valid_loss if event.valid_loss is None else event.valid_loss,
         trained_tokens=job.trained_tokens + event.trained_tokens,
+        step_seconds=pace,
         estimated_finish=int(now + pace * (event.total_steps - event.step)),
     )
 
@@ -111,15 +132,21 @@ def success(job: JobRecord, name: str, results: list[str]) -> Transition:
 
 def step_event(job_id: str, metrics: StepMetrics) -> JobEvent:
     """The metrics event of one optimizer step."""
+    message = f"Step {metrics.step}/{metrics.total_steps}: training loss={metrics.loss:.4f}"
+    if metrics.valid_loss is not None:
+        message += f", validation loss={metrics.valid_loss:.4f}"
     return JobEvent(
         job_id=job_id,
         type="metrics",
         created_at=int(metrics.time or time.time()),
-        message=f"Step {metrics.step}/{metrics.total_steps}: training loss={metrics.loss:.4f}",
+        message=message,
         step=metrics.step,
         total_steps=metrics.total_steps,
         epoch=metrics.epoch,
         loss=metrics.loss,
+        accuracy=metrics.accuracy,
+        valid_loss=metrics.valid_loss,
+        valid_accuracy=metrics.valid_accuracy,
         learning_rate=metrics.learning_rate,
         grad_norm=metrics.grad_norm,
         tokens_per_second=metrics.tokens_per_second,

@@ -18,7 +18,8 @@ from coserve.training.chat_data import read_chat_examples
 from coserve.training.dataset import TokenDataset
 from coserve.training.job import TrainingSpec
 
-_COLUMNS = ("step", "train_loss", "learning_rate", "grad_norm", "trained_tokens", "valid_loss")
+# As in OpenAI's result files.
+_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,13 @@ def total_steps(examples: int, training: TrainingSpec) -> int:
 
 
 def results_csv(events: Sequence[JobEvent]) -> bytes:
-    """One line for each optimizer step."""
+    """One line for each optimizer step; cells are blank where nothing was measured."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
     for event in sorted((event for event in events if event.type == "metrics"), key=lambda event: event.step):
         writer.writerow(
-            (event.step, event.loss, event.learning_rate, event.grad_norm, event.trained_tokens, "")
+            (event.step, event.loss, event.accuracy, event.valid_loss, event.valid_accuracy)
         )
     return text.getvalue().encode()
 

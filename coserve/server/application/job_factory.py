@@ -13,7 +13,8 @@ from coserve.lora.peft_files import read_adapter_info
 from coserve.models.config import ModelConfig
 from coserve.server.application.adapters import Adapters
 from coserve.server.application.files import Files
-from coserve.server.application.job_request import JobRequest, default_lora, lora_of, parse_job_request
+from coserve.server.application.job_request import JobRequest, parse_job_request
+from coserve.server.application.lora_request import lora_of, parse_lora
 from coserve.server.application.models import BaseModel
 from coserve.server.job_store import JobRecord
 from coserve.server.state_dir import StateDir, copy_directory
@@ -44,17 +45,24 @@ class JobFactory:
 
         Raises InvalidRequest, NotFound (file, model, adapter).
         """
-        request = parse_job_request(body, self._model_config, self._max_rank, self._base.max_model_len)
-        await self._files.get(request.training_file, param="training_file")
+        request = parse_job_request(body, self._base.max_model_len)
         if request.adapter:
             self._adapters.check_name(request.adapter, "adapter")
         init_from, source = self._source(request)
-        if source is None:
-            lora = request.lora or default_lora(self._model_config, self._max_rank)
-            return self._record(request, init_from, lora)
-        job = self._record(request, init_from, await self._shape_of(source, request.lora))
-        await asyncio.to_thread(copy_directory, source, self._state.job(job.id) / "init")
+        lora = await self._lora(request, source)
+        await self._files.get(request.training_file, param="training_file")
+        job = self._record(request, lora, init_from)
+        if source is not None:
+            await asyncio.to_thread(copy_directory, source, self._state.job(job.id) / "init")
         return job
+
+    async def _lora(self, request: JobRequest, source: Path | None) -> LoraSpec:
+        """The adapter's settings; one that goes on with another adapter keeps its shape."""
+        shape = None
+        if source is not None:
+            info = await asyncio.to_thread(read_adapter_info, source, self._model_config, self._max_rank)
+            shape = lora_of(info.config, self._model_config)
+        return parse_lora(request.lora, self._model_config, self._max_rank, shape)
 
     def _source(self, request: JobRequest) -> tuple[str, Path | None]:
         """(name, directory) of the adapter to go on with: `init_from`, or a `model` that is an adapter."""
@@ -73,17 +81,7 @@ class JobFactory:
             found = (name, Path(adapter.path))
         return found
 
-    async def _shape_of(self, source: Path, wanted: LoraSpec | None) -> LoraSpec:
-        """The shape to go on with: that of the adapter, which an explicit `lora` must agree with."""
-        info = await asyncio.to_thread(read_adapter_info, source, self._model_config, self._max_rank)
-        shape = lora_of(info.config, self._model_config)
-        if wanted is not None and wanted != shape:
-            raise InvalidRequest(
-                "lora differs from the adapter to go on with; leave lora out to keep its shape.", param="lora"
-            )
-        return shape
-
-    def _record(self, request: JobRequest, init_from: str, lora: LoraSpec) -> JobRecord:
+    def _record(self, request: JobRequest, lora: LoraSpec, init_from: str) -> JobRecord:
         identity = uuid.uuid4().hex[:24]
         base, suffix = (re.sub(r"[^A-Za-z0-9._-]+", "-", word) for word in (self._base.name, request.suffix))
         return JobRecord(
@@ -97,6 +95,7 @@ class JobFactory:
             method=request.method,
             lora=lora,
             training=request.training,
+            auto=request.auto,
             seed=request.seed,
             init_from=init_from,
             metadata=request.metadata,

@@ -60,6 +60,15 @@ class JobRecords:
         await self.get(job_id)
         return await self._database.run(lambda db: job_store.checkpoints(db, job_id))
 
+    async def metrics_of(self, checkpoints: Sequence[CheckpointRow]) -> dict[str, JobEvent]:
+        """The metrics event of each checkpoint's step, by the checkpoint's id."""
+
+        def read(db: Connection) -> dict[str, JobEvent]:
+            found = {row.id: job_store.metrics_event(db, row.job_id, row.step) for row in checkpoints}
+            return {name: event for name, event in found.items() if event is not None}
+
+        return await self._database.run(read)
+
     async def events(self, job_id: str) -> list[JobEvent]:
         """A job's events, oldest first."""
         await self.get(job_id)

@@ -62,6 +62,7 @@ class Jobs:
         self._tokenizer = tokenizer
         self._database = database
         self._state = state
+        self.model_config = model_config
         self._files = files
         self._adapters = adapters
         self._lifecycle = lifecycle
@@ -125,7 +126,9 @@ class Jobs:
         """Tokenise the training file and submit the job; a bad file fails it."""
         folder = self._state.job(job.id)
         try:
-            if not (folder / "data").is_dir():
+            # Data that a server had read when it ended, before it took note, is read again.
+            if not job.total_steps or not (folder / "data").is_dir():
+                await asyncio.to_thread(job_data.remove, folder / "data")
                 await self._files.get(job.training_file, param="training_file")
                 prepared = await job_data.prepare(
                     self._files.path(job.training_file),
@@ -133,10 +136,7 @@ class Jobs:
                     self._tokenizer,
                     job.training.max_length,
                 )
-                total = job_data.total_steps(prepared.examples, job.training)
-                await self.records.update(
-                    job.id, lambda now: job_changes.after_validation(now, prepared, total)
-                )
+                await self.records.update(job.id, lambda now: job_changes.after_validation(now, prepared))
             await self._submit(job.id)
         except asyncio.CancelledError:
             raise

@@ -1,0 +1,60 @@
+"""Settings that a request leaves to the server ("auto"), chosen by the number of examples.
+
+Epochs follow the rule that OpenAI published for its own choice (its cookbook's data preparation for chat
+fine-tuning): three, but at least about 100 and at most 25,000 examples are seen. The batch keeps an epoch of
+few examples at eight steps or more, and grows with many. The learning rate goes with the square root of the
+batch, as gradient noise does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from msgspec.structs import replace
+
+from coserve.training.job import TrainingSpec
+
+EXAMPLES_SEEN = (100, 25_000)
+MOST_EPOCHS = 25
+STEPS_OF_AN_EPOCH = 8
+EXAMPLES_A_BATCH = 500  # of a large data set, for each example in its batch
+MOST_BATCH = 64
+MULTIPLIER = (0.5, 2.0)
+
+DEFAULTS = TrainingSpec()
+
+
+def choose(training: TrainingSpec, names: Collection[str], examples: int) -> TrainingSpec:
+    """`training` with the settings in `names` chosen for a data set of so many examples (at least 1)."""
+    if "n_epochs" in names:
+        training = replace(training, n_epochs=epochs(examples))
+    if "batch_size" in names:
+        training = replace(training, batch_size=batch_size(examples))
+    if "learning_rate_multiplier" in names:
+        multiplier = learning_rate_multiplier(training.batch_size)
+        training = replace(training, learning_rate=DEFAULTS.learning_rate * multiplier)
+    return training
+
+
+def epochs(examples: int) -> int:
+    """Passes over the data."""
+    least, most = EXAMPLES_SEEN
+    if examples * DEFAULTS.n_epochs < least:
+        return min(MOST_EPOCHS, least // examples)
+    if examples * DEFAULTS.n_epochs > most:
+        return max(1, most // examples)
+    return DEFAULTS.n_epochs
+
+
+def batch_size(examples: int) -> int:
+    """Examples of one optimizer step."""
+    few = max(1, examples // STEPS_OF_AN_EPOCH)
+    many = min(MOST_BATCH, examples // EXAMPLES_A_BATCH)
+    return max(many, min(DEFAULTS.batch_size, few))
+
+
+def learning_rate_multiplier(batch: int) -> float:
+    """Of the default learning rate, for this batch."""
+    low, high = MULTIPLIER
+    return round(min(high, max(low, math.sqrt(batch / DEFAULTS.batch_size))), 2)

@@ -1,0 +1,110 @@
+"""The optimisation settings that a fine-tuning request asks for: checked, every default filled in."""
+
+from __future__ import annotations
+
+from coserve.server.fields import Fields, shown
+from coserve.training.job import TrainingSpec
+from coserve.training.schedule import POLYNOMIAL_END, SCHEDULES
+
+DEFAULTS = TrainingSpec()
+_WORDS = (
+    "n_epochs max_steps batch_size learning_rate learning_rate_multiplier lr_scheduler_type warmup_steps "
+    "warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm max_length packing "
+    "shuffle optimizer momentum loraplus_lr_ratio beta label_smoothing kl_coef checkpoint_steps eval_steps "
+    "early_stopping_patience early_stopping_threshold window_tokens auto "
+)
+TRAINING_FIELDS = frozenset(_WORDS.split())
+# What may be left to the server, which then decides by the amount of data (auto_settings.py).
+AUTO = ("n_epochs", "batch_size", "learning_rate_multiplier")
+HIGH_LEARNING_RATE = {"adamw": 1e-2, "adamw_8bit": 1e-2, "sgd": 10.0}
+LOW_LEARNING_RATE = 1e-7
+
+
+def parse_training(fields: Fields, max_model_len: int) -> TrainingSpec:
+    """Optimisation settings with defaults resolved; those that `auto` names keep theirs for now."""
+    fields.only(TRAINING_FIELDS, "training")
+    _refuse_pending(fields)
+    epsilon = fields.number("adam_epsilon", DEFAULTS.adam_epsilon, 0.0)
+    if epsilon == 0.0:
+        raise fields.fail("adam_epsilon", "must be greater than 0.")
+    schedule = fields.choice("lr_scheduler_type", tuple(SCHEDULES), DEFAULTS.lr_scheduler_type)
+    rate = _learning_rate(fields)
+    if schedule == "polynomial" and rate <= POLYNOMIAL_END:
+        raise fields.fail("learning_rate", f"must be over {POLYNOMIAL_END:g} with a polynomial schedule.")
+    return TrainingSpec(
+        n_epochs=fields.integer("n_epochs", DEFAULTS.n_epochs, 1, 10_000),
+        max_steps=fields.integer("max_steps", DEFAULTS.max_steps, 0, 10**9),
+        batch_size=fields.integer("batch_size", DEFAULTS.batch_size, 1, 65_536),
+        learning_rate=rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=fields.integer("warmup_steps", None, 0),
+        warmup_ratio=fields.number("warmup_ratio", DEFAULTS.warmup_ratio, 0.0, 1.0),
+        weight_decay=fields.number("weight_decay", DEFAULTS.weight_decay, 0.0),
+        adam_beta1=_below_one(fields, "adam_beta1", DEFAULTS.adam_beta1),
+        adam_beta2=_below_one(fields, "adam_beta2", DEFAULTS.adam_beta2),
+        adam_epsilon=epsilon,
+        max_grad_norm=fields.number("max_grad_norm", DEFAULTS.max_grad_norm, 0.0),
+        max_length=fields.integer("max_length", 0, 0, max_model_len) or max_model_len,
+        shuffle=fields.boolean("shuffle", DEFAULTS.shuffle),
+        optimizer=fields.string("optimizer") or DEFAULTS.optimizer,
+        checkpoint_steps=fields.integer("checkpoint_steps", 0, 0),
+        window_tokens=fields.integer("window_tokens", 0, 0),
+    )
+
+
+def parse_auto(fields: Fields) -> tuple[str, ...]:
+    """The settings that are left to the server, in the order of `AUTO`."""
+    names = fields.strings("auto") or []
+    for name in names:
+        if name not in AUTO:
+            raise fields.fail("auto", f"must name some of {', '.join(AUTO)}; not {shown(name)}.")
+        if fields.has(name) or (name == "learning_rate_multiplier" and fields.has("learning_rate")):
+            raise fields.fail("auto", f"names {name}, which is given as well; leave one out.")
+    return tuple(name for name in AUTO if name in names)
+
+
+def warnings(training: TrainingSpec) -> list[str]:
+    """What is allowed and hardly meant."""
+    rate, optimizer = training.learning_rate, training.optimizer
+    if rate > HIGH_LEARNING_RATE[optimizer]:
+        return [
+            f"learning_rate {rate:g} is very high for {optimizer}; the loss may explode "
+            f"(the default is {DEFAULTS.learning_rate:g})"
+        ]
+    if rate < LOW_LEARNING_RATE:
+        return [
+            f"learning_rate {rate:g} is so low that hardly anything will be learned "
+            f"(the default is {DEFAULTS.learning_rate:g})"
+        ]
+    return []
+
+
+def _refuse_pending(fields: Fields) -> None:
+    for name in (
+        "eval_steps", "early_stopping_patience", "early_stopping_threshold", "beta", "label_smoothing",
+        "kl_coef", "momentum", "loraplus_lr_ratio",
+    ):  # fmt: skip
+        if fields.number(name):
+            raise fields.fail(name, "is not supported.")
+    optimizer = fields.string("optimizer") or "adamw"
+    if optimizer != "adamw":
+        raise fields.fail("optimizer", f"must be adamw; {shown(optimizer)} is not supported.")
+    if not fields.boolean("packing", True):
+        raise fields.fail("packing", "false is not supported: samples share batches, never attention.")
+
+
+def _learning_rate(fields: Fields) -> float:
+    rate = fields.number("learning_rate", None, 0.0)
+    multiplier = fields.number("learning_rate_multiplier", None, 0.0)
+    if rate is not None and multiplier is not None:
+        raise fields.fail("learning_rate_multiplier", "can't be combined with learning_rate.")
+    if multiplier is not None:
+        return DEFAULTS.learning_rate * multiplier
+    return DEFAULTS.learning_rate if rate is None else rate
+
+
+def _below_one(fields: Fields, name: str, default: float) -> float:
+    value = fields.number(name, default, 0.0, 1.0)
+    if value == 1.0:
+        raise fields.fail(name, "must be below 1.")
+    return value
