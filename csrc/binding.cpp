@@ -38,6 +38,7 @@ const Kernels* (*const LEVELS[])() = {
 #ifdef COSERVE_X86
     [] { return &avx2::kernels(); },
     [] { return &avx512::kernels(); },
+    [] { return &avx512bf16::kernels(); },
 #endif
 };
 
@@ -46,7 +47,7 @@ int highest_level() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return 2;
+    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
   return 0;
@@ -80,6 +81,8 @@ struct Call<Member> {
     std::tuple<Args...> values{from_python<Args>(args[I])...};
     if (PyErr_Occurred()) return nullptr;
     const Kernels* kernels = active;
+    if (!(kernels->*Member))
+      return PyErr_Format(PyExc_RuntimeError, "this kernel needs a higher instruction set level than %d", level);
     Py_BEGIN_ALLOW_THREADS;
     std::apply(kernels->*Member, values);
     Py_END_ALLOW_THREADS;
@@ -114,6 +117,7 @@ PyMethodDef method(const char* name) {
 PyMethodDef METHODS[] = {
     method<&Kernels::pack>("pack"),
     method<&Kernels::linear>("linear"),
+    method<&Kernels::linear_input_gradient>("linear_input_gradient"),
     method<&Kernels::paged_attention>("paged_attention"),
     method<&Kernels::window_attention>("window_attention"),
     method<&Kernels::window_attention_backward>("window_attention_backward"),
@@ -127,7 +131,7 @@ PyMethodDef METHODS[] = {
     method<&Kernels::kv_store>("kv_store"),
     method<&Kernels::cross_entropy>("cross_entropy"),
     method<&Kernels::adamw>("adamw"),
-    {"get_isa", get_isa, METH_NOARGS, "The level in use: 0 plain, 1 AVX2, 2 AVX-512."},
+    {"get_isa", get_isa, METH_NOARGS, "The level in use: 0 plain, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16."},
     {"max_isa", max_isa, METH_NOARGS, "The highest level of this CPU."},
     {"set_isa", set_isa, METH_O, "Use another level."},
     {nullptr, nullptr, 0, nullptr},

@@ -11,6 +11,9 @@ struct Kernels {
   void (*pack)(const float* w, int64_t n_stride, int64_t k_stride, int64_t N, int64_t K, float* pack);
   void (*linear)(const float* x, int64_t x_stride, int64_t M, const float* pack, int64_t N, int64_t K,
                  const float* bias, float* y, int64_t y_stride);
+  // linear_bf16.cpp; null on levels without AVX512-BF16
+  void (*linear_input_gradient)(const void* dy, int64_t dy_stride, int64_t M, const void* w, int64_t N, int64_t K,
+                                void* dx, int64_t dx_stride);
   // attention.cpp
   void (*paged_attention)(int64_t dtype, const void* q, int64_t q_stride, const void* k, const void* v,
                           int64_t k_block_stride, int64_t v_block_stride, int64_t block_size,
@@ -64,6 +67,9 @@ namespace avx2 {
 const Kernels& kernels();
 }
 namespace avx512 {
+const Kernels& kernels();
+}
+namespace avx512bf16 {
 const Kernels& kernels();
 }
 

@@ -62,11 +62,16 @@ static inline vf load(const bf16* p) {
   return (vf)(__builtin_convertvector(h, vu) << 16);
 }
 static inline void store(bf16* p, vf v) {  // round to nearest even; NaN stays a quiet NaN
+#if defined(__AVX512BF16__)
+  auto h = _mm512_cvtneps_pbh((__m512)v);  // subnormal values become 0
+  memcpy(p, &h, sizeof h);
+#else
   vu u = (vu)v;
   vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   vu quiet = (u >> 16) | 0x40;
   vh h = __builtin_convertvector(v == v ? rounded : quiet, vh);
   memcpy(p, &h, sizeof h);
+#endif
 }
 
 // The first n < VL elements; the rest of the vector is 0, memory behind them is not touched.

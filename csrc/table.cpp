@@ -5,6 +5,7 @@ namespace coserve {
 namespace COSERVE_ISA {
 
 void add_linear(Kernels&);
+void add_linear_bf16(Kernels&);
 void add_attention(Kernels&);
 void add_attention_backward(Kernels&);
 void add_lora(Kernels&);
@@ -14,6 +15,7 @@ void add_loss(Kernels&);
 static Kernels make() {
   Kernels table{};
   add_linear(table);
+  add_linear_bf16(table);
   add_attention(table);
   add_attention_backward(table);
   add_lora(table);

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 Backend = Literal["reference", "auto"]
-ISA_LEVELS = ("plain", "avx2", "avx512")
+ISA_LEVELS = ("plain", "avx2", "avx512", "avx512bf16")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -65,6 +65,12 @@ def native_for(x: torch.Tensor) -> ModuleType | None:
 def isa() -> str:
     """The instruction set that the C++ kernels use now: one of ISA_LEVELS, or "none" without the module."""
     return "none" if native is None else ISA_LEVELS[native.get_isa()]
+
+
+def has_pair_dots() -> bool:
+    """The C++ kernels have AVX512-BF16's dot products of pairs now. Its bf16 matrix products then beat torch's,
+    but for those on AMX tiles."""
+    return isa() == "avx512bf16"
 
 
 @contextmanager

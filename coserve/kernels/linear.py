@@ -2,7 +2,8 @@
 
 On the CPU in fp32 a row's result does not depend on how many rows its batch has: each element sums 256
 ascending k at a time in one chain of multiply-adds and adds those sums in order, whatever the tile or the
-thread. In bf16 the CPU uses oneDNN's prepacked product, elsewhere torch's linear.
+thread. In bf16 the CPU uses oneDNN's prepacked product, elsewhere torch's linear. dx in bf16 reads the raw
+weight: by a kernel of our own where the CPU has AVX512-BF16 and no AMX, else by torch's product.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from coserve.kernels.dispatch import native_for, require
+from coserve.kernels.dispatch import has_pair_dots, native_for, require
 
 COLUMN_STEP = 16
 ONEDNN_PACK_ROWS = 64
@@ -36,6 +37,13 @@ class PackedLinear:
         self._pack: torch.Tensor | None = None
         self._transposed_pack: torch.Tensor | None = None
         self._onednn_pack: torch.Tensor | None = None
+        self._own_gradient = (
+            weight_NK.dtype == torch.bfloat16
+            and weight_NK.is_cpu
+            and weight_NK.is_contiguous()
+            and self.out_features % 2 == 0
+            and not torch.cpu._is_amx_tile_supported()
+        )
         if weight_NK.dtype == torch.float32 and native_for(weight_NK):
             self._pack = _pack(weight_NK)
         elif weight_NK.dtype == torch.bfloat16 and weight_NK.is_cpu and _onednn_takes_bf16():
@@ -61,11 +69,25 @@ class PackedLinear:
             if self._transposed_pack is None:
                 self._transposed_pack = _pack(self.weight.t())
             return _linear(dy_TN, self._transposed_pack, self.in_features, self.out_features, None)
+        if self._own_gradient and has_pair_dots() and native_for(dy_TN) and dy_TN.stride(1) == 1:
+            return _input_gradient(dy_TN, self.weight)
         return dy_TN @ self.weight
 
 
 def _onednn_takes_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _input_gradient(dy_TN: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+    native = native_for(dy_TN)
+    assert native is not None
+    (T, width), (N, K) = dy_TN.shape, weight_NK.shape
+    require(width == N and dy_TN.dtype is torch.bfloat16, f"dy is {dy_TN.dtype} [T, {width}], expected bf16 [T, {N}]")
+    dx_TK = torch.empty((T, K), dtype=torch.bfloat16)
+    native.linear_input_gradient(
+        dy_TN.data_ptr(), dy_TN.stride(0), T, weight_NK.data_ptr(), N, K, dx_TK.data_ptr(), K
+    )
+    return dx_TK
 
 
 def _pack(weight_NK: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from coserve.kernels.dispatch import has_pair_dots
 from coserve.kernels.linear import PackedLinear
 from tests.kernels.oracle import DTYPES, error
 
@@ -60,8 +61,34 @@ def test_bf16_is_as_good_as_torch() -> None:
     assert linear.forward(x).dtype == torch.bfloat16
     assert error(linear.forward(x), want) <= 2 * error(F.linear(x, weight, bias), want)
     assert linear.forward(x[:0]).shape == (0, 96)
-    dy = torch.randn(7, 96).bfloat16()
-    assert torch.equal(linear.backward_input(dy), dy @ weight)
+
+
+@pytest.mark.parametrize(("N", "K"), [(2, 1), (96, 33), (130, 129), (1026, 80), (1538, 640)])
+def test_bf16_input_gradient_is_as_good_as_torch(isa: str, threads: int, N: int, K: int) -> None:
+    weight = torch.randn(N, K).bfloat16()
+    linear = PackedLinear(weight)
+    for M in (0, 1, 6, 65, 515):
+        dy = torch.randn(M, N + 4).bfloat16()[:, 2:-2]
+        dx, want = linear.backward_input(dy), dy.double() @ weight.double()
+        assert dx.dtype == torch.bfloat16
+        assert error(dx, want) <= 1.1 * error(dy @ weight, want) + 1e-6
+
+
+def test_bf16_input_gradient_of_a_row_does_not_depend_on_its_batch() -> None:
+    linear, dy = PackedLinear(torch.randn(1026, 80).bfloat16()), torch.randn(520, 1026).bfloat16()
+    if not (has_pair_dots() and linear._own_gradient):
+        pytest.skip("torch's product serves this CPU")
+    dx = linear.backward_input(dy)
+    for first, M in ((0, 1), (3, 2), (64, 64), (100, 11), (5, 512)):
+        assert torch.equal(linear.backward_input(dy[first : first + M]), dx[first : first + M])
+
+
+def test_bf16_odd_width_and_wrong_input() -> None:
+    linear = PackedLinear(torch.randn(7, 6).bfloat16())
+    dy = torch.randn(3, 7).bfloat16()
+    assert torch.equal(linear.backward_input(dy), dy @ linear.weight)
+    with pytest.raises((ValueError, RuntimeError)):
+        PackedLinear(torch.randn(8, 6).bfloat16()).backward_input(dy)
 
 
 def test_nbytes_counts_the_packs() -> None:

@@ -1,0 +1,59 @@
+// C = A B in bf16 with fp32 sums on AVX512-BF16's dot product of pairs (vdpbf16ps). Every element of C is one
+// chain of dot products over ascending pairs of k, whatever the tile it falls into.
+#pragma once
+#include "parallel.h"
+#include "simd.h"
+
+#if defined(__AVX512BF16__)
+namespace coserve {
+namespace COSERVE_ISA {
+
+constexpr int PAIR_ROWS = 6, PAIR_VECTORS = 4;  // 24 sums, 4 vectors of B, 1 of A
+constexpr int64_t PAIR_COLUMNS = PAIR_VECTORS * VL;
+
+static inline __m512bh as_pairs(__m512i v) {
+  return (__m512bh)v;
+}
+// Two neighbouring elements, in every lane.
+static inline __m512bh pair_at(const bf16* p) {
+  int32_t pair;
+  memcpy(&pair, p, sizeof pair);
+  return as_pairs(_mm512_set1_epi32(pair));
+}
+
+// B is packed as [pairs][ldb][2]: the rows 2 p and 2 p + 1 of B interleaved. A's row r starts at A + r * row_stride.
+template <int ROWS, int VECTORS>
+static inline void pair_tile(int64_t pairs, const bf16* A, int64_t row_stride, const bf16* B, int64_t ldb,
+                             vf (&sum)[ROWS][VECTORS]) {
+#pragma GCC unroll 2
+  for (int64_t p = 0; p < pairs; p++, A += 2, B += 2 * ldb) {
+    __m512bh column[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) column[v] = as_pairs(_mm512_loadu_si512(B + 2 * v * VL));
+#pragma GCC unroll 24
+    for (int r = 0; r < ROWS; r++) {
+      __m512bh x = pair_at(A + r * row_stride);
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; v++) sum[r][v] = (vf)_mm512_dpbf16_ps((__m512)sum[r][v], x, column[v]);
+    }
+  }
+}
+
+// Interleaves 32 columns of two rows: out[0..31] the first 16 columns' pairs, out[32..63] the others'.
+static inline void interleave(__m512i even, __m512i odd, bf16* out) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                       37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(even, low, odd));
+  _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(even, high, odd));
+}
+
+// Elements [i, i + 32) of a row of n, 0 beyond its end.
+static inline __m512i load_half_row(const bf16* p, int64_t i, int64_t n) {
+  if (i + 32 <= n) return _mm512_loadu_si512(p + i);
+  return _mm512_maskz_loadu_epi16(n > i ? (__mmask32)((1ull << (n - i)) - 1) : 0, p + i);
+}
+
+}  // namespace COSERVE_ISA
+}  // namespace coserve
+#endif
