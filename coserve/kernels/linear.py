@@ -82,7 +82,8 @@ def _input_gradient(dy_TN: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tenso
     native = native_for(dy_TN)
     assert native is not None
     (T, width), (N, K) = dy_TN.shape, weight_NK.shape
-    require(width == N and dy_TN.dtype is torch.bfloat16, f"dy is {dy_TN.dtype} [T, {width}], expected bf16 [T, {N}]")
+    given = f"{dy_TN.dtype} [T, {width}]"
+    require(width == N and dy_TN.dtype is torch.bfloat16, f"dy is {given}, expected bf16 [T, {N}]")
     dx_TK = torch.empty((T, K), dtype=torch.bfloat16)
     native.linear_input_gradient(
         dy_TN.data_ptr(), dy_TN.stride(0), T, weight_NK.data_ptr(), N, K, dx_TK.data_ptr(), K
