@@ -68,8 +68,7 @@ def isa() -> str:
 
 
 def has_pair_dots() -> bool:
-    """The C++ kernels have AVX512-BF16's dot products of pairs now. Its bf16 matrix products then beat torch's,
-    but for those on AMX tiles."""
+    """The C++ kernels run with AVX512-BF16's dot products: their bf16 products beat torch's, AMX apart."""
     return isa() == "avx512bf16"
 
 
