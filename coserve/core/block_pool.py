@@ -80,6 +80,14 @@ class BlockPool:
                 else:
                     self._give_back(block)
 
+    def longest_run(self) -> int:
+        """Number of slabs of the largest extent that could be reserved now."""
+        longest = run = 0
+        for block in range(self.num_blocks):
+            run = run + 1 if self._is_free[block] or block in self._idle else 0
+            longest = max(longest, run)
+        return longest
+
     def reserve_extent(self, count: int) -> int | None:
         """First slab of `count` neighbouring ones, found from the top; None when no such run is free."""
         run = 0
@@ -95,6 +103,15 @@ class BlockPool:
                 self._extents[block] = count
                 return block
         return None
+
+    def shrink_extent(self, start: int, count: int) -> None:
+        """Keep an extent's first `count` slabs, give the others back."""
+        held = self._extents[start]
+        if not 0 < count <= held:
+            raise ValueError(f"an extent of {held} slabs can't shrink to {count}")
+        self._extents[start] = count
+        for block in range(start + count, start + held):
+            self._give_back(block)
 
     def release_extent(self, start: int) -> None:
         """Give an extent's slabs back."""

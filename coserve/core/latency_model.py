@@ -12,6 +12,7 @@ from collections import deque
 
 FORGETTING = 0.99
 GUARD_STEPS = 128
+UNIT_KINDS = ("forward", "loss", "layer_a", "layer_b", "layer_c")  # a layer's backward, by its policy
 
 
 class RecursiveLeastSquares:
@@ -71,7 +72,7 @@ class LatencyModel:
 
     def __init__(self) -> None:
         self._inference = RecursiveLeastSquares(3)
-        self._units = {kind: UnitCost() for kind in ("forward", "loss", "layer")}
+        self._units = {kind: UnitCost() for kind in UNIT_KINDS}
         self._errors: deque[float] = deque(maxlen=GUARD_STEPS)
 
     @property
@@ -94,7 +95,7 @@ class LatencyModel:
         return max(0.0, ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))])
 
     def predict_unit(self, kind: str, tokens: int) -> float:
-        """Seconds of a training unit of `kind` ("forward", "loss", "layer"); 0 while unknown."""
+        """Seconds of a training unit of one of the `UNIT_KINDS`; 0 while unknown."""
         return self._units[kind].predict(tokens)
 
     def observe_inference(self, tokens: int, context_tokens: int, seconds: float) -> None:

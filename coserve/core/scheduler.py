@@ -191,14 +191,19 @@ class Scheduler:
         return -(-num_tokens // self.limits.block_size)
 
     def _grow(self, request: Request, num_tokens: int, plan: StepPlan, *, admit: bool = False) -> bool:
-        """Blocks for `num_tokens`; takes them from training first, then (not to admit someone) from the
-        request that is last in order. False when the request itself had to go."""
+        """Blocks for `num_tokens`; takes them from training first (levels of activations, then whole
+        microbatches), then (not to admit someone) from the request that is last in order. False when the
+        request itself had to go."""
         missing = self._blocks_for(num_tokens) - len(request.block_table)
         while missing > 0:
             blocks = self.blocks.allocate(missing)
             if blocks is not None:
                 request.block_table.extend(blocks)
                 return True
+            downgraded = self.training.downgrade(missing - self.blocks.num_free)
+            if downgraded:
+                plan.downgraded.extend(downgraded)
+                continue
             evicted = self.training.evict_one()
             if evicted:
                 plan.evicted.extend(evicted)

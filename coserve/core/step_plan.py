@@ -14,7 +14,8 @@ class StepPlan:
     """Spans of one step, inference rows ordered by adapter so that neighbours share a LoRA segment.
 
     Predictions are seconds, 0 while the latency model can't tell: `inference_alone` for the inference rows,
-    `predicted` for the whole forward. `training_budget` is what training may take in this step.
+    `predicted` for the whole forward. `training_budget` is what training may take in this step. To make room,
+    microbatches in `downgraded` now keep less, those in `evicted` nothing.
     """
 
     inference: list[InferenceSpan] = field(default_factory=list)
@@ -22,6 +23,7 @@ class StepPlan:
     training_backward: list[TrainingSpan] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
     evicted: list[TrainingSequence] = field(default_factory=list)
+    downgraded: list[TrainingSequence] = field(default_factory=list)
     training_budget: float = 0.0
     inference_alone: float = 0.0
     predicted: float = 0.0

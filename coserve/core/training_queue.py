@@ -6,6 +6,7 @@ A job that was idle comes back at the others' virtual time, so it can't claim wh
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 
 from coserve.core.block_pool import BlockPool
@@ -13,6 +14,7 @@ from coserve.core.latency_model import LatencyModel
 from coserve.core.span import SpanKind, TrainingSpan
 from coserve.core.training_sequence import TILE, TrainingSequence
 
+EVICTIONS_TO_LOWEST = 2
 MAX_IN_FLIGHT = 2  # microbatches of one job that hold activations: one goes forward, one backward
 
 
@@ -25,6 +27,11 @@ class JobQueue:
     virtual_time: float = 0.0
     sequences: list[TrainingSequence] = field(default_factory=list)
 
+    @property
+    def in_flight(self) -> list[TrainingSequence]:
+        """The first unfinished microbatches, as many as may hold activations."""
+        return [s for s in self.sequences if not s.done][:MAX_IN_FLIGHT]
+
     def backward_candidate(self) -> TrainingSequence | None:
         """The first unfinished microbatch, if its forward is done."""
         first = next((s for s in self.sequences if not s.done), None)
@@ -32,8 +39,7 @@ class JobQueue:
 
     def forward_candidate(self) -> TrainingSequence | None:
         """The next microbatch with forward tokens to pay, within the limit in flight."""
-        open_sequences = [s for s in self.sequences if not s.done][:MAX_IN_FLIGHT]
-        return next((s for s in open_sequences if not s.forward_done), None)
+        return next((s for s in self.in_flight if not s.forward_done), None)
 
 
 class TrainingQueue:
@@ -84,6 +90,32 @@ class TrainingQueue:
         job = self._jobs.get(job_id)
         if job is not None:
             job.virtual_time += seconds / job.weight
+
+    def downgrade(self, missing: int) -> list[TrainingSequence]:
+        """Take up to `missing` slabs from training for inference by giving up levels of activations, which
+        loses no work. What no backward will read goes first, then the newest microbatch's. Returns those that
+        keep less now."""
+        holders = [s for s in self.sequences if s.extent is not None and not s.done]
+        touched: list[TrainingSequence] = []
+        for unused_only in (True, False):
+            for sequence in reversed(holders):
+                freed = self._lower(sequence, sequence.level_in_use if unused_only else 0, missing)
+                missing -= freed
+                if freed and sequence not in touched:
+                    touched.append(sequence)
+        return touched
+
+    def _lower(self, sequence: TrainingSequence, lowest: int, missing: int) -> int:
+        """Lower the level until `missing` slabs are free or it is `lowest`; returns how many are."""
+        level, before = sequence.level, sequence.slabs
+        while level > lowest and before - sequence.level_slabs[level] < missing:
+            level -= 1
+        freed = before - sequence.level_slabs[level]
+        if freed:
+            assert sequence.extent is not None
+            sequence.level = level
+            self._blocks.shrink_extent(sequence.extent, sequence.slabs)
+        return freed
 
     def evict_one(self) -> list[TrainingSequence]:
         """Take activation memory from training for inference (I5). Returns the microbatches that lost theirs.
@@ -175,9 +207,9 @@ class TrainingQueue:
             planned = backward.get(sequence.sequence_id)
             index = sequence.backward_cursor + (planned.length if planned else 0)
             if index < len(sequence.backward_units):
-                unit = sequence.backward_units[index]
                 span = TrainingSpan(SpanKind.TRAIN_BACKWARD, sequence, index, 1)
-                return span, self._model.predict_unit(unit.kind, unit.tokens)
+                kind, tokens = sequence.unit_kind(index), sequence.backward_units[index].tokens
+                return span, self._model.predict_unit(kind, tokens)
         return None
 
     def _window_length(self, sequence: TrainingSequence, max_tokens: int, seconds: float) -> int:
@@ -186,10 +218,26 @@ class TrainingQueue:
         return sequence.window(max_tokens, affordable) if max_tokens > 0 else 0
 
     def _reserve(self, sequence: TrainingSequence, kv_headroom: int) -> bool:
-        if sequence.extent is None:
-            # Memory that was taken away once is asked for again only with room to spare (no thrashing).
-            wanted = sequence.slabs + kv_headroom * (1 + min(sequence.evictions, 3))
-            if self._blocks.num_free < min(wanted, self._blocks.num_blocks):
-                return False
-            sequence.extent = self._blocks.reserve_extent(sequence.slabs)
+        """Memory at the highest level that leaves the headroom, and what the others in flight need at least.
+
+        Memory that was taken away once is asked for again only with room to spare (no thrashing), and after
+        the second time at the lowest level.
+        """
+        if sequence.extent is not None:
+            return True
+        least = sequence.level_slabs[0]
+        headroom = kv_headroom * (1 + min(sequence.evictions, 3))
+        if self._blocks.num_free < min(least + headroom, self._blocks.num_blocks):
+            return False
+        most = 0
+        if sequence.evictions < EVICTIONS_TO_LOWEST:
+            spare = self._blocks.num_free - headroom - self._claims(sequence)
+            most = min(spare, self._blocks.longest_run())
+        sequence.level = max(0, bisect_right(sequence.level_slabs, most) - 1)
+        sequence.extent = self._blocks.reserve_extent(sequence.slabs)
         return sequence.extent is not None
+
+    def _claims(self, besides: TrainingSequence) -> int:
+        """Slabs that the other microbatches about to be in flight need at their lowest level."""
+        waiting = [s for job in self._jobs.values() for s in job.in_flight if s.extent is None]
+        return sum(s.level_slabs[0] for s in waiting if s is not besides)

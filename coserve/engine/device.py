@@ -9,6 +9,7 @@ import torch
 from coserve.config import EngineConfig
 from coserve.errors import ConfigError
 from coserve.models.config import ModelConfig
+from coserve.worker.kv_tensors import slab_bytes
 
 CPU_POOL_DEFAULT = 4 << 30  # bytes of KV and activations on a CPU, where memory is everybody's
 SMALL_MODEL = 50_000_000  # parameters
@@ -44,12 +45,6 @@ def resolve_dtype(name: str, config: ModelConfig, device: torch.device) -> torch
         raise ConfigError(f"--dtype {name}: use auto, float32 or bfloat16.", param="dtype")
     small = config.num_parameters < SMALL_MODEL and device.type == "cpu"
     return torch.float32 if small or config.torch_dtype == "float32" else torch.bfloat16
-
-
-def slab_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one KV block over all layers."""
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
-    return per_token * block_size
 
 
 def memory_plan(

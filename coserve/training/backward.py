@@ -41,8 +41,9 @@ def backward_units(
         raise ValueError("a microbatch without trained tokens has no backward")
     loss = [BackwardUnit("loss", min(CHUNK, num_trained - first)) for first in range(0, num_trained, CHUNK)]
     windows = reversed(window_bounds(num_tokens, window_tokens))
-    layer = [BackwardUnit("layer", end - start) for start, end in windows]
-    return tuple(loss + layer * (num_layers - lowest_layer))
+    layer = [end - start for start, end in windows]
+    heights = reversed(range(num_layers - lowest_layer))
+    return tuple(loss + [BackwardUnit("layer", tokens, height) for height in heights for tokens in layer])
 
 
 class MicrobatchBackward:

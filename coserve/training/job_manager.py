@@ -143,16 +143,21 @@ class JobManager:
     # ------------------------------------------------------------------ inside a step
 
     def prepare(self, plan: StepPlan) -> None:
-        """Before the forward: forget what was evicted, give memory to microbatches that begin."""
+        """Before the forward: forget what was evicted or downgraded, give memory to microbatches that
+        begin."""
         self.step_seconds = 0.0
         if plan.evicted:
             self._forget_evicted(plan.evicted)
+        for sequence in plan.downgraded:
+            activations = self.microbatches[sequence.sequence_id].activations
+            if activations is not None:
+                activations.downgrade(sequence.level)
         for span in plan.training_forward:
             sequence = span.sequence
             if self.microbatches[sequence.sequence_id].activations is None:
                 assert sequence.extent is not None
                 extent = self._kv.extent(sequence.extent, sequence.slabs)
-                self._jobs[sequence.job_id].place(sequence.sequence_id, extent)
+                self._jobs[sequence.job_id].place(sequence.sequence_id, extent, sequence.level)
 
     def commit_forward(self, plan: StepPlan, alone: float, seconds: float) -> None:
         """The plan's forward windows ran in a step forward of `seconds`, of which inference alone would
@@ -198,6 +203,7 @@ class JobManager:
 
     def _run_unit(self, sequence: TrainingSequence) -> None:
         unit = sequence.backward_units[sequence.backward_cursor]
+        kind = sequence.unit_kind(sequence.backward_cursor)
         began = time.perf_counter()
         job = self._jobs[sequence.job_id]
         try:
@@ -208,7 +214,7 @@ class JobManager:
             return
         seconds = time.perf_counter() - began
         sequence.backward_cursor += 1
-        self._model.observe_unit(unit.kind, unit.tokens, seconds)
+        self._model.observe_unit(kind, unit.tokens, seconds)
         self._charge(sequence.job_id, seconds)
         if sequence.done:
             self._backward_tokens += sequence.num_tokens
@@ -246,7 +252,7 @@ class JobManager:
 
     def _begin_step(self, job: RunningJob) -> None:
         try:
-            job.begin_step(self._kv.slab_bytes, self._kv.num_blocks)
+            job.begin_step(self._kv)
         except Exception as error:
             self._end(job, "failed", _as_error(job.spec.job_id, error))
             return

@@ -15,6 +15,7 @@ import torch
 from coserve.core.training_sequence import TrainingSequence
 from coserve.errors import FailedPrecondition
 from coserve.lora.adapter_pool import AdapterPool
+from coserve.models.config import ModelConfig
 from coserve.models.decoder import Decoder
 from coserve.training import checkpoint
 from coserve.training.activations import MicrobatchActivations
@@ -26,6 +27,7 @@ from coserve.training.microbatch import LoraDropout, Microbatch
 from coserve.training.optimizer import AdamW
 from coserve.training.schedule import Schedule
 from coserve.training.trainable_adapter import TrainableAdapter
+from coserve.worker.kv_tensors import KVTensors
 
 
 class RunningJob:
@@ -84,8 +86,7 @@ class RunningJob:
     @property
     def workspace_bytes(self) -> int:
         """What the microbatches under way hold beside their activations."""
-        held = [vars(microbatch).values() for microbatch in self.microbatches.values()]
-        return sum(value.nbytes for values in held for value in values if isinstance(value, torch.Tensor))
+        return sum(microbatch.workspace_bytes for microbatch in self.microbatches.values())
 
     @property
     def steps_since_checkpoint(self) -> int:
@@ -99,10 +100,11 @@ class RunningJob:
 
     # ------------------------------------------------------------------ one optimizer step
 
-    def begin_step(self, slab_bytes: int, num_slabs: int) -> None:
+    def begin_step(self, kv: KVTensors) -> None:
         """Make the next step's microbatches; they owe all their tokens.
 
-        Raises FailedPrecondition when one needs more than the pool's `num_slabs` of `slab_bytes` each.
+        Raises FailedPrecondition when one needs more of the pool `kv` than there is even where every layer
+        keeps the least (policy C).
         """
         self._batch = self._plan.step(self.step + 1)
         self._adapter.zero_gradients()
@@ -118,6 +120,7 @@ class RunningJob:
                 self._adapter.lowest_layer,
                 self.spec.training.window_tokens,
             )
+            sizes = MicrobatchActivations.level_bytes(*self._activation_shape(microbatch))
             sequence = TrainingSequence(
                 f"{self.spec.job_id}/{self.step + 1}/{index}",
                 self.spec.job_id,
@@ -125,30 +128,24 @@ class RunningJob:
                 microbatch.num_tokens,
                 units,
                 adapter=self.spec.job_id,
-                slabs=-(-self._activation_bytes(microbatch) // slab_bytes),
+                level_slabs=tuple(kv.slabs_for(size) for size in sizes),
                 window_tokens=self.spec.training.window_tokens,
             )
-            if sequence.slabs > num_slabs:
-                needed, there = sequence.slabs * slab_bytes, num_slabs * slab_bytes
+            if sequence.level_slabs[0] > kv.num_blocks:
+                needed = sequence.level_slabs[0] * kv.slab_bytes
                 raise FailedPrecondition(
                     f"{microbatch.num_tokens} tokens in training need {needed} bytes of the pool, which has "
-                    f"{there}; raise --kv-cache-memory-bytes or set max_length",
+                    f"{kv.nbytes}; raise --kv-cache-memory-bytes or set max_length",
                     code="out_of_memory",
                 )
             self.sequences.append(sequence)
             self.microbatches[sequence.sequence_id] = microbatch
 
-    def place(self, sequence_id: str, extent: torch.Tensor) -> None:
-        """Give a microbatch memory for its activations, uint8 [nbytes]."""
+    def place(self, sequence_id: str, extent: torch.Tensor, level: int) -> None:
+        """Give a microbatch memory for its activations, uint8 of the `level`'s size."""
         microbatch = self.microbatches[sequence_id]
-        config = self._decoder.config
         microbatch.activations = MicrobatchActivations(
-            extent,
-            config,
-            config.num_layers,
-            microbatch.num_tokens,
-            self._decoder.dtype,
-            self._adapter.lowest_layer,
+            extent, *self._activation_shape(microbatch), level
         )
 
     def run_backward_unit(self, sequence_id: str) -> None:
@@ -217,15 +214,9 @@ class RunningJob:
         self._passes = {}
         self._batch = None
 
-    def _activation_bytes(self, microbatch: Microbatch) -> int:
-        config = self._decoder.config
-        return MicrobatchActivations.nbytes(
-            config,
-            config.num_layers,
-            microbatch.num_tokens,
-            self._decoder.dtype,
-            self._adapter.lowest_layer,
-        )
+    def _activation_shape(self, microbatch: Microbatch) -> tuple[ModelConfig, int, int, torch.dtype, int]:
+        config, dtype = self._decoder.config, self._decoder.dtype
+        return config, config.num_layers, microbatch.num_tokens, dtype, self._adapter.lowest_layer
 
     # ------------------------------------------------------------------ files
 

@@ -72,16 +72,26 @@ class Simulation:
         self.scheduler.add(request)
         return request
 
-    def job(self, name: str, microbatches: list[int], *, slabs: int = 8, window: int = 0, priority: int = 0):
-        """A job's optimizer step: microbatches of so many tokens, two layers each."""
+    def job(
+        self,
+        name: str,
+        microbatches: list[int],
+        *,
+        slabs: int | tuple[int, ...] = 8,
+        window: int = 0,
+        priority: int = 0,
+    ):
+        """A job's optimizer step: microbatches of so many tokens, two layers each; slabs by level."""
+        level_slabs = (slabs,) * 5 if isinstance(slabs, int) else slabs
         sequences = []
         for index, tokens in enumerate(microbatches):
             widths = [min(64, tokens - start) for start in range(0, tokens, 64)]
-            units = [BackwardUnit("loss", w) for w in widths] + 2 * [BackwardUnit("layer", w) for w in widths]
+            units = [BackwardUnit("loss", w) for w in widths]
+            units += [BackwardUnit("layer", w, height) for height in (1, 0) for w in widths]
             sequences.append(
                 TrainingSequence(
-                    f"{name}/{index}", name, index, tokens, tuple(units), adapter=name, slabs=slabs,
-                    window_tokens=window,
+                    f"{name}/{index}", name, index, tokens, tuple(units), adapter=name,
+                    level_slabs=level_slabs, window_tokens=window,
                 )
             )
         self.scheduler.training.submit(name, sequences, priority)
@@ -106,9 +116,10 @@ class Simulation:
             span.sequence.cursor += span.length
             self.scheduler.training.charge(span.sequence.job_id, PER_TOKEN * span.length)
         for span in plan.training_backward:
-            for unit in span.sequence.backward_units[span.start : span.start + span.length]:
-                cost = PER_UNIT_TOKEN * unit.tokens
-                self.model.observe_unit(unit.kind, unit.tokens, cost)
+            for index in range(span.start, span.start + span.length):
+                unit, kind = span.sequence.backward_units[index], span.sequence.unit_kind(index)
+                cost = PER_UNIT_TOKEN * unit.tokens * (2.0 if kind == "layer_c" else 1.0)
+                self.model.observe_unit(kind, unit.tokens, cost)
                 self.scheduler.training.charge(span.sequence.job_id, cost)
                 seconds += cost
             span.sequence.backward_cursor += span.length

@@ -64,7 +64,23 @@ def test_an_extent_may_take_idle_blocks() -> None:
     assert len(cache) == 0
 
 
-@given(st.lists(st.tuples(st.sampled_from(["take", "free", "extent", "shrink", "cache"]), st.integers(1, 6))))
+def test_a_shrunk_extent_keeps_its_head_and_gives_the_tail_back() -> None:
+    pool = BlockPool(10)
+    start = pool.reserve_extent(6)
+    assert start == 4 and pool.longest_run() == 4
+    pool.shrink_extent(start, 2)
+    assert (pool.num_extent_slabs, pool.num_free, pool.longest_run()) == (2, 8, 4)
+    assert pool.allocate(8) == [0, 1, 2, 3, 6, 7, 8, 9]
+    with pytest.raises(ValueError, match="2 slabs"):
+        pool.shrink_extent(start, 3)
+    pool.release_extent(start)
+    assert pool.num_free == 2
+
+
+ACTIONS = ["take", "free", "extent", "release", "shrink", "cache"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(1, 6))))
 def test_no_slab_has_two_owners(actions: list[tuple[str, int]]) -> None:
     cache = PrefixCache()
     pool = BlockPool(16, cache)
@@ -82,10 +98,16 @@ def test_no_slab_has_two_owners(actions: list[tuple[str, int]]) -> None:
         elif action == "free" and held:
             pool.release(held.pop(0))
         elif action == "extent":
+            fits = pool.longest_run() >= count
             start = pool.reserve_extent(count)
+            assert (start is not None) == fits
             if start is not None:
                 extents[start] = count
         elif action == "shrink" and extents:
+            start = next(iter(extents))
+            extents[start] = min(extents[start], count)
+            pool.shrink_extent(start, extents[start])
+        elif action == "release" and extents:
             start = next(iter(extents))
             del extents[start]
             pool.release_extent(start)

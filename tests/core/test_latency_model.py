@@ -45,7 +45,7 @@ def test_one_stall_does_not_bend_it_but_shows_in_the_guard() -> None:
 def test_nothing_is_predicted_before_it_was_seen() -> None:
     model = LatencyModel()
     assert not model.trained
-    assert model.predict_inference(4, 100) == 0.0 == model.predict_unit("layer", 64)
+    assert model.predict_inference(4, 100) == 0.0 == model.predict_unit("layer_a", 64)
 
 
 def test_unit_costs_carry_their_own_spread() -> None:
