@@ -28,7 +28,7 @@ from coserve.engine.local import LocalEngine
 from coserve.models.config import ModelConfig
 from coserve.tokenizer import Tokenizer
 from coserve.training.batching import BatchPlan
-from coserve.training.chat_data import read_chat_examples
+from coserve.training.data_file import DataFile
 from coserve.training.dataset import NOT_TRAINED, TokenDataset
 from coserve.training.job import JobSpec, LoraSpec, TrainingSpec
 from coserve.training.schedule import Schedule
@@ -158,7 +158,7 @@ def main() -> None:
     model = DEMO_MODEL_DIR
     data = "GSM8K" if GSM8K.exists() else "generated sums"
     with tempfile.TemporaryDirectory() as folder:
-        examples = read_chat_examples(rows(), Tokenizer.from_dir(model), MAX_LENGTH)
+        examples = DataFile(rows(), Tokenizer.from_dir(model), MAX_LENGTH)
         TokenDataset.write(Path(folder) / "data", examples)
         training = TrainingSpec(
             max_steps=steps, n_epochs=50, batch_size=8, learning_rate=1e-3, checkpoint_steps=1_000_000

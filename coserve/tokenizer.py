@@ -97,6 +97,11 @@ class Tokenizer:
         """Number of token ids, added tokens included (the model's embedding may have more rows)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @cached_property
+    def id_limit(self) -> int:
+        """One more than the largest id (ids may have gaps)."""
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with `add_special_tokens` those the model expects around it (bos)."""
         ids: list[int] = self._backend.encode(_valid(text), add_special_tokens=add_special_tokens).ids
@@ -149,6 +154,8 @@ class Tokenizer:
 
     def special_text_in(self, text: str) -> str | None:
         """The first special token whose text occurs in `text`, or None."""
+        if self._special_starts.isdisjoint(text):  # some models have thousands of special tokens
+            return None
         return next((token for token in self.special_texts if token in text), None)
 
     # ---------------------------------------------------------------- conversations
@@ -198,6 +205,10 @@ class Tokenizer:
     def special_texts(self) -> tuple[str, ...]:
         """The texts of all special tokens."""
         return tuple(self._added[token_id] for token_id in sorted(self.special_ids))
+
+    @cached_property
+    def _special_starts(self) -> frozenset[str]:
+        return frozenset(text[0] for text in self.special_texts if text)
 
     @cached_property
     def eos_texts(self) -> tuple[str, ...]:

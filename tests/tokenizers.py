@@ -20,7 +20,9 @@ _SPECIAL = ["<|end|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|
 _WORDS = [("h", "e"), ("he", "l"), ("hel", "l"), ("hell", "o"), ("Ġ", "w"), ("Ã", "¼"), ("Ċ", "Ċ")]
 
 
-def byte_level(template: str | None = CHAT_TEMPLATE, *, add_bos: bool = False) -> Tokenizer:
+def byte_level(
+    template: str | None = CHAT_TEMPLATE, *, add_bos: bool = False, eos_token_ids: tuple[int, ...] = ()
+) -> Tokenizer:
     """256 bytes, a few merges, and the special tokens of the template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: index for index, character in enumerate(alphabet)}
@@ -35,6 +37,7 @@ def byte_level(template: str | None = CHAT_TEMPLATE, *, add_bos: bool = False) -
         backend,
         special_tokens={"bos_token": "<|bos|>", "eos_token": "<|end|>"},
         chat_template=template,
+        eos_token_ids=eos_token_ids,
         add_bos=add_bos,
     )
 

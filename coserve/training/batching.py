@@ -1,11 +1,18 @@
 """Which examples make which optimizer step and microbatch: a pure function of data and settings. Torch-free.
 
-An epoch's order is a permutation drawn from (seed, epoch). An optimizer step takes the next `batch_size`
-examples of it (fewer at an epoch's end); its microbatches pack them greedily in that order.
+An epoch is a sequence of units: examples, pairs of a preference data set, or packs (below). Its order is a
+permutation of them drawn from (seed, epoch). An optimizer step takes the next `batch_size` units (fewer at an
+epoch's end); its microbatches hold them as fully as a best fit does, a pair always whole.
+
+With `packing`, units are packs: the examples, in an order drawn once from the seed, fill one pack after the
+other up to `max_length` tokens. A pack sets only how many examples a batch has: attention stays inside an
+example, none is ever cut or reordered to fill a gap, and the packs are the same in every epoch, so that all
+epochs have as many steps.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,8 +28,11 @@ MICROBATCH_TOKENS = 1024
 class ExampleLengths(Protocol):
     """What is asked of a data set (training/dataset.py)."""
 
+    @property
+    def pairs(self) -> bool: ...
+    @property
+    def lengths(self) -> np.ndarray: ...
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
     def trained_tokens(self, index: int) -> int: ...
 
 
@@ -39,36 +49,59 @@ class StepBatch:
 
     @property
     def examples(self) -> tuple[int, ...]:
-        """All example numbers in order."""
+        """All example numbers, microbatch by microbatch."""
         return tuple(i for microbatch in self.microbatches for i in microbatch)
 
 
-def epoch_order(num_examples: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
-    """Example numbers in the order of epoch `epoch` (from 0)."""
+def epoch_order(num_units: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """Unit numbers in the order of epoch `epoch` (from 0), int64."""
     if not shuffle:
-        return list(range(num_examples))
-    keys = np.random.Generator(np.random.Philox(seed=[seed, epoch])).random(num_examples)
-    return [int(i) for i in np.argsort(keys, kind="stable")]
+        return np.arange(num_units)
+    return _permutation(num_units, [seed, epoch])
+
+
+def _permutation(length: int, seed: Sequence[int]) -> np.ndarray:
+    keys = np.random.Generator(np.random.Philox(seed=list(seed))).random(length)
+    return np.argsort(keys, kind="stable")
 
 
 def pack(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Indices into `lengths`, in order, in runs of at most `limit` tokens (a longer one stands alone)."""
+    """Indices into `lengths` in runs of at most `limit` tokens (a longer one stands alone).
+
+    Best fit, longest first: each goes where it leaves the least room, so no two runs would fit into one. A
+    run's indices ascend, and the runs are in the order of their first.
+    """
     runs: list[list[int]] = []
-    room = 0
-    for index, length in enumerate(lengths):
-        if not runs or length > room:
+    rooms: list[tuple[int, int]] = []  # (room, run), ascending
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = bisect_left(rooms, (lengths[index], -1))
+        if place == len(rooms):
+            room, run = limit, len(runs)
             runs.append([])
-            room = limit
-        runs[-1].append(index)
-        room -= length
-    return runs
+        else:
+            room, run = rooms.pop(place)
+        runs[run].append(index)
+        insort(rooms, (room - lengths[index], run))
+    return sorted(sorted(run) for run in runs)
+
+
+def fill(lengths: np.ndarray, limit: int) -> np.ndarray:
+    """Where packs begin that hold `lengths` in order, each up to `limit` tokens (a longer one stands alone),
+    and the end of the last: int64 [packs + 1]."""
+    ends = np.cumsum(lengths)
+    starts = [0]
+    while starts[-1] < len(lengths):
+        begin = starts[-1]
+        before = int(ends[begin - 1]) if begin else 0
+        starts.append(max(begin + 1, int(np.searchsorted(ends, before + limit, side="right"))))
+    return np.asarray(starts)
 
 
 class BatchPlan:
     """Every optimizer step of a job.
 
-    Raises InvalidRequest for an empty data set, and in `step` for an example without a trained token or of
-    more than `max_length` tokens (the model's context; 0: no limit).
+    Raises InvalidRequest for an empty data set and for packs of pairs, and in `step` for an example without a
+    trained token or of more than `max_length` tokens (the model's context; 0: no limit).
     """
 
     def __init__(
@@ -87,20 +120,60 @@ class BatchPlan:
         self._seed = seed
         self._limit = microbatch_tokens
         self._max_length = max_length
-        self.steps_per_epoch = -(-len(dataset) // spec.batch_size)
+        self._group = 2 if dataset.pairs else 1  # examples that stay together
+        self._lengths = np.asarray(dataset.lengths)
+        self._packs: tuple[np.ndarray, np.ndarray] | None = None
+        if spec.packing:
+            self._packs = self._make_packs(spec.max_length or max_length)
+        units = len(self._packs[1]) - 1 if self._packs else len(dataset) // self._group
+        self._num_units = units
+        self.steps_per_epoch = -(-units // spec.batch_size)
         self.total_steps = spec.max_steps or self.steps_per_epoch * spec.n_epochs
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def step(self, step: int) -> StepBatch:
         """Optimizer step `step`, counted from 1."""
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         if self._order[0] != epoch:
-            order = epoch_order(len(self._dataset), self._seed, epoch, self._spec.shuffle)
+            order = epoch_order(self._num_units, self._seed, epoch, self._spec.shuffle)
             self._order = (epoch, order)
         size = self._spec.batch_size
-        chosen = self._order[1][place * size : (place + 1) * size]
-        lengths = [len(self._dataset[i][0]) for i in chosen]
+        units = self._order[1][place * size : (place + 1) * size]
+        chosen = [int(i) for unit in units for i in self._examples(int(unit))]
+        lengths = [int(self._lengths[i]) for i in chosen]
         trained = [self._dataset.trained_tokens(i) for i in chosen]
+        self._check(chosen, lengths, trained)
+        group = self._group
+        sizes = [sum(lengths[i : i + group]) for i in range(0, len(lengths), group)]
+        return StepBatch(
+            step=step,
+            epoch=step / self.steps_per_epoch,
+            microbatches=tuple(
+                tuple(chosen[group * i + j] for i in run for j in range(group))
+                for run in pack(sizes, self._limit)
+            ),
+            trained_tokens=sum(trained),
+            tokens=sum(lengths),
+        )
+
+    def _make_packs(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """(examples in the order of the packs, where each pack begins)."""
+        if self._group > 1:
+            raise InvalidRequest("preference data isn't packed; leave packing out", param="training.packing")
+        if limit <= 0:
+            raise InvalidRequest("packing needs a max_length", param="training.max_length")
+        members = np.arange(len(self._lengths))
+        if self._spec.shuffle:
+            members = _permutation(len(self._lengths), [self._seed, 0, 1])  # a stream of its own
+        return members, fill(self._lengths[members], limit)
+
+    def _examples(self, unit: int) -> Sequence[int] | np.ndarray:
+        if self._packs is None:
+            return range(unit * self._group, (unit + 1) * self._group)
+        members, starts = self._packs
+        return members[starts[unit] : starts[unit + 1]]
+
+    def _check(self, chosen: Sequence[int], lengths: Sequence[int], trained: Sequence[int]) -> None:
         if 0 in trained:
             raise InvalidRequest(
                 f"example {chosen[trained.index(0)]} of the training data has no trained token",
@@ -113,11 +186,3 @@ class BatchPlan:
                 f"the model takes {self._max_length}; set max_length",
                 param="training_file",
             )
-        runs = pack(lengths, self._limit)
-        return StepBatch(
-            step=step,
-            epoch=step / self.steps_per_epoch,
-            microbatches=tuple(tuple(chosen[i] for i in run) for run in runs),
-            trained_tokens=sum(trained),
-            tokens=sum(lengths),
-        )

@@ -1,152 +1,56 @@
-"""Training files to tokens and labels, by the model's own chat template.
+"""Training rows to text, tokens and labels, conversations by the model's own chat template.
 
 What is trained of a conversation: the content of each assistant turn whose weight isn't 0, with the token
 that ends the turn, without the turn's header. Where a turn lies in the text follows from rendering prefixes:
 with M the messages, the turn i begins where render(M[:i], add_generation_prompt) ends, which is also what
 the model sees when it answers. The text is tokenised once, as a whole, so the ids are those that the chat
 route makes of the same messages; a token is trained when it covers any character of a trained turn.
+
+Text outside conversations is tokenised as /v1/completions does (with bos where the model's tokenizer adds
+one, never two) and gets one end token unless it ends in one.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from coserve.errors import CoserveError, DatasetError, InvalidRequest, LineError
+from coserve.errors import CoserveError, InvalidRequest
 from coserve.tokenizer import Tokenizer
-from coserve.training.chat_rows import BadRow, ChatRow, CompletionRow, check_row
-from coserve.training.dataset import NOT_TRAINED, count_trained
-
-MAX_LISTED_ERRORS = 50
-_BOM = b"\xef\xbb\xbf"
+from coserve.training.dataset import NOT_TRAINED
+from coserve.training.rows import BadRow, ChatRow, CompletionRow, PreferenceRow, Row, TokenRow
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row as the model sees it: its text, token ids [T], and labels [T] (-100 where not trained)."""
+    """What the model sees: its text (none where a row gave ids), token ids [T], and labels [T] (-100 where
+    not trained)."""
 
     text: str
     token_ids: list[int]
     labels: list[int]
 
 
-@dataclass
-class ChatDataset:
-    """An iterator of (token_ids, labels) that reads the file as it goes; iterate it once.
+def encode_row(row: Row, tokenizer: Tokenizer) -> tuple[Example, ...]:
+    """A valid row's example; of a preference row two, chosen and rejected.
 
-    The counts are final when the iteration is over: `examples` kept, their `tokens` and `trained_tokens`,
-    how many of them were `truncated` at `max_length`, and how many rows were `dropped` because no trained
-    token was left. The iteration ends with DatasetError when any line is bad (all lines are looked at first;
-    at most 50 are listed), with InvalidRequest when nothing is left to train on.
+    Raises BadRow when the chat template can't place its turns.
     """
-
-    lines: Iterable[bytes]
-    tokenizer: Tokenizer
-    max_length: int
-    examples: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    truncated: int = 0
-    dropped: int = 0
-    errors: list[LineError] = field(default_factory=list)
-    error_count: int = 0
-
-    def __iter__(self) -> Iterator[tuple[list[int], list[int]]]:
-        for number, value in self._values():
-            try:
-                example = encode_row(check_row(value, self.tokenizer), self.tokenizer)
-            except BadRow as bad:
-                self._error(number, bad.field, bad.reason)
-                continue
-            kept = self._kept(example)
-            if kept is not None:
-                yield kept
-        if self.error_count:
-            raise DatasetError(self.errors, self.error_count)
-        if not self.examples:
-            reason = (
-                f"none of the {self.dropped} rows has a trained token within max_length"
-                if self.dropped
-                else "the file holds no rows"
-            )
-            raise InvalidRequest(reason, param="training_file", code=DatasetError.default_code)
-
-    def _kept(self, example: Example) -> tuple[list[int], list[int]] | None:
-        token_ids, labels = example.token_ids, example.labels
-        too_long = 0 < self.max_length < len(token_ids)
-        if too_long:
-            token_ids, labels = token_ids[: self.max_length], labels[: self.max_length]
-        trained = count_trained(labels)
-        if trained == 0:
-            self.dropped += 1
-            return None
-        self.examples += 1
-        self.tokens += len(token_ids)
-        self.trained_tokens += trained
-        self.truncated += too_long
-        return token_ids, labels
-
-    def _values(self) -> Iterator[tuple[int, Any]]:
-        """(1-based line number, parsed JSON) of every line that parses; the others are noted as errors."""
-        blank: list[int] = []  # blank lines are tolerated at the end of the file only
-        for number, line in enumerate(self.lines, start=1):
-            if number == 1:
-                line = line.removeprefix(_BOM)
-            if not line.strip():
-                blank.append(number)
-                continue
-            for empty in blank:
-                self._error(empty, "", "is empty")
-            blank.clear()
-            try:
-                value = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                self._error(number, "", f"is not UTF-8 text (byte {error.start + 1})")
-            except json.JSONDecodeError as error:
-                self._error(number, "", f"is not valid JSON ({error.msg} at column {error.colno})")
-            except (RecursionError, ValueError):
-                self._error(
-                    number, "", "is not JSON that can be read (nested too deeply, or a number too long)"
-                )
-            else:
-                yield number, value
-
-    def _error(self, line: int, where: str, reason: str) -> None:
-        self.error_count += 1
-        if len(self.errors) < MAX_LISTED_ERRORS:
-            self.errors.append(LineError(line, where, reason))
-
-
-def read_chat_examples(lines: Iterable[bytes], tokenizer: Tokenizer, max_length: int) -> ChatDataset:
-    """Rows of a JSONL file (bytes, line by line) as training examples; `max_length` 0 means no limit."""
-    return ChatDataset(lines, tokenizer, max_length)
-
-
-def preview_row(value: Any, tokenizer: Tokenizer, max_length: int = 0) -> Example:
-    """What would be trained of one parsed row, cut at `max_length` tokens (the text stays whole).
-
-    Raises InvalidRequest naming the field.
-    """
-    try:
-        example = encode_row(check_row(value, tokenizer), tokenizer)
-    except BadRow as bad:
-        raise InvalidRequest(bad.reason, param=bad.field or None) from bad
-    if max_length:
-        return Example(example.text, example.token_ids[:max_length], example.labels[:max_length])
-    return example
-
-
-def encode_row(row: ChatRow | CompletionRow, tokenizer: Tokenizer) -> Example:
-    """Text, ids and labels of a valid row. Raises BadRow when the chat template can't place its turns."""
+    if isinstance(row, TokenRow):
+        return (Example("", row.token_ids, row.labels),)
+    if isinstance(row, PreferenceRow):
+        return *encode_row(row.chosen, tokenizer), *encode_row(row.rejected, tokenizer)
     if isinstance(row, CompletionRow):
-        return _encode_completion(row, tokenizer)
+        return (_encode_completion(row, tokenizer),)
     try:
         text, spans = _trained_spans(row, tokenizer)
-        return _label(text, spans, tokenizer)
+        return (_label(text, spans, tokenizer),)
     except CoserveError as error:
-        raise BadRow(error.param or "messages", error.message) from error
+        raise BadRow(_field_of(row, error.param), error.message) from error
+
+
+def _field_of(row: ChatRow, param: str | None) -> str:
+    """Where an error of the chat template lies: at one message, or at all of them."""
+    return param if param in row.fields else row.fields[0].partition("[")[0]
 
 
 def _encode_completion(row: CompletionRow, tokenizer: Tokenizer) -> Example:
@@ -154,7 +58,8 @@ def _encode_completion(row: CompletionRow, tokenizer: Tokenizer) -> Example:
     body = _label(text, [(len(row.prompt), len(text))], tokenizer)
     bos = tokenizer.encode("")
     bos = bos if bos == [tokenizer.bos_id] and body.token_ids[:1] != bos else []
-    eos = [] if tokenizer.eos_id is None or body.token_ids[-1:] == [tokenizer.eos_id] else [tokenizer.eos_id]
+    ended = not set(body.token_ids[-1:]).isdisjoint(tokenizer.eos_token_ids)
+    eos = [] if ended or tokenizer.eos_id is None else [tokenizer.eos_id]
     shown = (
         (tokenizer.token_text(bos[0]) if bos else "") + text + (tokenizer.token_text(eos[0]) if eos else "")
     )
@@ -201,7 +106,7 @@ def _turn_start(row: ChatRow, index: int, text: str, tokenizer: Tokenizer) -> in
     else:
         prompt = tokenizer.render_chat(row.messages[:index], row.tools, add_generation_prompt=True)
     if not text.startswith(prompt):
-        raise _no_prefix(index)
+        raise _no_prefix(row, index)
     return len(prompt)
 
 
@@ -229,7 +134,7 @@ def _turn_end(row: ChatRow, index: int, start: int, limit: int, text: str, token
     found = [(text.find(token, start, limit), token) for token in tokenizer.eos_texts]
     ends = [at + len(token) for at, token in found if at >= 0]
     if not ends:
-        raise _no_prefix(index)
+        raise _no_prefix(row, index)
     return min(ends)
 
 
@@ -251,9 +156,9 @@ def _end_candidates(alone: str, start: int, tokenizer: Tokenizer) -> list[int]:
     return [*ending, *(at for at, token in run if token not in tokenizer.eos_texts)]
 
 
-def _no_prefix(index: int) -> InvalidRequest:
+def _no_prefix(row: ChatRow, index: int) -> InvalidRequest:
     return InvalidRequest(
         "the chat template renders this turn differently once later messages follow, so what to train on "
         "can't be told; split the conversation into one row a turn, or give the server another template",
-        param=f"messages[{index}]",
+        param=row.fields[index],
     )

@@ -3,6 +3,7 @@
     tokens.npy   int32 [total]     token ids of all examples, one after the other
     labels.npy   int32 [total]     the token's own id where it is trained, -100 where not
     offsets.npy  int64 [examples+1] where each example begins
+    meta.json    {"pairs": ...}    true: examples 2i and 2i + 1 are the chosen and rejected answer of a pair
 
 A label is aligned with its own token: the loss of predicting token t from the tokens before it is counted
 where labels[t] != -100. The first token of an example is never a target.
@@ -10,8 +11,10 @@ where labels[t] != -100. The first token of an example is never a target.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -22,22 +25,34 @@ from numpy.lib import format as npy
 from coserve.errors import ConfigError, Conflict, InvalidRequest
 
 NOT_TRAINED = -100
+_META = "meta.json"
 
 
 class TokenDataset:
-    """A read-only data set, memory-mapped; index it by example."""
+    """A read-only data set, memory-mapped; index it by example. `pairs`: examples 2i and 2i + 1 belong
+    together, the chosen and the rejected answer of one preference."""
 
-    def __init__(self, tokens: np.ndarray, labels: np.ndarray, offsets: np.ndarray) -> None:
+    def __init__(
+        self, tokens: np.ndarray, labels: np.ndarray, offsets: np.ndarray, pairs: bool = False
+    ) -> None:
         self.tokens = tokens
         self.labels = labels
         self.offsets = offsets
+        self.pairs = pairs
 
     @classmethod
-    def write(cls, directory: str | Path, examples: Iterable[tuple[Sequence[int], Sequence[int]]]) -> int:
-        """Write (token_ids, labels) pairs as they come; the directory appears whole or not at all.
+    def write(
+        cls,
+        directory: str | Path,
+        examples: Iterable[tuple[Sequence[int], Sequence[int]]],
+        *,
+        pairs: bool = False,
+    ) -> int:
+        """Write (token_ids, labels) as they come; the directory appears whole or not at all.
 
-        Returns the number of examples. Raises InvalidRequest when there are none, Conflict when the directory
-        exists, and whatever `examples` raises (nothing is left behind then).
+        Returns the number of examples. Raises InvalidRequest when there are none, or an odd number of what
+        should be pairs, Conflict when the directory exists, and whatever `examples` raises (nothing is left
+        behind then).
         """
         target = Path(directory)
         if target.exists():
@@ -49,6 +64,12 @@ class TokenDataset:
             count = _write_arrays(temporary, examples)
             if count == 0:
                 raise InvalidRequest("the training file holds no example", param="training_file")
+            if pairs and count % 2:
+                raise InvalidRequest(f"{count} examples make no pairs", param="training_file")
+            with open(temporary / _META, "wb") as meta:
+                meta.write(json.dumps({"pairs": pairs}).encode())
+                _sync(meta)
+            _sync_directory(temporary)
             os.rename(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -65,7 +86,8 @@ class TokenDataset:
                 np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
                 for name in ("tokens", "labels", "offsets")
             )
-        except (OSError, ValueError, EOFError) as error:
+            pairs = json.loads((folder / _META).read_bytes())["pairs"]
+        except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
             raise ConfigError(
                 f"data set {folder.name!r} cannot be read: {error}", param="data_path"
             ) from error
@@ -78,10 +100,11 @@ class TokenDataset:
             and offsets[0] == 0
             and offsets[-1] == len(tokens)
             and bool((np.diff(offsets) > 0).all())
+            and (pairs is False or (pairs is True and len(offsets) % 2 == 1))
         )
         if not whole:
             raise ConfigError(f"data set {folder.name!r} is damaged; prepare it again", param="data_path")
-        return cls(tokens, labels, offsets)
+        return cls(tokens, labels, offsets, pairs)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -112,7 +135,7 @@ def count_trained(labels: Sequence[int] | np.ndarray) -> int:
 
 
 def _write_arrays(folder: Path, examples: Iterable[tuple[Sequence[int], Sequence[int]]]) -> int:
-    offsets = [0]
+    offsets = array("q", [0])
     with open(folder / "tokens.npy", "wb") as tokens_file, open(folder / "labels.npy", "wb") as labels_file:
         for file in (tokens_file, labels_file):
             _write_header(file, 0)
@@ -130,9 +153,8 @@ def _write_arrays(folder: Path, examples: Iterable[tuple[Sequence[int], Sequence
             _write_header(file, offsets[-1])
             _sync(file)
     with open(folder / "offsets.npy", "wb") as offsets_file:
-        np.save(offsets_file, np.asarray(offsets, dtype=np.int64), allow_pickle=False)
+        np.save(offsets_file, np.frombuffer(offsets, dtype=np.int64), allow_pickle=False)
         _sync(offsets_file)
-    _sync_directory(folder)
     return len(offsets) - 1
 
 

@@ -55,6 +55,25 @@ def test_writing_is_all_or_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
+def test_pairs_are_remembered(tmp_path):
+    TokenDataset.write(tmp_path / "pairs", EXAMPLES[:2], pairs=True)
+    assert TokenDataset.open(tmp_path / "pairs").pairs
+    with pytest.raises(InvalidRequest, match="3 examples make no pairs"):
+        TokenDataset.write(tmp_path / "odd", EXAMPLES, pairs=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs"]
+
+
+@pytest.mark.parametrize("text", [None, b"", b"[]", b"{}", b'{"pairs": 1}', b'{"pairs": true}'])
+def test_damaged_meta_is_refused(tmp_path, text):
+    TokenDataset.write(tmp_path / "data", EXAMPLES)
+    meta = tmp_path / "data" / "meta.json"
+    meta.unlink()
+    if text is not None:
+        meta.write_bytes(text)
+    with pytest.raises(ConfigError, match="data set 'data'"):
+        TokenDataset.open(tmp_path / "data")
+
+
 @pytest.mark.parametrize("name", ["tokens", "labels", "offsets"])
 @pytest.mark.parametrize("damage", ["missing", "cut", "short", "pickled"])
 def test_damaged_data_sets_are_refused(tmp_path, name, damage):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from coserve.server.job_store import JobEvent
 from coserve.tokenizer import Tokenizer
-from coserve.training.chat_data import read_chat_examples
+from coserve.training.data_file import Counts, DataFile, bounded_lines
 from coserve.training.dataset import TokenDataset
 from coserve.training.job import TrainingSpec
 
@@ -24,48 +24,61 @@ _COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_to
 
 @dataclass(frozen=True)
 class Prepared:
-    """What came of a training file: `truncated` examples were cut at the maximal length, `dropped` rows had
-    no trained token left."""
+    """What came of a training file."""
 
-    examples: int
-    trained_tokens: int
-    truncated: int
-    dropped: int
+    counts: Counts
+
+    @property
+    def examples(self) -> int:
+        """Rows that are trained on."""
+        return self.counts.examples
 
     def remarks(self) -> list[tuple[str, str]]:
         """(level, message) for the job's log."""
-        found = [("info", f"{self.examples} examples with {self.trained_tokens} trained tokens in an epoch")]
-        if self.truncated:
-            found.append(("warn", f"{self.truncated} examples were cut at the maximal length"))
-        if self.dropped:
-            found.append(("warn", f"{self.dropped} rows were dropped: no trained token is left of them"))
-        return found
+        return [*_remarks(self.counts)]
+
+
+def _remarks(counts: Counts) -> Iterator[tuple[str, str]]:
+    yield (
+        "info",
+        f"{counts.examples} examples of {counts.tokens} tokens, {counts.trained_tokens} of them trained, in "
+        f"an epoch; the longest has {counts.longest}",
+    )
+    if counts.truncated:
+        yield (
+            "warn",
+            f"{counts.truncated} examples were cut at the maximal length and lost {counts.cut_tokens} tokens",
+        )
+    for reason, rows in counts.dropped.items():
+        yield "warn", f"{rows} rows were dropped: {reason}"
 
 
 class _Stopped(Exception):
     """Nobody wants the data any more."""
 
 
-async def prepare(source: Path, target: Path, tokenizer: Tokenizer, max_length: int) -> Prepared:
+async def prepare(
+    source: Path, target: Path, tokenizer: Tokenizer, max_length: int, method: str = "supervised"
+) -> Prepared:
     """Tokenise `source` (JSONL) into the data set `target`, in a thread that a cancellation stops.
 
     Raises DatasetError with the bad lines, InvalidRequest when nothing is left to train on.
     """
     stop = threading.Event()
     try:
-        return await asyncio.to_thread(_prepare, source, target, tokenizer, max_length, stop)
+        return await asyncio.to_thread(_prepare, source, target, tokenizer, max_length, method, stop)
     finally:
         stop.set()
 
 
 def _prepare(
-    source: Path, target: Path, tokenizer: Tokenizer, max_length: int, stop: threading.Event
+    source: Path, target: Path, tokenizer: Tokenizer, max_length: int, method: str, stop: threading.Event
 ) -> Prepared:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as lines:
-        rows = read_chat_examples(_until(stop, lines), tokenizer, max_length)
-        TokenDataset.write(target, rows)
-    return Prepared(rows.examples, rows.trained_tokens, rows.truncated, rows.dropped)
+    with source.open("rb") as file:
+        rows = DataFile(_until(stop, bounded_lines(file)), tokenizer, max_length, method)
+        TokenDataset.write(target, rows, pairs=rows.pairs)
+    return Prepared(rows.counts)
 
 
 def _until(stop: threading.Event, lines: Iterable[bytes]) -> Iterator[bytes]:

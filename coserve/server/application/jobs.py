@@ -135,6 +135,7 @@ class Jobs:
                     folder / "data",
                     self._tokenizer,
                     job.training.max_length,
+                    job.method,
                 )
                 await self.records.update(job.id, lambda now: job_changes.after_validation(now, prepared))
             await self._submit(job.id)
