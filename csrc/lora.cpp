@@ -262,7 +262,7 @@ static void backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_strid
     project_down(dy + t * dy_stride, dy_stride, count, b, rows, rank, N, dh + t * rank);
     project_up(dx + t * dx_stride, dx_stride, count, dh + t * rank, a, rows, rank, K);
   });
-  int64_t a_blocks = divide_up(K, COLUMN_BLOCK), b_blocks = divide_up(N, COLUMN_BLOCK);
+  int64_t a_blocks = da ? divide_up(K, COLUMN_BLOCK) : 0, b_blocks = divide_up(N, COLUMN_BLOCK);
   parallel_for(a_blocks + b_blocks, work, [&](int64_t task) {
     if (task < a_blocks)
       token_sums(dh, rank, rate > 0 ? kept : x, rate > 0 ? K : x_stride, tokens, token_offset, task * COLUMN_BLOCK, K, da);

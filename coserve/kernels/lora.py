@@ -117,7 +117,7 @@ def lora_backward(
     b_RN: torch.Tensor,
     rows: torch.Tensor,
     dx_TK: torch.Tensor,
-    da_rK: torch.Tensor,
+    da_rK: torch.Tensor | None,
     db_rN: torch.Tensor,
     token_offset: int,
     dropout: Dropout | None = None,
@@ -126,7 +126,7 @@ def lora_backward(
 
     `rows` [r] int32 are the adapter's pool rows; `db` is w.r.t. the scaled b. The window's first token has
     index `token_offset` in its microbatch. `dy`, `x`, `dx` may be column slices. `dropout` is that of the
-    forward: a key for every token of the window, one rate.
+    forward: a key for every token of the window, one rate. Without `da` (a frozen A) the rest is the same.
     """
     native = native_for(dy_TN)
     if native is None:
@@ -139,11 +139,10 @@ def lora_backward(
     require_index(torch.int32, rows=rows)
     require(a_RK.shape[1] == K and b_RN.shape[1] == N, f"a and b are not [rows, {K}] and [rows, {N}]")
     require(x_TK.shape == (T, K) and dx_TK.shape == (T, K), f"x and dx are not [{T}, {K}]")
-    require(
-        da_rK.shape == (rank, K) and db_rN.shape == (rank, N), f"da, db are not [{rank}, {K}], [{rank}, {N}]"
-    )
-    for name, grad in (("da", da_rK), ("db", db_rN)):
-        require(grad.dtype == torch.float32 and grad.is_contiguous(), f"{name} must be contiguous fp32")
+    for name, grad, shape in (("da", da_rK, (rank, K)), ("db", db_rN, (rank, N))):
+        if grad is not None:
+            require(grad.shape == shape, f"{name} is not {list(shape)}")
+            require(grad.dtype == torch.float32 and grad.is_contiguous(), f"{name} must be contiguous fp32")
     if dropout is not None:
         _check_dropout(dropout, T, 1)
     native.lora_backward(
@@ -158,7 +157,7 @@ def lora_backward(
         rank,
         dx_TK.data_ptr(),
         dx_TK.stride(0),
-        da_rK.data_ptr(),
+        0 if da_rK is None else da_rK.data_ptr(),
         db_rN.data_ptr(),
         token_offset,
         *(NO_DROPOUT if dropout is None else dropout.arguments),
@@ -232,7 +231,7 @@ def _lora_backward_reference(
     b: torch.Tensor,
     rows: torch.Tensor,
     dx: torch.Tensor,
-    da: torch.Tensor,
+    da: torch.Tensor | None,
     db: torch.Tensor,
     token_offset: int,
     dropout: Dropout | None,
@@ -254,7 +253,8 @@ def _lora_backward_reference(
         if factor is not None:
             h, dh = h * factor, dh * factor
         db += h.t() @ dyf
-        da += dh.t() @ xf
+        if da is not None:
+            da += dh.t() @ xf
         into_dx = dh @ af if keep is None else (dh @ af).where(keep[span], 0)
         dx[span] = (wide(dx[span]) + into_dx).to(dx.dtype)
 

@@ -126,13 +126,13 @@ class ForwardBatch:
 
 class ModuleGradient(NamedTuple):
     """One adapted linear in training: the pool's tensors, the adapter's rows in them (int32 [r]), and the
-    fp32 sums that its gradients are added to. `db_rN` is the gradient of the scaled, transposed B. `dropout`
-    is that of the window's tokens in this module."""
+    fp32 sums that its gradients are added to, `da_rK` None where A is frozen. `db_rN` is the gradient of the
+    scaled, transposed B. `dropout` is that of the window's tokens in this module."""
 
     a_RK: torch.Tensor
     b_RN: torch.Tensor
     rows: torch.Tensor
-    da_rK: torch.Tensor
+    da_rK: torch.Tensor | None
     db_rN: torch.Tensor
     dropout: Dropout | None = None
 

@@ -108,8 +108,9 @@ class PeftConfig:
             return False
         if not _matches(self.target_modules, path):
             return False
-        by_name = not isinstance(self.target_modules, str)
-        return not (by_name and self.layers_to_transform is not None) or layer in self.layers_to_transform
+        # As in PEFT, layers_to_transform narrows names only, neither patterns nor whole paths.
+        narrowed = not isinstance(self.target_modules, str) and path not in self.target_modules
+        return not narrowed or self.layers_to_transform is None or layer in self.layers_to_transform
 
     def rank(self, path: str) -> int:
         return self.rank_pattern.get(_pattern_key(self.rank_pattern, path), self.r)
@@ -132,6 +133,14 @@ class PeftConfig:
             for key in pattern:
                 if not any(_pattern_key((key,), path) for path in adapted):
                     _refuse(f"{setting} key {key!r} matches none of the adapted modules")
+
+    def check_exclusions(self, paths: Iterable[str]) -> None:
+        """Refuse excluded names that match none of the model's linear layers."""
+        excluded = self.exclude_modules
+        for name in (excluded,) if isinstance(excluded, str) else excluded:
+            pattern = name if isinstance(excluded, str) else (name,)
+            if not any(_matches(pattern, path) for path in paths):
+                _refuse(f"exclude_modules has {name!r}, which matches no linear layer of this model")
 
 
 def _matches(targets: tuple[str, ...] | str, path: str) -> bool:

@@ -208,12 +208,14 @@ def make_config(
     r: int,
     lora_alpha: float,
     target_modules: tuple[str, ...] | list[str],
+    exclude_modules: tuple[str, ...] = (),
     base_model_name: str = "",
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False,
     layers_to_transform: tuple[int, ...] = (),
     lora_dropout: float = 0.0,
+    init_lora_weights: str = "default",
 ) -> dict[str, Any]:
     """An adapter_config.json as PEFT writes it for a causal language model."""
     return {
@@ -221,10 +223,10 @@ def make_config(
         "auto_mapping": None,
         "base_model_name_or_path": base_model_name or None,
         "bias": "none",
-        "exclude_modules": None,
+        "exclude_modules": sorted(exclude_modules) or None,
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": True,
+        "init_lora_weights": True if init_lora_weights == "default" else init_lora_weights,
         "layer_replication": None,
         "layers_pattern": None,
         "layers_to_transform": list(layers_to_transform) or None,

@@ -16,6 +16,7 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
     r: int = 16
     lora_alpha: float = 0.0
     target_modules: tuple[str, ...] = ()
+    exclude_modules: tuple[str, ...] = ()
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     use_rslora: bool = False

@@ -2,8 +2,10 @@
 
     y += s x A^T B^T,   A [r, in] from U(-1/sqrt(in), 1/sqrt(in)), B [out, r] zero
 
-as PEFT starts it (Kaiming-uniform with a = sqrt 5). B lies transposed in the buffer, as the pool's rows do.
-The pool's rows carry s B, so a gradient found there is that of B once multiplied by s (`finish_gradients`).
+as PEFT starts it (Kaiming-uniform with a = sqrt 5; "gaussian": A from N(0, 1/r^2)). B lies transposed in the
+buffer, as the pool's rows do. The pool's rows carry s B, so a gradient found there is that of B once
+multiplied by s (`finish_gradients`). With `freeze_a` (LoRA-FA, Zhang et al. 2023) A stays as it started: it
+lies outside the buffers and has no gradient and no moments.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class WritablePool(LoraPool, Protocol):
 
 @dataclass(frozen=True)
 class TrainableModule:
-    """One adapted linear: views of the masters (a_RK, b_RN = B transposed) and of their gradients."""
+    """One adapted linear: views of the masters (a_RK, b_RN = B transposed) and of their gradients, `da_RK`
+    None where A is frozen."""
 
     layer: int
     module: int
@@ -46,12 +49,25 @@ class TrainableModule:
     scale: float
     a_RK: torch.Tensor
     b_RN: torch.Tensor
-    da_RK: torch.Tensor
+    da_RK: torch.Tensor | None
     db_RN: torch.Tensor
 
 
+class _Cutter:
+    """Hands out consecutive matrices of a flat tensor."""
+
+    def __init__(self, flat: torch.Tensor) -> None:
+        self._flat = flat
+        self._end = 0
+
+    def take(self, rows: int, columns: int) -> torch.Tensor:
+        begin, self._end = self._end, self._end + rows * columns
+        return self._flat[begin : self._end].view(rows, columns)
+
+
 class TrainableAdapter:
-    """`parameters` and `gradients` are flat fp32 tensors of all modules, layer by layer."""
+    """`parameters` and `gradients` are flat fp32 tensors of all that is trained, layer by layer; `frozen`
+    holds the masters that aren't."""
 
     def __init__(
         self,
@@ -71,25 +87,40 @@ class TrainableAdapter:
             for module, name in enumerate(config.linear_modules)
             if resolved.targets(config.module_path(layer, name), layer)
         ]
-        sizes = [resolved.rank(path) * (out + into) for _, _, path, (out, into) in places]
-        self.parameters = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        a_sizes = [resolved.rank(path) * into for _, _, path, (_, into) in places]
+        b_sizes = [resolved.rank(path) * out for _, _, path, (out, _) in places]
+        frozen, trained = (sum(a_sizes), 0) if spec.freeze_a else (0, sum(a_sizes))
+        self.frozen = torch.zeros(frozen, dtype=torch.float32, device=device)
+        self.parameters = torch.zeros(trained + sum(b_sizes), dtype=torch.float32, device=device)
         self.gradients = torch.zeros_like(self.parameters)
         self.ranks_LM = torch.zeros(config.num_layers, len(config.linear_modules), dtype=torch.int32)
         self.modules: list[TrainableModule] = []
-        end = 0
-        for (layer, module, path, (out, into)), size in zip(places, sizes, strict=True):
+        parameters, gradients, frozen_a = (
+            _Cutter(self.parameters),
+            _Cutter(self.gradients),
+            _Cutter(self.frozen),
+        )
+        for layer, module, path, (out, into) in places:
             rank = resolved.rank(path)
-            views = []
-            for flat in (self.parameters, self.gradients):
-                part = flat[end : end + size]
-                views += [part[: rank * into].view(rank, into), part[rank * into :].view(rank, out)]
-            end += size
+            masters = frozen_a if spec.freeze_a else parameters
             self.ranks_LM[layer, module] = rank
-            self.modules.append(TrainableModule(layer, module, path, rank, resolved.scale(path), *views))
+            self.modules.append(
+                TrainableModule(
+                    layer,
+                    module,
+                    path,
+                    rank,
+                    resolved.scale(path),
+                    a_RK=masters.take(rank, into),
+                    b_RN=parameters.take(rank, out),
+                    da_RK=None if spec.freeze_a else gradients.take(rank, into),
+                    db_RN=gradients.take(rank, out),
+                )
+            )
         self._by_layer: dict[int, list[TrainableModule]] = {}
         for trainable in self.modules:
             self._by_layer.setdefault(trainable.layer, []).append(trainable)
-        self._draw(seed)
+        self._draw(seed, spec.init_lora_weights)
 
     @property
     def rank(self) -> int:
@@ -104,14 +135,18 @@ class TrainableAdapter:
     @property
     def nbytes(self) -> int:
         """Bytes of masters and gradients."""
-        return self.parameters.nbytes + self.gradients.nbytes
+        return self.parameters.nbytes + self.gradients.nbytes + self.frozen.nbytes
 
-    def _draw(self, seed: int) -> None:
+    def _draw(self, seed: int, init: str) -> None:
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules:
-            bound = module.a_RK.shape[1] ** -0.5
-            drawn = torch.rand(module.a_RK.shape, generator=generator)
-            module.a_RK.copy_(drawn.mul_(2 * bound).sub_(bound))
+            shape = module.a_RK.shape
+            if init == "gaussian":
+                drawn = torch.randn(shape, generator=generator).div_(module.rank)
+            else:
+                bound = shape[1] ** -0.5
+                drawn = torch.rand(shape, generator=generator).mul_(2 * bound).sub_(bound)
+            module.a_RK.copy_(drawn)
 
     # ------------------------------------------------------------------ gradients
 

@@ -116,13 +116,15 @@ class Trainer:
 
 
 def gradient_tensors(adapter: TrainableAdapter) -> dict[str, torch.Tensor]:
-    """PEFT's key -> gradient in PEFT's shape."""
+    """PEFT's key -> gradient in PEFT's shape, of what is trained."""
     masters, keys = adapter.tensors(), iter(adapter.tensors())
     found = {}
     for module in adapter.modules:
-        found[next(keys)] = module.da_RK.clone()
-        found[next(keys)] = module.db_RN.t().clone()
-    assert masters.keys() == found.keys()
+        a_key, b_key = next(keys), next(keys)
+        if module.da_RK is not None:
+            found[a_key] = module.da_RK.clone()
+        found[b_key] = module.db_RN.t().clone()
+    assert found.keys() <= masters.keys()
     return found
 
 

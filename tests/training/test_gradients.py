@@ -29,6 +29,7 @@ from tests.parity.training_harness import (
 
 SPECS = {
     "rank-1": LoraSpec(r=1),
+    "rank-256": LoraSpec(r=256, rank_pattern={"v_proj": 200}),
     "rank-64": LoraSpec(r=64, lora_alpha=16.0),
     "attention": LoraSpec(r=4, target_modules=("q_proj", "v_proj")),
     "mlp-top": LoraSpec(r=4, target_modules=("gate_proj", "down_proj"), layers_to_transform=(1, 2)),
@@ -37,6 +38,9 @@ SPECS = {
         lora_alpha=9.0,
         rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 13},
         alpha_pattern={"o_proj": 3.0, r"layers\.2\..*": 5.0},
+    ),
+    "excluded": LoraSpec(
+        r=3, exclude_modules=("layers.1.mlp.up_proj", "k_proj", "model.layers.0.mlp.down_proj")
     ),
     "rslora": LoraSpec(r=5, use_rslora=True, rank_pattern={"k_proj": 3}),
 }

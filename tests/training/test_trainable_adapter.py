@@ -34,6 +34,19 @@ def test_starts_as_peft_does() -> None:
     assert adapter.rank == 16
 
 
+def test_a_gaussian_start_is_that_of_peft() -> None:
+    """A from N(0, 1/r^2), B zero: peft's `init_lora_weights="gaussian"`, by each module's own rank."""
+    spec = LoraSpec(r=64, rank_pattern={"q_proj": 16}, init_lora_weights="gaussian")
+    adapter = TrainableAdapter(spec, CONFIG, seed=3)
+    for module in adapter.modules:
+        deviations = module.a_RK.double().flatten() * module.rank
+        assert deviations.std() == pytest.approx(1.0, abs=5 / (2 * len(deviations)) ** 0.5)
+        assert deviations.abs().max() > 2.5 and module.b_RN.abs().max() == 0
+    assert adapter.config["init_lora_weights"] == "gaussian"
+    assert LoraConfig(init_lora_weights=adapter.config["init_lora_weights"])
+    assert TrainableAdapter(LoraSpec(), CONFIG, seed=3).config["init_lora_weights"] is True
+
+
 def test_the_seed_decides_the_start() -> None:
     first, same, other = (TrainableAdapter(LoraSpec(r=3), CONFIG, seed=s).parameters for s in (1, 1, 2))
     assert torch.equal(first, same)
@@ -49,6 +62,10 @@ def test_the_seed_decides_the_start() -> None:
         ),
         LoraSpec(r=2, target_modules=("self_attn.k_proj", "down_proj"), layers_to_transform=(0, 2)),
         LoraSpec(r=4, rank_pattern={"o_proj": 3}, alpha_pattern={r".*_proj": 5.0}),
+        LoraSpec(r=2, exclude_modules=("mlp.up_proj", "model.layers.1.self_attn.q_proj"), use_rslora=True),
+        LoraSpec(
+            r=2, target_modules=("model.layers.0.self_attn.q_proj", "up_proj"), layers_to_transform=(1,)
+        ),
     ],
 )
 def test_ranks_and_scales_are_those_of_peft(spec: LoraSpec) -> None:
@@ -73,7 +90,12 @@ def test_ranks_and_scales_are_those_of_peft(spec: LoraSpec) -> None:
         (LoraSpec(rank_pattern={"nothing": 4}), "nothing"),
         (LoraSpec(target_modules=("q_proj",), alpha_pattern={"v_proj": 4.0}), "v_proj"),
         (LoraSpec(layers_to_transform=(0, 3)), "3"),
-        (LoraSpec(r=0), "r"),
+        (LoraSpec(r=0), "r is 0"),
+        (LoraSpec(r=257), "1 to 256"),
+        (LoraSpec(rank_pattern={"q_proj": 300}), "rank_pattern.q_proj is 300"),
+        (LoraSpec(exclude_modules=("q_proj", "lm_tail")), "lm_tail"),
+        (LoraSpec(target_modules=("q_proj",), exclude_modules=("self_attn.q_proj",)), "no module"),
+        (LoraSpec(init_lora_weights="pissa"), "pissa"),
     ],
 )
 def test_refusals_name_what_is_wrong(spec: LoraSpec, named: str) -> None:
