@@ -174,7 +174,7 @@ REFUSED = [
     ({"lora": {"r": 65}}, "lora.r", 400),
     ({"lora": {"r": 0}}, "lora.r", 400),
     ({"lora": {"lora_alpha": 0}}, "lora.lora_alpha", 400),
-    ({"lora": {"lora_dropout": 0.1}}, "lora.lora_dropout", 400),
+    ({"lora": {"lora_dropout": 1.0}}, "lora.lora_dropout", 400),
     ({"lora": {"target_modules": ["q_proj", "conv9"]}}, "lora.target_modules", 400),
     ({"lora": {"rank_pattern": {"nowhere": 4}}}, "lora", 400),
     ({"lora": {"init_lora_weights": "pissa"}}, "lora.init_lora_weights", 400),
@@ -255,6 +255,16 @@ def test_an_absurd_learning_rate_is_warned_of(
     events = http.get(f"/v1/fine_tuning/jobs/{job}/events", params={"limit": 100}).json()["data"]
     found = [event["message"] for event in events if event["level"] == "warn"]
     assert [f"learning_rate {rate:g}" in text for text in found] == [True] * warned
+
+
+def test_settings_reach_the_engine_and_are_reported(server: ServerThread, http: httpx.Client) -> None:
+    server.engine.auto_train = False
+    lora = {"r": 4, "lora_dropout": 0.1}
+    body = {"model": BASE, "training_file": upload(server.openai()), "lora": lora}
+    job = http.post("/v1/fine_tuning/jobs", json=body).json()
+    assert job["peft"]["lora_dropout"] == 0.1 and job["peft"]["r"] == 4
+    wait_for(lambda: job["id"] in server.engine.jobs)
+    assert server.engine.jobs[job["id"]].lora.lora_dropout == 0.1
 
 
 def test_idempotency(server: ServerThread, http: httpx.Client) -> None:

@@ -70,8 +70,6 @@ def parse_lora(
 
 
 def _refuse_pending(fields: Fields) -> None:
-    if fields.number("lora_dropout", 0.0, 0.0, 1.0):
-        raise fields.fail("lora_dropout", "must be 0: dropout is not supported.")
     raw = fields.raw("init_lora_weights")
     if not isinstance(raw, str | bool | None) or raw not in _INIT:
         raise fields.fail("init_lora_weights", "must be true (PEFT's default); other ways are not supported.")
