@@ -13,13 +13,15 @@ constexpr int64_t TILE_QUERIES = 128;  // query rows (tokens x heads of a group)
 struct Tile {
   int64_t rows, D, Dp;
   float *q, *o, *scores, *keys, *values;
+  float cap;  // scores are cap * tanh(score / cap); 0: as they are
   float *top, *total;
   int64_t *first, *last;
 };
 
-static Tile make_tile(int64_t D) {
+static Tile make_tile(int64_t D, float cap) {
   Tile t{};
   t.D = D;
+  t.cap = cap;
   t.Dp = round_up(D, D_STEP);
   int64_t floats = TILE_QUERIES * (2 * t.Dp + KEY_BLOCK + 2) + 2 * KEY_BLOCK * t.Dp;
   float* p = (float*)scratch(0, floats * 4 + TILE_QUERIES * 16);
@@ -36,6 +38,7 @@ static Tile make_tile(int64_t D) {
 }
 
 // Turns a row's scores of one block into weights and brings its running sums up to date.
+template <bool CAPPED>
 static void softmax_row(const Tile& t, int64_t row, int64_t block) {
   float* s = t.scores + row * KEY_BLOCK;
   int64_t key = block * KEY_BLOCK;
@@ -46,7 +49,9 @@ static void softmax_row(const Tile& t, int64_t row, int64_t block) {
   const vf hidden = splat(-__builtin_inff());
   vf top = hidden;
   for (int64_t j = 0; j < KEY_BLOCK; j += VL) {
-    vf v = visible(key + j, t.first[row], t.last[row]) ? load(s + j) : hidden;
+    vf score = load(s + j);
+    if constexpr (CAPPED) score = t.cap * vtanh(score / t.cap);
+    vf v = visible(key + j, t.first[row], t.last[row]) ? score : hidden;
     store(s + j, v);
     top = vmax(v, top);
   }
@@ -83,7 +88,10 @@ static void attend(const Tile& t, const AtKey& at_key, const AtValue& at_value) 
     load_rows([&](int64_t j) { return at_value(key + j); }, count, count, t.D, 1.0f, t.values);
     matmul(t.rows, round_up(count, D_STEP),
            {t.D, t.q, t.Dp, 1, t.keys, KEY_BLOCK, t.scores, KEY_BLOCK, Into::SET});
-    for (int64_t r = 0; r < t.rows; r++) softmax_row(t, r, block);
+    if (t.cap == 0)
+      for (int64_t r = 0; r < t.rows; r++) softmax_row<false>(t, r, block);
+    else
+      for (int64_t r = 0; r < t.rows; r++) softmax_row<true>(t, r, block);
     matmul(t.rows, t.Dp, {count, t.scores, KEY_BLOCK, 1, t.values, t.Dp, t.o, t.Dp, Into::RESUME});
   }
 }
@@ -96,7 +104,7 @@ struct Heads {
   T* o;
   float* lse;
   int64_t N, group, D;
-  float scale;
+  float scale, cap;
 
   void load_queries(Tile& t, int64_t begin, int64_t end, int64_t kv_head) const {
     t.rows = (end - begin) * group;
@@ -123,18 +131,19 @@ struct Paged {
   const int32_t* tables;
   int64_t table_stride;
   const int32_t *query_start, *context_lens;
+  int64_t window;  // keys that a query sees, its own among them; 0: all
 };
 
 template <class T>
 static void paged_tile(const Heads<T>& heads, const Paged& cache, int64_t Nkv, int64_t s, int64_t token,
                        int64_t kv_head) {
   int64_t end = smaller(cache.query_start[s + 1], token + tile_tokens(heads.group)), D = heads.D;
-  Tile t = make_tile(D);
+  Tile t = make_tile(D, heads.cap);
   heads.load_queries(t, token, end, kv_head);
   int64_t position = cache.context_lens[s] - (cache.query_start[s + 1] - token);
   for (int64_t r = 0; r < t.rows; r++) {
-    t.first[r] = 0;
     t.last[r] = position + r / heads.group;
+    t.first[r] = cache.window ? larger(0, t.last[r] + 1 - cache.window) : 0;
   }
   const int32_t* table = cache.tables + s * cache.table_stride;
   auto at = [&](const void* base, int64_t block_stride, int64_t j) {
@@ -154,7 +163,9 @@ static void paged(const Heads<T>& heads, const Paged& cache, int64_t S, int64_t 
   for (int64_t s = 0; s < S; s++) {
     int64_t queries = cache.query_start[s + 1] - cache.query_start[s];
     tiles += divide_up(queries, step);
-    work += 2.0 * queries * cache.context_lens[s] * heads.N * heads.D;
+    int64_t seen = cache.context_lens[s];
+    if (cache.window) seen = smaller(seen, queries + cache.window);
+    work += 2.0 * queries * seen * heads.N * heads.D;
   }
   struct Place {
     int32_t sequence, token;
@@ -174,19 +185,20 @@ static void paged_attention(int64_t dtype, const void* q, int64_t q_stride, cons
                             int64_t k_block_stride, int64_t v_block_stride, int64_t block_size,
                             const int32_t* tables, int64_t table_stride, const int32_t* query_start,
                             const int32_t* context_lens, int64_t S, int64_t N, int64_t Nkv, int64_t D,
-                            double scale, void* o) {
-  Paged cache{k, v, k_block_stride, v_block_stride, block_size, tables, table_stride, query_start, context_lens};
-  float factor = (float)scale;
+                            double scale, int64_t window, double cap, void* o) {
+  Paged cache{k,      v,            k_block_stride, v_block_stride, block_size,
+              tables, table_stride, query_start,    context_lens,   window};
+  float by = (float)scale, c = (float)cap;
   if (dtype == 0)
-    paged(Heads<float>{(const float*)q, q_stride, (float*)o, nullptr, N, N / Nkv, D, factor}, cache, S, Nkv);
+    paged(Heads<float>{(const float*)q, q_stride, (float*)o, nullptr, N, N / Nkv, D, by, c}, cache, S, Nkv);
   else
-    paged(Heads<bf16>{(const bf16*)q, q_stride, (bf16*)o, nullptr, N, N / Nkv, D, factor}, cache, S, Nkv);
+    paged(Heads<bf16>{(const bf16*)q, q_stride, (bf16*)o, nullptr, N, N / Nkv, D, by, c}, cache, S, Nkv);
 }
 
 struct Stream {
   const void *k, *v;
   int64_t k_stride, v_stride;
-  const int32_t* sample_start;
+  const int32_t* first_key;
   int64_t window_start;
 };
 
@@ -196,11 +208,11 @@ static void window(const Heads<T>& heads, const Stream& stream, int64_t W, int64
   double work = 2.0 * W * (stream.window_start + W) * heads.N * D;
   parallel_for(tiles * Nkv, work, [&](int64_t task) {
     int64_t kv_head = task % Nkv, begin = (tiles - 1 - task / Nkv) * step;  // the longest first
-    Tile t = make_tile(D);
+    Tile t = make_tile(D, heads.cap);
     heads.load_queries(t, begin, smaller(W, begin + step), kv_head);
     for (int64_t r = 0; r < t.rows; r++) {
       int64_t token = begin + r / heads.group;
-      t.first[r] = stream.sample_start[token];
+      t.first[r] = stream.first_key[token];
       t.last[r] = stream.window_start + token;
     }
     attend(
@@ -211,15 +223,15 @@ static void window(const Heads<T>& heads, const Stream& stream, int64_t W, int64
 }
 
 static void window_attention(int64_t dtype, const void* q, int64_t q_stride, const void* k, int64_t k_stride,
-                             const void* v, int64_t v_stride, const int32_t* sample_start,
+                             const void* v, int64_t v_stride, const int32_t* first_key,
                              int64_t window_start, int64_t W, int64_t N, int64_t Nkv, int64_t D, double scale,
-                             void* o, float* lse) {
-  Stream stream{k, v, k_stride, v_stride, sample_start, window_start};
-  float factor = (float)scale;
+                             double cap, void* o, float* lse) {
+  Stream stream{k, v, k_stride, v_stride, first_key, window_start};
+  float by = (float)scale, c = (float)cap;
   if (dtype == 0)
-    window(Heads<float>{(const float*)q, q_stride, (float*)o, lse, N, N / Nkv, D, factor}, stream, W, Nkv);
+    window(Heads<float>{(const float*)q, q_stride, (float*)o, lse, N, N / Nkv, D, by, c}, stream, W, Nkv);
   else
-    window(Heads<bf16>{(const bf16*)q, q_stride, (bf16*)o, lse, N, N / Nkv, D, factor}, stream, W, Nkv);
+    window(Heads<bf16>{(const bf16*)q, q_stride, (bf16*)o, lse, N, N / Nkv, D, by, c}, stream, W, Nkv);
 }
 
 void add_attention(Kernels& table) {

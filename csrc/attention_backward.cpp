@@ -14,9 +14,9 @@ struct Backward {
   const float* lse;
   const void *k, *v;
   int64_t k_stride, v_stride;
-  const int32_t* sample_start;
+  const int32_t* first_key;
   int64_t window_start, W, N, Nkv, group, D, Dp;
-  float scale;
+  float scale, cap;
   float *dk, *dv;
   void* dq;
   float* dq_parts;  // [chunk, W, N, Dp]
@@ -69,18 +69,26 @@ static void load_queries(const Backward& b, const Work& w, int64_t kv_head, int6
   }
 }
 
-// weights = p, slopes = scale * p * (dp - delta) for one head's rows against one key block.
+// weights = p, slopes = scale * p * (dp - delta) for one head's rows against one key block; a capped score
+// z = cap * tanh(u / cap) brings the factor 1 - (z / cap)^2.
+template <bool CAPPED>
 static void softmax_slopes(const Backward& b, const Work& w, int64_t g, int64_t begin, int64_t rows,
                            int64_t key) {
   for (int64_t r = 0; r < rows; r++) {
     float *p = w.weights + r * KEY_BLOCK, *ds = w.slopes + r * KEY_BLOCK;
-    int64_t first = b.sample_start[begin + r], last = b.window_start + begin + r;
+    int64_t first = b.first_key[begin + r], last = b.window_start + begin + r;
     float lse = w.lse[g * KEY_BLOCK + r], delta = w.delta[g * KEY_BLOCK + r];
     for (int64_t j = 0; j < KEY_BLOCK; j += VL) {
-      vf weight = vexp(load(p + j) * b.scale - lse);
+      vf score = load(p + j) * b.scale, slope = splat(b.scale);
+      if constexpr (CAPPED) {
+        vf turned = vtanh(score / b.cap);
+        score = b.cap * turned;
+        slope = slope * (1.0f - turned * turned);
+      }
+      vf weight = vexp(score - lse);
       weight = visible(key + j, first, last) ? weight : vf{};
       store(p + j, weight);
-      store(ds + j, weight * (load(ds + j) - delta) * b.scale);
+      store(ds + j, weight * (load(ds + j) - delta) * slope);
     }
   }
 }
@@ -113,7 +121,10 @@ static void key_block(const Backward& b, const Work& w, int64_t kv_head, int64_t
     const float *q = w.q + base, *dout = w.dout + base;
     matmul(rows, KEY_BLOCK, {b.D, q, b.Dp, 1, w.keys_t, KEY_BLOCK, w.weights, KEY_BLOCK, Into::SET});
     matmul(rows, KEY_BLOCK, {b.D, dout, b.Dp, 1, w.values_t, KEY_BLOCK, w.slopes, KEY_BLOCK, Into::SET});
-    softmax_slopes(b, w, g, begin, rows, key);
+    if (b.cap == 0)
+      softmax_slopes<false>(b, w, g, begin, rows, key);
+    else
+      softmax_slopes<true>(b, w, g, begin, rows, key);
     add_key_gradient(b, w, w.weights, dout, rows, key, count, kv_head, b.dv);
     add_key_gradient(b, w, w.slopes, q, rows, key, count, kv_head, b.dk);
     matmul(rows, b.Dp,
@@ -130,8 +141,8 @@ static Span tile_span(const Backward& b, int64_t tile) {
   Span s{};
   s.begin = larger(0, tile * KEY_BLOCK - b.window_start);
   s.end = smaller(b.W, (tile + 1) * KEY_BLOCK - b.window_start);
-  int64_t first = b.sample_start[s.begin];
-  for (int64_t r = s.begin; r < s.end; r++) first = smaller(first, b.sample_start[r]);
+  int64_t first = b.first_key[s.begin];
+  for (int64_t r = s.begin; r < s.end; r++) first = smaller(first, b.first_key[r]);
   s.first_block = first / KEY_BLOCK;
   s.last_block = (b.window_start + s.end - 1) / KEY_BLOCK;
   return s;
@@ -174,8 +185,8 @@ static void write_dq(const Backward& b, int64_t tile, int64_t first_chunk) {
 
 template <class T>
 static void run(Backward& b) {
-  int64_t first = b.sample_start[0];
-  for (int64_t i = 0; i < b.W; i++) first = smaller(first, b.sample_start[i]);
+  int64_t first = b.first_key[0];
+  for (int64_t i = 0; i < b.W; i++) first = smaller(first, b.first_key[i]);
   int64_t first_chunk = first / (KEY_BLOCK * CHUNK_BLOCKS);
   int64_t chunks = (b.window_start + b.W - 1) / (KEY_BLOCK * CHUNK_BLOCKS) + 1 - first_chunk;
   b.dq_parts = (float*)scratch(1, chunks * b.W * b.N * b.Dp * sizeof(float));
@@ -191,13 +202,12 @@ static void run(Backward& b) {
 static void window_attention_backward(int64_t dtype, const void* dout, int64_t dout_stride, const void* q,
                                       int64_t q_stride, const void* o, int64_t o_stride, const float* lse,
                                       const void* k, int64_t k_stride, const void* v, int64_t v_stride,
-                                      const int32_t* sample_start, int64_t window_start, int64_t W, int64_t N,
-                                      int64_t Nkv, int64_t D, double scale, float* dk, float* dv, void* dq) {
-  Backward b{dout,         q,            o, dout_stride, q_stride, o_stride, lse, k,
-             v,            k_stride,     v_stride,       sample_start,       window_start,
-             W,            N,            Nkv,            N / Nkv,            D,
-             round_up(D, D_STEP),        (float)scale,   dk,                 dv,
-             dq,           nullptr};
+                                      const int32_t* first_key, int64_t window_start, int64_t W, int64_t N,
+                                      int64_t Nkv, int64_t D, double scale, double cap, float* dk, float* dv,
+                                      void* dq) {
+  Backward b{dout, q,       o, dout_stride,         q_stride,     o_stride,   lse, k,  v,  k_stride, v_stride,
+             first_key, window_start, W, N, Nkv, N / Nkv, D, round_up(D, D_STEP), (float)scale, (float)cap,
+             dk,   dv,      dq, nullptr};
   if (W == 0) return;
   if (dtype == 0)
     run<float>(b);

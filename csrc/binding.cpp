@@ -128,6 +128,7 @@ PyMethodDef METHODS[] = {
     method<&Kernels::rope>("rope"),
     method<&Kernels::swiglu>("swiglu"),
     method<&Kernels::swiglu_backward>("swiglu_backward"),
+    method<&Kernels::soft_cap>("soft_cap"),
     method<&Kernels::kv_store>("kv_store"),
     method<&Kernels::cross_entropy>("cross_entropy"),
     method<&Kernels::adamw>("adamw"),

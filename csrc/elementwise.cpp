@@ -16,9 +16,10 @@ static vf rounded(vf x) {  // x as it would be after a store to T
   return load(buffer);
 }
 
-template <class T>
-static void norm_rows(const T* x, int64_t x_stride, int64_t inner, const T* residual, const T* w, int64_t rows, int64_t H,
-                      double eps, T* sum_out, T* y) {
+// Weights of x's own type multiply the rounded norm (Llama); fp32 weights beside bf16 come before it (Gemma).
+template <class T, class W>
+static void norm_rows(const T* x, int64_t x_stride, int64_t inner, const T* residual, const W* w, int64_t rows,
+                      int64_t H, double eps, T* sum_out, T* y) {
   parallel_for(rows, 4.0 * rows * H, [&](int64_t t) {
     const T* row = x + t / inner * x_stride + t % inner * H;  // `inner` rows lie together (heads of a token)
     vf sum{};
@@ -34,8 +35,11 @@ static void norm_rows(const T* x, int64_t x_stride, int64_t inner, const T* resi
       sum = fma(v, v, sum);
     }
     float r = inverse_rms(reduce_add(sum), H, eps);
-    for (int64_t i = 0; i < H; i += VL)
-      store_at(y + t * H, rounded<T>(load_at(row, i, H) * r) * load_at(w, i, H), i, H);
+    for (int64_t i = 0; i < H; i += VL) {
+      vf normed = load_at(row, i, H) * r;
+      if constexpr (sizeof(T) == sizeof(W)) normed = rounded<T>(normed);
+      store_at(y + t * H, normed * load_at(w, i, H), i, H);
+    }
   });
 }
 
@@ -44,13 +48,16 @@ static void rms_norm(int64_t dtype, const void* x, int64_t x_stride, int64_t inn
   if (dtype == 0)
     norm_rows((const float*)x, x_stride, inner, (const float*)residual, (const float*)w, T, H, eps, (float*)sum,
               (float*)y);
-  else
+  else if (dtype == 1)
     norm_rows((const bf16*)x, x_stride, inner, (const bf16*)residual, (const bf16*)w, T, H, eps, (bf16*)sum,
+              (bf16*)y);
+  else
+    norm_rows((const bf16*)x, x_stride, inner, (const bf16*)residual, (const float*)w, T, H, eps, (bf16*)sum,
               (bf16*)y);
 }
 
-template <class T>
-static void norm_backward_rows(const T* dy, const T* x, const T* w, int64_t rows, int64_t H, double eps,
+template <class T, class W>
+static void norm_backward_rows(const T* dy, const T* x, const W* w, int64_t rows, int64_t H, double eps,
                                T* dx) {
   parallel_for(rows, 6.0 * rows * H, [&](int64_t t) {
     const T *xr = x + t * H, *dyr = dy + t * H;
@@ -73,8 +80,10 @@ static void rms_norm_backward(int64_t dtype, const void* dy, const void* x, cons
                               int64_t H, double eps, void* dx) {
   if (dtype == 0)
     norm_backward_rows((const float*)dy, (const float*)x, (const float*)w, T, H, eps, (float*)dx);
-  else
+  else if (dtype == 1)
     norm_backward_rows((const bf16*)dy, (const bf16*)x, (const bf16*)w, T, H, eps, (bf16*)dx);
+  else
+    norm_backward_rows((const bf16*)dy, (const bf16*)x, (const float*)w, T, H, eps, (bf16*)dx);
 }
 
 template <class T>
@@ -161,6 +170,23 @@ static void swiglu_backward(int64_t dtype, const void* dy, const void* gate_up, 
     swiglu_backward_rows((const bf16*)dy, (const bf16*)gate_up, T, I, act, (bf16*)dgate_up);
 }
 
+template <class T>
+static void soft_cap_values(T* x, int64_t n, float cap) {
+  constexpr int64_t CHUNK = 4096;
+  parallel_for(divide_up(n, CHUNK), 20.0 * n, [&](int64_t chunk) {
+    int64_t end = smaller(n, (chunk + 1) * CHUNK);
+    for (int64_t i = chunk * CHUNK; i < end; i += VL)
+      store_at(x, cap * vtanh(load_at(x, i, end) / cap), i, end);
+  });
+}
+
+static void soft_cap(int64_t dtype, void* x, int64_t n, double cap) {
+  if (dtype == 0)
+    soft_cap_values((float*)x, n, (float)cap);
+  else
+    soft_cap_values((bf16*)x, n, (float)cap);
+}
+
 static void kv_store(int64_t element_size, const void* k, int64_t k_stride, const void* v, int64_t v_stride,
                      void* k_cache, int64_t k_block_stride, void* v_cache, int64_t v_block_stride,
                      const int64_t* slots, int64_t T, int64_t row, int64_t block_size) {
@@ -182,6 +208,7 @@ void add_elementwise(Kernels& table) {
   table.rope = rope;
   table.swiglu = swiglu;
   table.swiglu_backward = swiglu_backward;
+  table.soft_cap = soft_cap;
   table.kv_store = kv_store;
 }
 

@@ -19,17 +19,18 @@ struct Kernels {
                           int64_t k_block_stride, int64_t v_block_stride, int64_t block_size,
                           const int32_t* tables, int64_t table_stride, const int32_t* query_start,
                           const int32_t* context_lens, int64_t S, int64_t N, int64_t Nkv, int64_t D,
-                          double scale, void* o);
+                          double scale, int64_t window, double cap, void* o);
   void (*window_attention)(int64_t dtype, const void* q, int64_t q_stride, const void* k, int64_t k_stride,
-                           const void* v, int64_t v_stride, const int32_t* sample_start,
-                           int64_t window_start, int64_t W, int64_t N, int64_t Nkv, int64_t D, double scale,
-                           void* o, float* lse);
+                           const void* v, int64_t v_stride, const int32_t* first_key, int64_t window_start,
+                           int64_t W, int64_t N, int64_t Nkv, int64_t D, double scale, double cap, void* o,
+                           float* lse);
   // attention_backward.cpp
   void (*window_attention_backward)(int64_t dtype, const void* dout, int64_t dout_stride, const void* q,
                                     int64_t q_stride, const void* o, int64_t o_stride, const float* lse,
                                     const void* k, int64_t k_stride, const void* v, int64_t v_stride,
-                                    const int32_t* sample_start, int64_t window_start, int64_t W, int64_t N,
-                                    int64_t Nkv, int64_t D, double scale, float* dk, float* dv, void* dq);
+                                    const int32_t* first_key, int64_t window_start, int64_t W, int64_t N,
+                                    int64_t Nkv, int64_t D, double scale, double cap, float* dk, float* dv,
+                                    void* dq);
   // lora.cpp
   void (*lora_forward)(int64_t dtype, void* y, int64_t y_stride, const void* x, int64_t x_stride,
                        const void* a, const void* b, const int32_t* token_start, const int32_t* token_end,
@@ -39,7 +40,7 @@ struct Kernels {
                         const void* a, const void* b, const int32_t* rows, int64_t rank, void* dx,
                         int64_t dx_stride, float* da, float* db, int64_t token_offset, const int64_t* keys,
                         const double* rates, int64_t salt, int64_t T, int64_t N, int64_t K);
-  // elementwise.cpp
+  // elementwise.cpp; the norms' dtype 2 is bf16 with fp32 weights
   void (*rms_norm)(int64_t dtype, const void* x, int64_t x_stride, int64_t inner, const void* residual,
                    const void* w, int64_t T, int64_t H, double eps, void* sum, void* y);
   void (*rms_norm_backward)(int64_t dtype, const void* dy, const void* x, const void* w, int64_t T,
@@ -49,6 +50,7 @@ struct Kernels {
   void (*swiglu)(int64_t dtype, const void* gate_up, int64_t T, int64_t I, int64_t act, void* y);
   void (*swiglu_backward)(int64_t dtype, const void* dy, const void* gate_up, int64_t T, int64_t I,
                           int64_t act, void* dgate_up);
+  void (*soft_cap)(int64_t dtype, void* x, int64_t n, double cap);
   void (*kv_store)(int64_t element_size, const void* k, int64_t k_stride, const void* v, int64_t v_stride,
                    void* k_cache, int64_t k_block_stride, void* v_cache, int64_t v_block_stride,
                    const int64_t* slots, int64_t T, int64_t row, int64_t block_size);

@@ -149,5 +149,18 @@ static inline vf sigmoid(vf x) {
   return 1.0f / (1.0f + vexp(-x));
 }
 
+// tanh to about 2 ulp: an odd polynomial below 5/8 (Cephes' tanhf), 1 - 2 / (e^2x + 1) beyond.
+static inline vf vtanh(vf x) {
+  vf size = vmax(x, -x), square = x * x;
+  vf p = fma(square, splat(-5.70498872745e-3f), splat(2.06390887954e-2f));
+  p = fma(p, square, splat(-5.37397155531e-2f));
+  p = fma(p, square, splat(1.33314422036e-1f));
+  p = fma(p, square, splat(-3.33332819422e-1f));
+  vf small = fma(p * square, x, x);
+  vf large = 1.0f - 2.0f / (vexp(size + size) + 1.0f);
+  large = x < 0.0f ? -large : large;
+  return size >= 0.625f ? large : small;  // NaN stays
+}
+
 }  // namespace COSERVE_ISA
 }  // namespace coserve

@@ -56,7 +56,7 @@ class Engine:
         torch.set_num_threads(resolve_threads(self.model_config))
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, self.model_config, device)
-        self.decoder = load_model(config.model, device, dtype)
+        self.decoder = load_model(config.model, device, dtype, config.max_model_len)
         self.max_model_len = config.max_model_len or self.model_config.max_position_embeddings
         max_adapters = config.max_loras + TRAINING_ADAPTERS
         self.pool = AdapterPool(self.model_config, max_adapters * config.max_lora_rank, dtype, device)

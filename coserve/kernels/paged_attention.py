@@ -2,6 +2,9 @@
 
     o[t, n] = sum_j softmax_j(scale * q[t, n] . k[j, n // group]) v[j, n // group],   j <= position of t
 
+With a sliding window of w, only the last w of these keys are seen (Beltagy et al. 2020); with a soft cap c,
+scores u become c * tanh(u / c) (Gemma 2).
+
 The keys of a sequence are cut into blocks of 64 anchored at its key 0, with an online softmax over them
 (Dao et al. 2022), so a token's output does not depend on what it is batched with.
 """
@@ -29,17 +32,20 @@ def paged_attention(
     query_start_S1: torch.Tensor,
     context_lens_S: torch.Tensor,
     scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
 ) -> torch.Tensor:
     """Output [T, N, D] in q's dtype.
 
     Sequence s owns queries query_start[s]:query_start[s + 1], its last tokens; context_lens[s] counts all
     its keys including those of the queries, found through block_tables[s]. Caches are
-    [B, block_size, Nkv, D] with a free block stride; tables, starts and lengths are int32.
+    [B, block_size, Nkv, D] with a free block stride; tables, starts and lengths are int32. A query sees
+    `window` keys, its own among them (0: all); `soft_cap` 0 is none.
     """
     native = native_for(q_TND)
     if native is None:
         return _paged_attention_reference(
-            q_TND, k_cache, v_cache, block_tables_SB, query_start_S1, context_lens_S, scale
+            q_TND, k_cache, v_cache, block_tables_SB, query_start_S1, context_lens_S, scale, window, soft_cap
         )
     (_, N, D), dtype, S = q_TND.shape, q_TND.dtype, context_lens_S.numel()
     block_size, Nkv = k_cache.shape[1], k_cache.shape[2]
@@ -78,6 +84,8 @@ def paged_attention(
         Nkv,
         D,
         scale,
+        window,
+        soft_cap,
         o_TND.data_ptr(),
     )
     return o_TND
@@ -108,6 +116,8 @@ def _paged_attention_reference(
     query_start: torch.Tensor,
     context_lens: torch.Tensor,
     scale: float,
+    window: int,
+    soft_cap: float,
 ) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     block_size = k_cache.shape[1]
@@ -121,8 +131,11 @@ def _paged_attention_reference(
         k = wide(k_cache[blocks].flatten(0, 1)[:length]).repeat_interleave(group, 1)
         v = wide(v_cache[blocks].flatten(0, 1)[:length]).repeat_interleave(group, 1)
         scores = torch.einsum("tnd,jnd->ntj", wide(q[begin:end]), k) * scale
-        position = torch.arange(length - (end - begin), length, device=q.device)
-        future = torch.arange(length, device=q.device)[None, :] > position[:, None]
-        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        position = torch.arange(length - (end - begin), length, device=q.device)[:, None]
+        key = torch.arange(length, device=q.device)[None, :]
+        hidden = (key > position) | (key <= position - (window or length))
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         out[begin:end] = torch.einsum("ntj,jnd->tnd", weights, v).to(q.dtype)
     return out

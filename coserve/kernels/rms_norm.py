@@ -1,6 +1,7 @@
 """Root-mean-square norm over the last dimension, its sum-then-norm form, and its backward.
 
     y = cast(x * r) * w,   r = 1 / sqrt(mean(x^2) + eps)            (Zhang & Sennrich 2019, Llama's rounding)
+    y = cast(x * r * w)                                             (w fp32 beside bf16: Gemma's and OLMo's)
     dx = r * (g - x * r * mean(g * x * r)),   g = dy * w            (w is frozen and gets no gradient)
 
 Statistics are fp32. The last dimension may be H or, for q and k norms, D.
@@ -26,7 +27,7 @@ def rms_norm(x_TH: torch.Tensor, w_H: torch.Tensor, eps: float) -> torch.Tensor:
     rows = x_TH.numel() // H
     x_stride, inner = (H, 1) if contiguous or not rows else (x_TH.stride(0), rows // len(x_TH))
     native.rms_norm(
-        DTYPE_CODES[x_TH.dtype],
+        _code(x_TH, w_H),
         x_TH.data_ptr(),
         x_stride,
         inner,
@@ -41,8 +42,16 @@ def rms_norm(x_TH: torch.Tensor, w_H: torch.Tensor, eps: float) -> torch.Tensor:
     return y_TH
 
 
+def _code(x: torch.Tensor, w: torch.Tensor) -> int:
+    """csrc's number for the dtypes: 0 fp32, 1 bf16, 2 bf16 with fp32 weights."""
+    return DTYPE_CODES[x.dtype] + (w.dtype is not x.dtype)
+
+
 def _check(x: torch.Tensor, w: torch.Tensor) -> None:
-    require_like(x, x=x, w=w)
+    require_like(x, x=x)
+    if w.dtype != torch.float32:
+        require_like(x, w=w)
+    require(w.is_contiguous() and w.is_cpu, "w must be contiguous on the CPU")
     require(w.shape == x.shape[-1:], f"w has shape {tuple(w.shape)}, expected ({x.shape[-1]},)")
 
 
@@ -64,7 +73,7 @@ def add_rms_norm(
         require(residual_TH.shape == shape, f"residual {tuple(residual_TH.shape)}, x {tuple(shape)}")
     y_TH, total = torch.empty_like(x_TH), torch.empty_like(x_TH)
     native.rms_norm(
-        DTYPE_CODES[x_TH.dtype],
+        _code(x_TH, w_H),
         x_TH.data_ptr(),
         H,
         1,
@@ -85,12 +94,12 @@ def rms_norm_backward(dy_TH: torch.Tensor, x_TH: torch.Tensor, w_H: torch.Tensor
     if native is None:
         return _rms_norm_backward_reference(dy_TH, x_TH, w_H, eps)
     H = x_TH.shape[-1]
-    require_like(dy_TH, contiguous=True, dy=dy_TH, x=x_TH, w=w_H)
+    require_like(dy_TH, contiguous=True, dy=dy_TH, x=x_TH)
     require(dy_TH.shape == x_TH.shape, f"dy {tuple(dy_TH.shape)}, x {tuple(x_TH.shape)}")
-    require(w_H.shape == (H,), f"w has shape {tuple(w_H.shape)}, expected ({H},)")
+    _check(x_TH, w_H)
     dx_TH = torch.empty_like(dy_TH)
     native.rms_norm_backward(
-        DTYPE_CODES[dy_TH.dtype],
+        _code(dy_TH, w_H),
         dy_TH.data_ptr(),
         x_TH.data_ptr(),
         w_H.data_ptr(),
@@ -105,7 +114,7 @@ def rms_norm_backward(dy_TH: torch.Tensor, x_TH: torch.Tensor, w_H: torch.Tensor
 def _rms_norm_reference(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
     xf = wide(x)
     r = torch.rsqrt(xf.square().mean(-1, keepdim=True) + eps)
-    return (xf * r).to(x.dtype) * w
+    return (xf * r).to(x.dtype) * w if w.dtype == x.dtype else (xf * r * w).to(x.dtype)
 
 
 def _rms_norm_backward_reference(

@@ -1,9 +1,12 @@
 """Causal attention inside the samples of a packed microbatch, window by window, and its backward.
 
-Query i of a window stands at stream index t = window_start + i and sees keys sample_start[i] .. t:
+Query i of a window stands at stream index t = window_start + i and sees keys first_key[i] .. t, from its
+sample's start on or, with a sliding window, from later:
 
     s = scale * q . k,   p = exp(s - lse),   o = sum p v,   lse = log sum exp(s)
     dv += p do,   ds = p * (do . v - do . o),   dq = scale * sum ds k,   dk += scale * ds q
+
+A soft cap c turns s into z = c * tanh(s / c) (Gemma 2), and then ds has the factor 1 - (z / c)^2.
 
 Keys are cut into blocks of 64 anchored at stream index 0 (Dao et al. 2022). The backward adds tiles of 64
 queries, anchored there too, last to first: a microbatch cut into windows at multiples of 64 and run backward
@@ -23,19 +26,21 @@ def window_attention(
     q_WND: torch.Tensor,
     k_TND: torch.Tensor,
     v_TND: torch.Tensor,
-    sample_start_W: torch.Tensor,
+    first_key_W: torch.Tensor,
     window_start: int,
     scale: float,
+    soft_cap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(o [W, N, D] in q's dtype, lse [W, N] fp32)`.
 
-    `k`, `v` [T, Nkv, D] hold the microbatch's stream, valid up to the window's end; `sample_start` [W] int32.
+    `k`, `v` [T, Nkv, D] hold the microbatch's stream, valid up to the window's end; `first_key` [W] int32;
+    `soft_cap` 0 is none.
     """
     native = native_for(q_WND)
     if native is None:
-        return _window_attention_reference(q_WND, k_TND, v_TND, sample_start_W, window_start, scale)
+        return _window_attention_reference(q_WND, k_TND, v_TND, first_key_W, window_start, scale, soft_cap)
     W, N, D = q_WND.shape
-    _check(q_WND, k_TND, v_TND, sample_start_W, window_start)
+    _check(q_WND, k_TND, v_TND, first_key_W, window_start)
     o_WND = torch.empty(q_WND.shape, dtype=q_WND.dtype)
     lse_WN = torch.empty((W, N), dtype=torch.float32)
     native.window_attention(
@@ -46,13 +51,14 @@ def window_attention(
         k_TND.stride(0),
         v_TND.data_ptr(),
         v_TND.stride(0),
-        sample_start_W.data_ptr(),
+        first_key_W.data_ptr(),
         window_start,
         W,
         N,
         k_TND.shape[1],
         D,
         scale,
+        soft_cap,
         o_WND.data_ptr(),
         lse_WN.data_ptr(),
     )
@@ -66,20 +72,32 @@ def window_attention_backward(
     lse_WN: torch.Tensor,
     k_TND: torch.Tensor,
     v_TND: torch.Tensor,
-    sample_start_W: torch.Tensor,
+    first_key_W: torch.Tensor,
     window_start: int,
     scale: float,
     dk_TND: torch.Tensor,
     dv_TND: torch.Tensor,
+    soft_cap: float = 0.0,
 ) -> torch.Tensor:
     """Gradient w.r.t. the window's `q`, in its dtype; adds those of all keys it sees into fp32 `dk`, `dv`."""
     native = native_for(q_WND)
     if native is None:
         return _window_attention_backward_reference(
-            do_WND, q_WND, o_WND, lse_WN, k_TND, v_TND, sample_start_W, window_start, scale, dk_TND, dv_TND
+            do_WND,
+            q_WND,
+            o_WND,
+            lse_WN,
+            k_TND,
+            v_TND,
+            first_key_W,
+            window_start,
+            scale,
+            dk_TND,
+            dv_TND,
+            soft_cap,
         )
     W, N, D = q_WND.shape
-    _check(q_WND, k_TND, v_TND, sample_start_W, window_start)
+    _check(q_WND, k_TND, v_TND, first_key_W, window_start)
     require_like(q_WND, do=do_WND, o=o_WND)
     require(do_WND.shape == q_WND.shape and o_WND.shape == q_WND.shape, "do, o and q differ in shape")
     require(lse_WN.shape == (W, N) and lse_WN.is_contiguous(), f"lse must be contiguous [{W}, {N}]")
@@ -100,13 +118,14 @@ def window_attention_backward(
         k_TND.stride(0),
         v_TND.data_ptr(),
         v_TND.stride(0),
-        sample_start_W.data_ptr(),
+        first_key_W.data_ptr(),
         window_start,
         W,
         N,
         k_TND.shape[1],
         D,
         scale,
+        soft_cap,
         dk_TND.data_ptr(),
         dv_TND.data_ptr(),
         dq_WND.data_ptr(),
@@ -115,38 +134,41 @@ def window_attention_backward(
 
 
 def _check(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sample_start: torch.Tensor, window_start: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_key: torch.Tensor, window_start: int
 ) -> None:
     require_like(q, q=q, k=k, v=v)
-    require_index(torch.int32, sample_start=sample_start)
+    require_index(torch.int32, first_key=first_key)
     require(k.shape == v.shape and k.shape[2] == q.shape[2], "k, v and q differ in shape")
     require(
         q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads are no multiple of {k.shape[1]} KV heads"
     )
-    require(len(sample_start) == len(q), f"{len(sample_start)} sample starts for {len(q)} queries")
+    require(len(first_key) == len(q), f"{len(first_key)} sample starts for {len(q)} queries")
     require(window_start + len(q) <= len(k), f"the window ends at {window_start + len(q)}, k at {len(k)}")
 
 
-def _hidden_keys(sample_start: torch.Tensor, first: int, end: int) -> torch.Tensor:
+def _hidden_keys(first_key: torch.Tensor, first: int, end: int) -> torch.Tensor:
     """[W, end] bool: keys that the queries at stream index first, first + 1, ... do not see."""
-    key = torch.arange(end, device=sample_start.device)[None, :]
-    position = torch.arange(first, first + len(sample_start), device=sample_start.device)[:, None]
-    return (key > position) | (key < sample_start[:, None])
+    key = torch.arange(end, device=first_key.device)[None, :]
+    position = torch.arange(first, first + len(first_key), device=first_key.device)[:, None]
+    return (key > position) | (key < first_key[:, None])
 
 
 def _window_attention_reference(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    sample_start: torch.Tensor,
+    first_key: torch.Tensor,
     window_start: int,
     scale: float,
+    soft_cap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     end, group = window_start + len(q), q.shape[1] // k.shape[1]
     kf = wide(k[:end]).repeat_interleave(group, 1)
     vf = wide(v[:end]).repeat_interleave(group, 1)
     scores = torch.einsum("wnd,jnd->nwj", wide(q), kf) * scale
-    scores = scores.masked_fill(_hidden_keys(sample_start, window_start, end), float("-inf"))
+    if soft_cap:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    scores = scores.masked_fill(_hidden_keys(first_key, window_start, end), float("-inf"))
     lse = scores.logsumexp(-1)
     out = torch.einsum("nwj,jnd->wnd", torch.exp(scores - lse[..., None]), vf)
     return out.to(q.dtype), lse.t().contiguous()
@@ -159,11 +181,12 @@ def _window_attention_backward_reference(
     lse: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    sample_start: torch.Tensor,
+    first_key: torch.Tensor,
     window_start: int,
     scale: float,
     dk: torch.Tensor,
     dv: torch.Tensor,
+    soft_cap: float,
 ) -> torch.Tensor:
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     end, kv_heads = window_start + len(q), k.shape[1]
@@ -174,11 +197,14 @@ def _window_attention_backward_reference(
         kf = wide(k[:last]).repeat_interleave(group, 1)
         vf = wide(v[:last]).repeat_interleave(group, 1)
         qf, dof = wide(q[rows]), wide(do[rows])
-        scores = torch.einsum("wnd,jnd->nwj", qf, kf) * scale
+        scores, slope = torch.einsum("wnd,jnd->nwj", qf, kf) * scale, scale
+        if soft_cap:
+            turned = torch.tanh(scores / soft_cap)
+            scores, slope = soft_cap * turned, scale * (1 - turned.square())
         p = torch.exp(scores - wide(lse[rows]).t()[..., None])
-        p = p.masked_fill(_hidden_keys(sample_start[rows], first, last), 0.0)
+        p = p.masked_fill(_hidden_keys(first_key[rows], first, last), 0.0)
         delta = (dof * wide(o[rows])).sum(-1).t()[..., None]
-        ds = p * (torch.einsum("wnd,jnd->nwj", dof, vf) - delta) * scale
+        ds = p * (torch.einsum("wnd,jnd->nwj", dof, vf) - delta) * slope
         dq[rows] = torch.einsum("nwj,jnd->wnd", ds, kf).to(q.dtype)
         heads = (last, kv_heads, group, q.shape[2])
         dk[:last] += torch.einsum("nwj,wnd->jnd", ds, qf).view(heads).sum(2)

@@ -6,7 +6,7 @@ of the rest is kept is the layer's policy (FlexLLM's rematerialisation, chosen b
 
     A  keys and values, the layer's input, what attention made, what the MLP made
     B  all but what the MLP made: gate and up are computed again, window by window
-    C  keys, values and the input: the layer's forward is computed again up to gate and up
+    C  keys, values and the input: the layer's forward is computed again as far as its backward looks
 """
 
 from __future__ import annotations
@@ -33,6 +33,14 @@ class BlockShape(Protocol):
     @property
     def qk_norm(self) -> bool: ...
     @property
+    def whole_qk_norm(self) -> bool: ...
+    @property
+    def post_norms(self) -> bool: ...
+    @property
+    def attention_scale(self) -> float: ...
+    @property
+    def attention_cap(self) -> float: ...
+    @property
     def rms_norm_eps(self) -> float: ...
     @property
     def hidden_act(self) -> str: ...
@@ -57,7 +65,8 @@ class LayerActivations:
 
     `k_TND`, `v_TND` are there in every layer (later windows attend to them). The rest is None where the
     policy doesn't keep it, and in layers below the lowest adapted one, which have no backward. q and k are
-    after norm and RoPE; `qk_raw_TND` holds both before the norm, for models that norm them.
+    after norm and RoPE; `qk_raw_TND` holds both before the norm, for models that norm them, `attn_raw_TH` and
+    `mlp_raw_TH` the output of attention and MLP before the norms that some models put there.
 
     `recomputes`: these are the rows of one window under recomputation. Keys and values stay as they are, and
     what the forward gives to `keep` is held as it comes.
@@ -72,6 +81,8 @@ class LayerActivations:
     lse_TN: torch.Tensor | None = None
     x_mid_TH: torch.Tensor | None = None
     gate_up_T2I: torch.Tensor | None = None
+    attn_raw_TH: torch.Tensor | None = None
+    mlp_raw_TH: torch.Tensor | None = None
     recomputes: bool = False
 
     def keep(self, stream: slice, **made: torch.Tensor) -> None:
@@ -105,6 +116,8 @@ class LayerActivations:
         ]
         if config.qk_norm:
             attention.append(("qk_raw_TND", (tokens, heads + kv_heads, dim), dtype))
+        if config.post_norms:
+            attention += [("attn_raw_TH", hidden, dtype), ("mlp_raw_TH", hidden, dtype)]
         return LayerBuffers(
             keys=[("k_TND", key, dtype), ("v_TND", key, dtype)],
             input=[("x_in_TH", hidden, dtype)],

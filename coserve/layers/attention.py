@@ -29,7 +29,10 @@ class RopeTable:
 
 
 class Attention:
-    """Grouped-query attention; `q_norm`, `k_norm` are None in families that don't norm heads."""
+    """Grouped-query attention; `q_norm`, `k_norm` are None in families that don't norm q and k.
+
+    A query sees `window` keys, its own among them, or with 0 all before it.
+    """
 
     def __init__(
         self,
@@ -39,6 +42,7 @@ class Attention:
         rope: RopeTable,
         q_norm: RMSNorm | None = None,
         k_norm: RMSNorm | None = None,
+        window: int = 0,
     ) -> None:
         self.heads, self.kv_heads, self.dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.qkv = qkv
@@ -46,7 +50,9 @@ class Attention:
         self.rope = rope
         self.q_norm = q_norm
         self.k_norm = k_norm
-        self.scale = self.dim**-0.5
+        self.whole_norm = config.whole_qk_norm
+        self.window = window
+        self.scale, self.soft_cap = config.attention_scale, config.attention_cap
 
     def forward(self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int) -> torch.Tensor:
         """[T, H] of normed input [T, H]."""
@@ -58,7 +64,8 @@ class Attention:
             k_cache, v_cache = rows.kv.layer(layer)
             kv_store(k_TND[:n], v_TND[:n], k_cache, v_cache, rows.slots_T)
             tables = rows.block_tables_SB, rows.query_start_S1, rows.context_lens_S
-            parts.append(paged_attention(q_TND[:n], k_cache, v_cache, *tables, self.scale))
+            how = self.scale, self.window, self.soft_cap
+            parts.append(paged_attention(q_TND[:n], k_cache, v_cache, *tables, *how))
         for window in batch.windows:
             rows_of = window.batch_rows
             parts.append(self._window(q_TND[rows_of], k_TND[rows_of], v_TND[rows_of], window, layer))
@@ -75,13 +82,23 @@ class Attention:
         if self.q_norm is not None and self.k_norm is not None:
             for window in batch.windows:
                 window.saved.layer(layer).keep(window.stream, qk_raw_TND=qk_TMD[window.batch_rows])
-            q_TND, k_TND = self.q_norm.forward(qk_TMD[:, :n]), self.k_norm.forward(qk_TMD[:, n:])
+            q_TND, k_TND = self._norm(self.q_norm, qk_TMD[:, :n]), self._norm(self.k_norm, qk_TMD[:, n:])
             self._rotate(q_TND, batch.positions_T)
             self._rotate(k_TND, batch.positions_T)
         else:
             self._rotate(qk_TMD, batch.positions_T)
             q_TND, k_TND = qk_TMD[:, :n], qk_TMD[:, n:]
         return q_TND, k_TND, v_TND
+
+    def _norm(self, norm: RMSNorm, x_TND: torch.Tensor) -> torch.Tensor:
+        """Each head by itself, or a token's whole projection."""
+        return norm.forward(x_TND.flatten(1)).view(x_TND.shape) if self.whole_norm else norm.forward(x_TND)
+
+    def _norm_backward(self, norm: RMSNorm, dy_WND: torch.Tensor, x_WND: torch.Tensor) -> torch.Tensor:
+        dy, x = dy_WND.contiguous(), x_WND.contiguous()
+        if self.whole_norm:
+            return norm.backward(dy.flatten(1), x.flatten(1)).view(dy.shape)
+        return norm.backward(dy, x)
 
     def _rotate(self, x_TND: torch.Tensor, positions_T: torch.Tensor, inverse: bool = False) -> torch.Tensor:
         return apply_rope_(x_TND, positions_T, self.rope.cos, self.rope.sin, inverse)
@@ -99,10 +116,24 @@ class Attention:
         if not saved.recomputes:
             saved.keep(stream, k_TND=k_WND, v_TND=v_WND)
         o_WND, lse_WN = window_attention(
-            q_WND, saved.k_TND, saved.v_TND, window.sample_start_W, window.window_start, self.scale
+            q_WND,
+            saved.k_TND,
+            saved.v_TND,
+            self._first_keys(window.sample_start_W, window.window_start),
+            window.window_start,
+            self.scale,
+            self.soft_cap,
         )
         saved.keep(stream, q_TND=q_WND, attn_out_TH=o_WND.reshape(window.rows, -1), lse_TN=lse_WN)
         return o_WND
+
+    def _first_keys(self, sample_start_W: torch.Tensor, start: int) -> torch.Tensor:
+        """int32 [W]: the first key that each query of a window from `start` on sees."""
+        if not self.window:
+            return sample_start_W
+        oldest = start + 1 - self.window
+        reach_W = torch.arange(oldest, oldest + len(sample_start_W), dtype=torch.int32)
+        return torch.maximum(sample_start_W, reach_W.to(sample_start_W.device))
 
     def is_adapted(self, lora: dict[int, ModuleGradient]) -> bool:
         """Some projection has an adapter among `lora`."""
@@ -130,11 +161,12 @@ class Attention:
             saved.lse_TN,
             saved.k_TND,
             saved.v_TND,
-            window.sample_start_T[stream],
+            self._first_keys(window.sample_start_T[stream], window.start),
             window.start,
             self.scale,
             window.dk_TND,
             window.dv_TND,
+            self.soft_cap,
         )
         dqkv_WMD = dq_WND.new_empty(width, m + self.kv_heads, self.dim)
         dqkv_WMD[:, : self.heads] = dq_WND
@@ -144,10 +176,8 @@ class Attention:
         if self.q_norm is not None and self.k_norm is not None:
             assert saved.qk_raw_TND is not None
             raw_WMD, n = saved.qk_raw_TND, self.heads
-            dqkv_WMD[:, :n] = self.q_norm.backward(dqkv_WMD[:, :n].contiguous(), raw_WMD[:, :n].contiguous())
-            dqkv_WMD[:, n:m] = self.k_norm.backward(
-                dqkv_WMD[:, n:m].contiguous(), raw_WMD[:, n:].contiguous()
-            )
+            dqkv_WMD[:, :n] = self._norm_backward(self.q_norm, dqkv_WMD[:, :n], raw_WMD[:, :n])
+            dqkv_WMD[:, n:m] = self._norm_backward(self.k_norm, dqkv_WMD[:, n:m], raw_WMD[:, n:])
         dqkv_WN = dqkv_WMD.view(width, -1)
         if window.lowest:
             self.qkv.backward_adapter(dqkv_WN, lambda: x_WH, lora, start)

@@ -20,7 +20,10 @@ class MLP:
 
     def forward(self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int) -> torch.Tensor:
         """[T, H] of normed input [T, H]."""
-        gate_up_T2I = self.forward_gate_up(x_TH, batch, layer)
+        return self.forward_down(self.forward_gate_up(x_TH, batch, layer), batch, layer)
+
+    def forward_down(self, gate_up_T2I: torch.Tensor, batch: ForwardBatch, layer: int) -> torch.Tensor:
+        """[T, H] of gate and up."""
         return self.down.forward(swiglu(gate_up_T2I, self.act), batch.lora, layer)
 
     def forward_gate_up(self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int) -> torch.Tensor:

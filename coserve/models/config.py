@@ -1,7 +1,7 @@
 """What a model directory's config.json says, for every family that the decoder knows. Torch-free.
 
-A family is one line of `FAMILIES`: which projections carry a bias and whether q and k are normed. All else is
-read from the file, in the form of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
+How the families differ is in families.py; all else is read from the file, in the form of transformers 4
+(`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from coserve.errors import ConfigError
+from coserve.models.families import Family, find_family, layer_windows
+from coserve.models.rope_settings import RopeScaling, parse_scaling, rope_fields, rotary_dim
 
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FUSED_MODULES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -19,44 +21,12 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 
 
 @dataclass(frozen=True)
-class Family:
-    """How an architecture differs from plain Llama.
-
-    `qkv_bias` and `o_bias` None follow `attention_bias` of the file; `fused` families have one matrix for
-    q, k and v and one for gate and up, which an adapter then sits on as a whole.
-    """
-
-    name: str
-    qkv_bias: bool | None = None
-    o_bias: bool | None = None
-    qk_norm: bool = False
-    default_head_dim: int | None = None
-    fused: bool = False
-
-
-FAMILIES = {
-    "LlamaForCausalLM": Family("llama"),
-    "MistralForCausalLM": Family("mistral", qkv_bias=False, o_bias=False),
-    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, o_bias=False),
-    "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, default_head_dim=128),
-}
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Stretched rotary frequencies: `kind` "linear" (all by `factor`) or "llama3" (low frequencies only)."""
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-
-@dataclass(frozen=True)
 class ModelConfig:
-    """A decoder's shape. `max_position_embeddings` is already capped at a sliding window, inside which
-    windowed and full attention are the same."""
+    """A decoder's shape, and what its family does differently (see `families.Family`).
+
+    `layer_windows` holds for each layer how many keys its queries see, 0 for all of them; empty: all see all.
+    `query_scalar` 0 stands for `head_dim`, `rotary_features` 0 for all features of a head, a cap 0 for none.
+    """
 
     family: str
     vocab_size: int
@@ -75,11 +45,22 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     max_position_embeddings: int = 2048
-    sliding_window: int | None = None
+    layer_windows: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     torch_dtype: str = "float32"
     hidden_act: str = "silu"
     fused: bool = False
+    whole_qk_norm: bool = False
+    pre_norms: bool = True
+    post_norms: bool = False
+    norm_offset: float = 0.0
+    wide_norms: bool = False
+    scaled_embeddings: bool = False
+    query_scalar: float = 0.0
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
+    rotary_features: int = 0
+    local_rope_theta: float | None = None
 
     @classmethod
     def from_dir(cls, path: str | Path) -> ModelConfig:
@@ -105,47 +86,70 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: dict[str, Any], generation: dict[str, Any] | None = None) -> ModelConfig:
         """From config.json's (and generation_config.json's) contents. Raises ConfigError by name."""
-        family = _family(raw)
+        family = find_family(raw)
         hidden, heads = _positive(raw, "hidden_size"), _positive(raw, "num_attention_heads")
-        kv_heads = _positive(raw, "num_key_value_heads", heads)
-        head_dim = raw.get("head_dim") or family.default_head_dim or hidden // heads
+        layers, kv_heads = _positive(raw, "num_hidden_layers"), _positive(raw, "num_key_value_heads", heads)
+        head_dim = _positive(raw, "head_dim", family.default_head_dim or hidden // heads)
         if heads % kv_heads:
             raise ConfigError(f"num_key_value_heads {kv_heads} doesn't divide {heads} heads.", param="model")
-        if head_dim % 2:
-            raise ConfigError(f"head_dim {head_dim} is odd; rotary embedding needs pairs.", param="model")
-        act = raw.get("hidden_act", "silu")
-        if act not in ACTIVATIONS:
-            raise ConfigError(
-                f"hidden_act {act!r} is not supported; {_listed(ACTIVATIONS)} are.", param="model"
-            )
-        theta, scaling = _rope(raw)
-        bias = bool(raw.get("attention_bias", False))
-        window = _sliding_window(raw, family)
+        rotated = rotary_dim(raw, head_dim)
         longest = _positive(raw, "max_position_embeddings", 2048)
+        bias = bool(raw.get("attention_bias", False))
+        tied = raw.get("tie_word_embeddings")
         return cls(
             family=family.name,
             vocab_size=_positive(raw, "vocab_size"),
             hidden_size=hidden,
             intermediate_size=_positive(raw, "intermediate_size"),
-            num_layers=_positive(raw, "num_hidden_layers"),
+            num_layers=layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_dim=int(head_dim),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            head_dim=head_dim,
+            rms_norm_eps=float(raw.get("rms_norm_eps", family.default_eps)),
+            rope_theta=_theta(rope_fields(raw), raw, "rope_theta", family.default_rope_theta),
+            rope_scaling=parse_scaling(raw, rotated, longest, family.name),
+            tie_word_embeddings=family.tied_by_default if tied is None else bool(tied),
             attention_bias=bias if family.qkv_bias is None else family.qkv_bias,
             o_bias=bias if family.o_bias is None else family.o_bias,
-            mlp_bias=bool(raw.get("mlp_bias", False)) and family.name == "llama",
-            qk_norm=family.qk_norm,
-            max_position_embeddings=min(longest, window or longest),
-            sliding_window=window,
+            mlp_bias=family.mlp_bias and bool(raw.get("mlp_bias", False)),
+            qk_norm=bool(family.qk_norm),
+            max_position_embeddings=longest,
+            layer_windows=layer_windows(raw, family, layers),
             eos_token_ids=_eos_ids(generation or {}, raw),
             torch_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
-            hidden_act=ACTIVATIONS[act],
+            hidden_act=_activation(raw, family),
             fused=family.fused,
+            whole_qk_norm=family.qk_norm == "whole",
+            pre_norms=family.pre_norms,
+            post_norms=family.post_norms,
+            norm_offset=family.norm_offset,
+            wide_norms=family.wide_norms,
+            scaled_embeddings=family.scaled_embeddings,
+            query_scalar=_query_scalar(raw, family),
+            attention_cap=_cap(raw, "attn_logit_softcapping", family.attention_cap),
+            logit_cap=_cap(raw, "final_logit_softcapping", family.logit_cap),
+            rotary_features=rotated if rotated != head_dim else 0,
+            local_rope_theta=_local_theta(raw, family),
         )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features of a head that are rotated."""
+        return self.rotary_features or self.head_dim
+
+    @property
+    def attention_scale(self) -> float:
+        """What q . k is multiplied by."""
+        return float((self.query_scalar or self.head_dim) ** -0.5)
+
+    def window(self, layer: int) -> int:
+        """Keys that a query of this layer sees, its own among them; 0: all before it."""
+        window = self.layer_windows[layer] if self.layer_windows else 0
+        return window if window < self.max_position_embeddings else 0
+
+    def slides(self, layer: int) -> bool:
+        """The layer is one of sliding attention, whether or not its window is shorter than the context."""
+        return bool(self.layer_windows) and self.layer_windows[layer] > 0
 
     @property
     def linear_modules(self) -> tuple[str, ...]:
@@ -202,26 +206,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _listed(names: Any) -> str:
-    return ", ".join(sorted(names))
-
-
-def _family(raw: dict[str, Any]) -> Family:
-    named = raw.get("architectures") or []
-    for architecture in named:
-        if architecture in FAMILIES:
-            break
-    else:
-        by_type = {family.name: name for name, family in FAMILIES.items()}
-        architecture = by_type.get(raw.get("model_type", "")) if not named else None
-    if architecture is None:
-        what = ", ".join(named) or raw.get("model_type") or "unnamed"
-        raise ConfigError(f"architecture {what} is not supported; {_listed(FAMILIES)} are.", param="model")
-    if raw.get("quantization_config"):
-        raise ConfigError("quantized checkpoints are not supported; use the original weights.", param="model")
-    return FAMILIES[architecture]
-
-
 def _positive(raw: dict[str, Any], key: str, default: int | None = None) -> int:
     value = raw.get(key)
     if value is None:
@@ -231,40 +215,49 @@ def _positive(raw: dict[str, Any], key: str, default: int | None = None) -> int:
     return value
 
 
-def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    fields = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(fields.get("rope_theta") or raw.get("rope_theta") or 10000.0)
-    if float(fields.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ConfigError("partial_rotary_factor other than 1 is not supported.", param="model")
-    kind = fields.get("rope_type") or fields.get("type") or "default"
-    if kind == "default":
-        return theta, None
-    try:
-        if kind == "linear":
-            return theta, RopeScaling("linear", float(fields["factor"]))
-        if kind == "llama3":
-            return theta, RopeScaling(
-                "llama3",
-                float(fields["factor"]),
-                float(fields["low_freq_factor"]),
-                float(fields["high_freq_factor"]),
-                int(fields["original_max_position_embeddings"]),
-            )
-    except KeyError as error:
-        raise ConfigError(f"config.json: rope scaling lacks {error.args[0]}.", param="model") from error
-    raise ConfigError(
-        f"rope scaling {kind!r} is not supported; default, linear and llama3 are.", param="model"
-    )
+def _number(raw: dict[str, Any], key: str, default: float) -> float:
+    value = raw.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        raise ConfigError(f"config.json: {key} must be a positive number, not {value!r}.", param="model")
+    return float(value)
 
 
-def _sliding_window(raw: dict[str, Any], family: Family) -> int | None:
-    if family.name == "mistral":
-        used, default = True, 4096  # transformers' default where the key is missing
-    else:
-        used, default = bool(raw.get("use_sliding_window")), None
-    if not used or raw.get("sliding_window", default) is None:
+def _theta(fields: dict[str, Any], raw: dict[str, Any], old_key: str, default: float) -> float:
+    return _number(fields, "rope_theta", 0.0) or _number(raw, old_key, default)
+
+
+def _activation(raw: dict[str, Any], family: Family) -> str:
+    act = raw.get(family.act_key) or family.default_act
+    if act not in ACTIVATIONS:
+        raise ConfigError(
+            f"{family.act_key} {act!r} is not supported; {', '.join(sorted(ACTIVATIONS))} are.", param="model"
+        )
+    return ACTIVATIONS[act]
+
+
+def _query_scalar(raw: dict[str, Any], family: Family) -> float:
+    if family.default_query_scalar is None:
+        return 0.0
+    return _number(raw, "query_pre_attn_scalar", family.default_query_scalar)
+
+
+def _cap(raw: dict[str, Any], key: str, default: float | None) -> float:
+    """0 in a family without this cap, and where the file says null."""
+    if default is None or (key in raw and raw[key] is None):
+        return 0.0
+    return _number(raw, key, default)
+
+
+def _local_theta(raw: dict[str, Any], family: Family) -> float | None:
+    if family.local_rope_theta is None:
         return None
-    return _positive(raw, "sliding_window", default)
+    nested = (raw.get("rope_parameters") or {}).get("sliding_attention") or {}
+    kind = nested.get("rope_type", "default")
+    if kind != "default":
+        raise ConfigError(f"rope scaling {kind!r} on sliding layers is not supported.", param="model")
+    return _theta(nested, raw, "rope_local_base_freq", family.local_rope_theta)
 
 
 def _eos_ids(*sources: dict[str, Any]) -> tuple[int, ...]:

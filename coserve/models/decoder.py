@@ -1,16 +1,17 @@
 """The decoder that all families share, forward and backward. Run it under torch.inference_mode or no_grad.
 
-x -> x + attention(norm(x)) -> x + mlp(norm(x)),   layer by layer; final norm; head
+x -> x + post(attention(pre(x))) -> x + post(mlp(pre(x))),   layer by layer; final norm; head
+
+`pre` and `post` are RMS norms or nothing, by family: Llama has the first, OLMo 2 the second, Gemma both.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 
+from coserve.kernels.soft_cap import soft_cap_
 from coserve.layers.activations import LayerActivations
-from coserve.layers.attention import Attention, RopeTable
+from coserve.layers.attention import Attention
 from coserve.layers.batch import BackwardWindow, ForwardBatch
 from coserve.layers.embedding import Embedding
 from coserve.layers.lm_head import LMHead
@@ -20,27 +21,49 @@ from coserve.models.config import ModelConfig
 
 
 class DecoderLayer:
-    """One pre-norm block."""
+    """One block; norms that its family hasn't are None."""
 
-    def __init__(self, attn_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: MLP) -> None:
+    def __init__(
+        self,
+        attn_norm: RMSNorm | None,
+        attention: Attention,
+        mlp_norm: RMSNorm | None,
+        mlp: MLP,
+        attn_post_norm: RMSNorm | None = None,
+        mlp_post_norm: RMSNorm | None = None,
+    ) -> None:
         self.attn_norm = attn_norm
         self.attention = attention
         self.mlp_norm = mlp_norm
         self.mlp = mlp
+        self.attn_post_norm = attn_post_norm
+        self.mlp_post_norm = mlp_post_norm
 
     def forward(self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int) -> torch.Tensor:
         """[T, H] of [T, H]; training rows leave behind what their backward needs."""
         for window in batch.windows:
             window.saved.layer(layer).keep(window.stream, x_in_TH=x_TH[window.batch_rows])
         normed_TH, x_mid_TH = self._attend(x_TH, batch, layer)
-        return self.mlp.forward(normed_TH, batch, layer).add_(x_mid_TH)
+        y_TH = self.mlp.forward(normed_TH, batch, layer)
+        if self.mlp_post_norm is not None:
+            for window in batch.windows:
+                window.saved.layer(layer).keep(window.stream, mlp_raw_TH=y_TH[window.batch_rows])
+            y_TH = self.mlp_post_norm.forward(y_TH)
+        return y_TH.add_(x_mid_TH)
 
     def _attend(
         self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The attention half: (normed input of the MLP, x_mid), [T, H] each."""
-        attended_TH = self.attention.forward(self.attn_norm.forward(x_TH), batch, layer)
-        normed_TH, x_mid_TH = self.mlp_norm.add_forward(attended_TH, x_TH)
+        attended_TH = self.attention.forward(_normed(self.attn_norm, x_TH), batch, layer)
+        if self.attn_post_norm is not None:
+            for window in batch.windows:
+                window.saved.layer(layer).keep(window.stream, attn_raw_TH=attended_TH[window.batch_rows])
+            attended_TH = self.attn_post_norm.forward(attended_TH)
+        if self.mlp_norm is not None:
+            normed_TH, x_mid_TH = self.mlp_norm.add_forward(attended_TH, x_TH)
+        else:
+            normed_TH = x_mid_TH = attended_TH.add_(x_TH)
         for window in batch.windows:
             window.saved.layer(layer).keep(window.stream, x_mid_TH=x_mid_TH[window.batch_rows])
         return normed_TH, x_mid_TH
@@ -54,9 +77,12 @@ class DecoderLayer:
         if saved.x_mid_TH is None:
             normed_WH, _ = self._attend(saved.x_in_TH, batch, window.layer)
         else:
-            normed_WH = self.mlp_norm.forward(saved.x_mid_TH)
+            normed_WH = _normed(self.mlp_norm, saved.x_mid_TH)
         if saved.gate_up_T2I is None:
             self.mlp.forward_gate_up(normed_WH, batch, window.layer)
+        if self.mlp_post_norm is not None and saved.mlp_raw_TH is None:
+            assert saved.gate_up_T2I is not None
+            saved.mlp_raw_TH = self.mlp.forward_down(saved.gate_up_T2I, batch, window.layer)
         return saved, normed_WH
 
     def backward(self, dy_WH: torch.Tensor, window: BackwardWindow) -> torch.Tensor | None:
@@ -66,14 +92,28 @@ class DecoderLayer:
         x_in_WH, x_mid_WH = saved.x_in_TH, saved.x_mid_TH
         assert x_in_WH is not None and x_mid_WH is not None
         ends_here = window.lowest and not self.attention.is_adapted(window.lora)
-        dnormed_WH = self.mlp.backward(dy_WH, normed_WH, saved, window, needs_input=not ends_here)
+        dmlp_WH = _norm_gradient(self.mlp_post_norm, dy_WH, saved.mlp_raw_TH)
+        dnormed_WH = self.mlp.backward(dmlp_WH, normed_WH, saved, window, needs_input=not ends_here)
         if dnormed_WH is None:
             return None
-        dx_mid_WH = self.mlp_norm.backward(dnormed_WH, x_mid_WH).add_(dy_WH)
-        dnormed_WH = self.attention.backward(dx_mid_WH, self.attn_norm.forward(x_in_WH), saved, window)
+        dx_mid_WH = _norm_gradient(self.mlp_norm, dnormed_WH, x_mid_WH).add_(dy_WH)
+        dattended_WH = _norm_gradient(self.attn_post_norm, dx_mid_WH, saved.attn_raw_TH)
+        dnormed_WH = self.attention.backward(dattended_WH, _normed(self.attn_norm, x_in_WH), saved, window)
         if dnormed_WH is None:
             return None
-        return self.attn_norm.backward(dnormed_WH, x_in_WH).add_(dx_mid_WH)
+        return _norm_gradient(self.attn_norm, dnormed_WH, x_in_WH).add_(dx_mid_WH)
+
+
+def _normed(norm: RMSNorm | None, x_TH: torch.Tensor) -> torch.Tensor:
+    return x_TH if norm is None else norm.forward(x_TH)
+
+
+def _norm_gradient(norm: RMSNorm | None, dy_WH: torch.Tensor, x_WH: torch.Tensor | None) -> torch.Tensor:
+    """Gradient w.r.t. the norm's input `x`; `dy` itself where there is no norm."""
+    if norm is None:
+        return dy_WH
+    assert x_WH is not None
+    return norm.backward(dy_WH, x_WH)
 
 
 class Decoder:
@@ -86,14 +126,12 @@ class Decoder:
         layers: list[DecoderLayer],
         norm: RMSNorm,
         head: LMHead,
-        rope: RopeTable,
     ) -> None:
         self.config = config
         self.embedding = embedding
         self.layers = layers
         self.norm = norm
         self.head = head
-        self.rope = rope
 
     @property
     def dtype(self) -> torch.dtype:
@@ -153,26 +191,5 @@ class Decoder:
 
     def logits(self, h_SH: torch.Tensor) -> torch.Tensor:
         """fp32 [S, V] of normed hidden states [S, H]."""
-        return self.head.logits(h_SH)
-
-
-def make_rope_table(config: ModelConfig, device: torch.device | str = "cpu") -> RopeTable:
-    """cos, sin fp32 [max positions, D/2]: angle = position * theta^(-2i/D), frequencies stretched as the
-    file says (Llama 3.1: those with wavelengths beyond the original context by `factor`, smoothly)."""
-    dim = config.head_dim
-    exponent = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
-    frequency = 1.0 / (config.rope_theta**exponent)
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.kind == "linear":
-        frequency = frequency / scaling.factor
-    elif scaling is not None:
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        wavelength = 2 * math.pi / frequency
-        smooth = (scaling.original_max_position_embeddings / wavelength - low) / (high - low)
-        blended = (1 - smooth) * frequency / scaling.factor + smooth * frequency
-        frequency = torch.where(
-            smooth <= 0, frequency / scaling.factor, torch.where(smooth >= 1, frequency, blended)
-        )
-    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
-    angle_PD2 = positions[:, None] * frequency[None, :]
-    return RopeTable(angle_PD2.cos().to(device), angle_PD2.sin().to(device))
+        logits_SV = self.head.logits(h_SH)
+        return soft_cap_(logits_SV, self.config.logit_cap) if self.config.logit_cap else logits_SV

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from coserve.layers.lm_head import LMHead
 from coserve.layers.mlp import MLP
 from coserve.layers.norm import RMSNorm
 from coserve.models.config import ModelConfig
-from coserve.models.decoder import Decoder, DecoderLayer, make_rope_table
+from coserve.models.decoder import Decoder, DecoderLayer
+from coserve.models.rope import make_rope_table
 
 Fetch = Callable[[str], torch.Tensor]
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -39,21 +41,43 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             if _has_bias(config, name):
                 shapes[f"{path}.bias"] = config.module_shape(name)[:1]
         prefix = f"model.layers.{layer}"
-        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        for norm in block_norms(config):
+            if norm:
+                shapes[f"{prefix}.{norm}.weight"] = (hidden,)
         if config.qk_norm:
-            shapes[f"{prefix}.self_attn.q_norm.weight"] = (config.head_dim,)
-            shapes[f"{prefix}.self_attn.k_norm.weight"] = (config.head_dim,)
+            whole = config.whole_qk_norm
+            shapes[f"{prefix}.self_attn.q_norm.weight"] = (config.q_size if whole else config.head_dim,)
+            shapes[f"{prefix}.self_attn.k_norm.weight"] = (config.kv_size if whole else config.head_dim,)
     return shapes
 
 
-def load_model(path: str | Path, device: torch.device | str, dtype: torch.dtype) -> Decoder:
+def block_norms(config: ModelConfig) -> tuple[str, str, str, str]:
+    """transformers' names of a block's norms before and after attention, before and after the MLP; "" where
+    there is none. Without norms after, `post_attention_layernorm` is the one before the MLP."""
+    before = "input_layernorm" if config.pre_norms else ""
+    if not config.post_norms:
+        return before, "", "post_attention_layernorm", ""
+    middle = "pre_feedforward_layernorm" if config.pre_norms else ""
+    return before, "post_attention_layernorm", middle, "post_feedforward_layernorm"
+
+
+def load_model(
+    path: str | Path, device: torch.device | str, dtype: torch.dtype, max_model_len: int = 0
+) -> Decoder:
     """Load a Hugging Face directory (one safetensors file, or shards with an index).
 
+    `max_model_len`, where given, is the context that is served instead of the model's own, longer one.
     Raises ConfigError when the model isn't supported or its tensors are not those of its configuration.
     """
     folder = Path(path)
     config = ModelConfig.from_dir(folder)
+    if max_model_len > config.max_position_embeddings:
+        raise ConfigError(
+            f"--max-model-len {max_model_len} is over the model's context, {config.max_position_embeddings}.",
+            param="max_model_len",
+        )
+    if max_model_len:
+        config = replace(config, max_position_embeddings=max_model_len)
     files = _tensor_files(folder)
     shapes = tensor_shapes(config)
     _check_names(set(files), shapes, config)
@@ -83,7 +107,7 @@ def random_weights(
     def fetch(name: str) -> torch.Tensor:
         values = torch.randn(shapes[name], generator=generator) * 0.02
         if name.endswith("norm.weight"):
-            values += 1.0
+            values += 1.0 - config.norm_offset
         return values.to(device=device, dtype=dtype)
 
     return build_decoder(config, fetch, device)
@@ -92,7 +116,7 @@ def random_weights(
 def build_decoder(config: ModelConfig, fetch: Fetch, device: torch.device | str) -> Decoder:
     """Assemble a decoder from tensors by name; `fetch` is asked once for each of `tensor_shapes`."""
     rope = make_rope_table(config, device)
-    eps = config.rms_norm_eps
+    local_rope = make_rope_table(config, device, local=True) if config.local_rope_theta else rope
 
     def linear(layer: int, *names: str) -> AdaptedLinear:
         paths = [config.module_path(layer, name) for name in names]
@@ -104,7 +128,10 @@ def build_decoder(config: ModelConfig, fetch: Fetch, device: torch.device | str)
         return AdaptedLinear([config.linear_modules.index(name) for name in names], weights, biases)
 
     def norm(name: str) -> RMSNorm:
-        return RMSNorm(fetch(f"{name}.weight"), eps)
+        weight_H = fetch(f"{name}.weight")
+        if config.wide_norms:
+            weight_H = weight_H.float() + config.norm_offset
+        return RMSNorm(weight_H, config.rms_norm_eps)
 
     def block(layer: int) -> DecoderLayer:
         prefix = f"model.layers.{layer}"
@@ -113,20 +140,22 @@ def build_decoder(config: ModelConfig, fetch: Fetch, device: torch.device | str)
             config,
             linear(layer, *(("qkv_proj",) if config.fused else ("q_proj", "k_proj", "v_proj"))),
             linear(layer, "o_proj"),
-            rope,
+            local_rope if config.slides(layer) else rope,
             norm(f"{heads}.q_norm") if config.qk_norm else None,
             norm(f"{heads}.k_norm") if config.qk_norm else None,
+            config.window(layer),
         )
         act: Activation = "silu" if config.hidden_act == "silu" else "gelu_tanh"
         gate_up = linear(layer, *(("gate_up_proj",) if config.fused else ("gate_proj", "up_proj")))
         mlp = MLP(gate_up, linear(layer, "down_proj"), act)
-        attn_norm, mlp_norm = norm(f"{prefix}.input_layernorm"), norm(f"{prefix}.post_attention_layernorm")
-        return DecoderLayer(attn_norm, attention, mlp_norm, mlp)
+        names = block_norms(config)
+        before, after, middle, last = (norm(f"{prefix}.{name}") if name else None for name in names)
+        return DecoderLayer(before, attention, middle, mlp, after, last)
 
-    embedding = Embedding(fetch(EMBEDDING))
+    embedding = Embedding(fetch(EMBEDDING), config.hidden_size**0.5 if config.scaled_embeddings else 1.0)
     layers = [block(layer) for layer in range(config.num_layers)]
     head = LMHead(embedding.weight if config.tie_word_embeddings else fetch(HEAD))
-    return Decoder(config, embedding, layers, RMSNorm(fetch(NORM), eps), head, rope)
+    return Decoder(config, embedding, layers, norm(NORM.removesuffix(".weight")), head)
 
 
 def _has_bias(config: ModelConfig, name: str) -> bool:

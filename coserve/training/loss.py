@@ -6,6 +6,7 @@ loss = cross-entropy(head(norm(x)), target),   dx = norm'(dlogits W)
 from __future__ import annotations
 
 from coserve.kernels.linear_cross_entropy import cross_entropy_
+from coserve.kernels.soft_cap import soft_cap_
 from coserve.models.decoder import Decoder
 from coserve.training.microbatch import Microbatch
 
@@ -20,7 +21,11 @@ def loss_chunk(decoder: Decoder, microbatch: Microbatch, chunk: int, grad_scale:
         saved.dh_TH.zero_()
     rows = microbatch.trained_rows[chunk * CHUNK : (chunk + 1) * CHUNK]
     x_CH = saved.x_out_TH[rows]
-    logits_CV = decoder.head.forward(decoder.final_norm(x_CH))
+    logits_CV, cap, slope_CV = decoder.head.forward(decoder.final_norm(x_CH)), decoder.config.logit_cap, None
+    if cap:  # z = cap tanh(u / cap), dz/du = 1 - (z / cap)^2
+        slope_CV = 1 - (soft_cap_(logits_CV, cap) / cap).square_()
     microbatch.losses_T[rows] = cross_entropy_(logits_CV, microbatch.targets_T[rows], grad_scale)
+    if slope_CV is not None:
+        logits_CV.mul_(slope_CV)
     dh_CH = decoder.head.backward_input(logits_CV)
     saved.dh_TH[rows] = decoder.final_norm_backward(dh_CH, x_CH)

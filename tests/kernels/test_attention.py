@@ -52,16 +52,39 @@ def test_paged_attention_matches_float64(isa: str, heads: tuple[int, int, int], 
     check(lambda *a: (paged_attention(*a),), *args)
 
 
-def test_paged_prefill_and_decode_agree_to_the_bit(isa: str) -> None:
+@pytest.mark.parametrize(
+    ("window", "cap"), [(1, 0.0), (40, 0.0), (64, 2.0), (65, 0.0), (149, 50.0), (0, 0.5)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_paged_windows_and_caps_match_float64(isa: str, window: int, cap: float, dtype: torch.dtype) -> None:
+    args = paged_case([1, 64, 65, 150, 300], [1, 1, 65, 3, 130], (4, 2, 20), dtype)
+    check(lambda *a: (paged_attention(*a, window, cap),), *args)
+
+
+def test_paged_window_sees_its_last_keys_only() -> None:
+    q, k, v, tables, starts, lengths, scale = paged_case([90], [1], (2, 1, 16), torch.float32)
+    whole = paged_attention(q, k, v, tables, starts, lengths, scale, 90)
+    assert torch.equal(whole, paged_attention(q, k, v, tables, starts, lengths, scale))
+    before = paged_attention(q, k, v, tables, starts, lengths, scale, 26)
+    for block in range(4):  # the 64 oldest keys
+        v[tables[0, block]] = 1e3
+    assert torch.equal(paged_attention(q, k, v, tables, starts, lengths, scale, 26), before)
+    assert not torch.equal(paged_attention(q, k, v, tables, starts, lengths, scale, 27), before)
+
+
+@pytest.mark.parametrize("how", [(0, 0.0), (50, 0.0), (64, 3.0)])
+def test_paged_prefill_and_decode_agree_to_the_bit(isa: str, how: tuple[int, float]) -> None:
     q, k, v, tables, _, lengths, scale = paged_case([150], [150], (4, 2, 64), torch.float32)
-    whole = paged_attention(q, k, v, tables, ints(0, 150), lengths, scale)
+    whole = paged_attention(q, k, v, tables, ints(0, 150), lengths, scale, *how)
     for cut in (1, 37, 64, 149):
         parts = [
-            paged_attention(q[a:b], k, v, tables, ints(0, b - a), ints(b), scale)
+            paged_attention(q[a:b], k, v, tables, ints(0, b - a), ints(b), scale, *how)
             for a, b in ((0, cut), (cut, 150))
         ]
         assert torch.equal(torch.cat(parts), whole)
-    single = [paged_attention(q[i : i + 1], k, v, tables, ints(0, 1), ints(i + 1), scale) for i in range(150)]
+    single = [
+        paged_attention(q[i : i + 1], k, v, tables, ints(0, 1), ints(i + 1), scale, *how) for i in range(150)
+    ]
     assert torch.equal(torch.cat(single), whole)
 
 
@@ -98,22 +121,59 @@ def stream(T: int, heads: tuple[int, int, int], dtype: torch.dtype, samples: tup
     return q, k, v, do, sample_start
 
 
+def check_window(case: tuple, window_start: int, cap: float) -> None:
+    """Forward and backward of a window of `case` against float64."""
+    q, k, v, do, first_key = case
+    scale, starts = q.shape[2] ** -0.5, first_key[window_start:]
+
+    def run(q, k, v, do):  # type: ignore[no-untyped-def]
+        o, lse = window_attention(q, k, v, starts, window_start, scale, cap)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dk, dv = torch.zeros(k.shape, dtype=wide), torch.zeros(v.shape, dtype=wide)
+        dq = window_attention_backward(do, q, o, lse, k, v, starts, window_start, scale, dk, dv, cap)
+        return o, lse, dq, dk, dv
+
+    check(run, q[window_start:], k, v, do[window_start:], bound=4e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "T", "window_start"), WINDOWS)
 def test_window_attention_matches_float64(
     isa: str, heads: tuple[int, int, int], dtype: torch.dtype, T: int, window_start: int
 ) -> None:
-    q, k, v, do, sample_start = stream(T, heads, dtype, (40, 41, 128))
-    scale, starts = heads[2] ** -0.5, sample_start[window_start:]
+    check_window(stream(T, heads, dtype, (40, 41, 128)), window_start, 0.0)
 
-    def run(q, k, v, do):  # type: ignore[no-untyped-def]
-        o, lse = window_attention(q, k, v, starts, window_start, scale)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        dk, dv = torch.zeros(k.shape, dtype=wide), torch.zeros(v.shape, dtype=wide)
-        dq = window_attention_backward(do, q, o, lse, k, v, starts, window_start, scale, dk, dv)
-        return o, lse, dq, dk, dv
 
-    check(run, q[window_start:], k, v, do[window_start:], bound=4e-6)
+def sliding(sample_start: torch.Tensor, window: int) -> torch.Tensor:
+    """The first key of each query under a sliding window."""
+    return torch.maximum(sample_start, torch.arange(len(sample_start), dtype=torch.int32) + 1 - window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("window", "cap"), [(1, 0.0), (30, 0.0), (64, 1.5), (100, 50.0), (999, 0.3)])
+def test_sliding_and_capped_windows_match_float64(
+    isa: str, window: int, cap: float, dtype: torch.dtype
+) -> None:
+    q, k, v, do, sample_start = stream(200, (4, 2, 20), dtype, (40, 90))
+    check_window((q, k, v, do, sliding(sample_start, window)), 64, cap)
+
+
+def test_capped_sliding_backward_matches_autograd(isa: str) -> None:
+    q, k, v, do, sample_start = stream(130, (4, 2, 16), torch.float32, (20,))
+    first = sliding(sample_start, 37)
+    with torch.enable_grad():
+        leaves = [t.double().requires_grad_() for t in (q, k, v)]
+        position = torch.arange(130)
+        hidden = (position[None] > position[:, None]) | (position[None] < first[:, None])
+        kk, vv = (t.repeat_interleave(2, 1) for t in leaves[1:])
+        scores = 1.5 * torch.tanh(torch.einsum("tnd,jnd->ntj", leaves[0], kk) * 0.25 / 1.5)
+        p = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        wants = torch.autograd.grad(torch.einsum("ntj,jnd->tnd", p, vv), leaves, do.double())
+    o, lse = window_attention(q, k, v, first, 0, 0.25, 1.5)
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    dq = window_attention_backward(do, q, o, lse, k, v, first, 0, 0.25, dk, dv, 1.5)
+    for got, want in zip((dq, dk, dv), wants, strict=True):
+        assert error(got, want) < 2e-6
 
 
 def test_window_backward_matches_autograd(isa: str) -> None:
@@ -158,6 +218,11 @@ def test_window_cuts(isa: str, dtype: torch.dtype) -> None:
         assert torch.equal(o, whole[0]) and torch.equal(lse, whole[1])
         bound = 2e-6 if dtype == torch.float32 else 1e-2
         assert all(error(a, b.double()) < bound for a, b in zip(gradients, whole[2:], strict=True))
+    q, k, v, do, sample_start = case
+    case = q, k, v, do, sliding(sample_start, 150)
+    whole = in_windows(T, T, case)
+    for cut in (64, 192):
+        assert all(torch.equal(a, b) for a, b in zip(in_windows(T, cut, case), whole, strict=True))
     one = stream(70, (2, 1, 16), torch.float32, ())
     assert torch.equal(in_windows(70, 1, one)[0], in_windows(70, 70, one)[0])
 

@@ -6,6 +6,7 @@ import torch
 from coserve.kernels.kv_store import kv_store
 from coserve.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
 from coserve.kernels.rope import apply_rope_
+from coserve.kernels.soft_cap import soft_cap_
 from coserve.kernels.swiglu import Activation, swiglu, swiglu_backward
 from tests.kernels.oracle import DTYPES, check, error
 
@@ -21,6 +22,29 @@ def test_rms_norm(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check(lambda x, r, w: add_rms_norm(x, r, w, 1e-5), x, residual, w)
     if shape[-1] > 1:  # for one feature the gradient is 0 up to eps
         check(lambda dy, x, w: (rms_norm_backward(dy, x, w, 1e-5),), dy, x, w)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norm_with_fp32_weights_rounds_once(isa: str, shape: tuple[int, ...]) -> None:
+    x, residual, dy = (torch.randn(shape).bfloat16() for _ in range(3))
+    w = 1 + torch.rand(shape[-1]) / 300  # 1 + w vanishes in bf16
+    check(lambda x, w: (rms_norm(x, w, 1e-5),), x, w)
+    check(lambda x, r, w: add_rms_norm(x, r, w, 1e-5), x, residual, w)
+    check(lambda dy, x, w: (rms_norm_backward(dy, x, w, 1e-5),), dy, x, w)
+    normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)
+    assert (rms_norm(x, w, 1e-5) != (normed * w).bfloat16()).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 37), (2, 5000)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_soft_cap(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = (torch.randn(shape) * torch.logspace(-6, 2, shape[-1])).to(dtype)
+    check(lambda x: (soft_cap_(x.clone(), 30.0),), x)
+    small = torch.tensor([1e-6, -1e-3, 0.0, 18.7, -18.8, 1e4, float("inf"), -float("inf")])
+    exact = 30 * torch.tanh(small.double() / 30)
+    got = soft_cap_(small.clone(), 30.0).double()
+    assert ((got - exact).abs() <= 4e-7 * exact.abs()).all()
+    assert soft_cap_(torch.tensor([float("nan")]), 30.0).isnan().all()
 
 
 def test_rms_norm_backward_matches_autograd(isa: str) -> None:

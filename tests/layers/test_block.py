@@ -46,7 +46,7 @@ def block(decoder: Decoder, x_TH: torch.Tensor) -> torch.Tensor:
         if attention.q_norm is not None and attention.k_norm is not None:
             q = norm(q, attention.q_norm.weight, config.rms_norm_eps)
             k = norm(k, attention.k_norm.weight, config.rms_norm_eps)
-        cos, sin = (t[: len(x), None].double() for t in (decoder.rope.cos, decoder.rope.sin))
+        cos, sin = (t[: len(x), None].double() for t in (attention.rope.cos, attention.rope.sin))
         q, k = (
             torch.cat((a * cos - b * sin, b * cos + a * sin), -1) for a, b in (t.chunk(2, -1) for t in (q, k))
         )

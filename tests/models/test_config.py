@@ -76,13 +76,63 @@ def test_families(architecture: str, qkv: bool, out: bool, qk_norm: bool) -> Non
     assert (config.attention_bias, config.o_bias, config.qk_norm) == (qkv, out, qk_norm)
 
 
-def test_a_sliding_window_caps_the_context() -> None:
-    mistral = {"architectures": ["MistralForCausalLM"]}
-    assert parse(**mistral, sliding_window=4096).max_position_embeddings == 4096
-    assert parse(**mistral, sliding_window=None).max_position_embeddings == 131072
-    qwen = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 4096}
-    assert parse(**qwen, use_sliding_window=False).max_position_embeddings == 131072
-    assert parse(**qwen, use_sliding_window=True).max_position_embeddings == 4096
+def windows(architecture: str, **changes: Any) -> list[int]:
+    config = parse(architectures=[architecture], num_hidden_layers=6, **changes)
+    assert config.max_position_embeddings == 131072
+    return [config.window(layer) for layer in range(6)]
+
+
+def test_sliding_windows_by_layer() -> None:
+    kinds = ["full_attention", "sliding_attention"] * 3
+    assert windows("LlamaForCausalLM", sliding_window=64) == [0] * 6
+    assert windows("MistralForCausalLM") == [4096] * 6
+    assert windows("MistralForCausalLM", sliding_window=None) == [0] * 6
+    assert windows("Phi3ForCausalLM") == [0] * 6
+    assert windows("Phi3ForCausalLM", sliding_window=2047) == [2047] * 6
+    assert windows("Phi3ForCausalLM", sliding_window=262144) == [0] * 6
+    qwen = {"sliding_window": 512, "max_window_layers": 4}
+    assert windows("Qwen2ForCausalLM", use_sliding_window=False, **qwen) == [0] * 6
+    assert windows("Qwen3ForCausalLM", use_sliding_window=True, **qwen) == [0] * 4 + [512] * 2
+    assert windows("Qwen2ForCausalLM", use_sliding_window=True, layer_types=kinds, **qwen) == [0, 512] * 3
+    assert windows("Gemma2ForCausalLM") == [4096, 0] * 3
+    assert windows("Gemma3ForCausalLM", sliding_window=512) == [512] * 5 + [0]
+    assert windows("Gemma3ForCausalLM", sliding_window=512, sliding_window_pattern=3) == [512, 512, 0] * 2
+    assert windows("Gemma3ForCausalLM", layer_types=kinds) == [0, 4096] * 3
+
+
+def test_a_window_over_the_context_is_none_but_its_layer_stays_local() -> None:
+    config = parse(architectures=["Gemma3ForCausalLM"], max_position_embeddings=256, sliding_window=256)
+    assert config.window(0) == 0
+    assert config.slides(0)
+    assert not config.slides(5)
+
+
+def test_gemma_reads_its_caps_and_its_query_scale() -> None:
+    gemma = parse(architectures=["Gemma2ForCausalLM"], tie_word_embeddings=None)
+    assert (gemma.attention_cap, gemma.logit_cap, gemma.attention_scale) == (50.0, 30.0, 1 / 16)
+    assert gemma.tie_word_embeddings
+    assert gemma.hidden_act == "gelu_tanh"
+    plain = parse(
+        architectures=["Gemma2ForCausalLM"], attn_logit_softcapping=None, final_logit_softcapping=None
+    )
+    assert (plain.attention_cap, plain.logit_cap) == (0.0, 0.0)
+    third = parse(architectures=["Gemma3ForCausalLM"], rope_theta=2e6, rope_local_base_freq=5e3)
+    assert (third.attention_cap, third.logit_cap, third.rope_theta, third.local_rope_theta) == (
+        0,
+        0,
+        2e6,
+        5e3,
+    )
+
+
+def test_phi_names_its_fused_modules() -> None:
+    config = parse(architectures=["Phi3ForCausalLM"], partial_rotary_factor=0.75)
+    assert config.linear_modules == ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    assert config.module_shape("qkv_proj") == (2048 + 2 * 512, 2048)
+    assert config.module_shape("gate_up_proj") == (2 * 8192, 2048)
+    assert config.module_path(1, "qkv_proj") == "model.layers.1.self_attn.qkv_proj"
+    assert config.module_path(1, "gate_up_proj") == "model.layers.1.mlp.gate_up_proj"
+    assert config.rotary_dim == 48
 
 
 def test_end_tokens_of_both_files() -> None:
@@ -98,9 +148,17 @@ def test_end_tokens_of_both_files() -> None:
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ({"hidden_act": "relu"}, "relu"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "short_factor has 1 values"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "much"}}, "yarn is malformed"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "multimodal.*Gemma3ForCausalLM"),
+        ({"architectures": ["Gemma2ForCausalLM"], "sliding_window": "wide"}, "sliding_window"),
+        ({"architectures": ["Gemma2ForCausalLM"], "layer_types": ["full"]}, "layer_types"),
+        ({"architectures": ["Gemma3ForCausalLM"], "sliding_window_pattern": 0}, "sliding_window_pattern"),
+        ({"architectures": ["Gemma2ForCausalLM"], "final_logit_softcapping": -1}, "final_logit_softcapping"),
+        ({"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True}, "bidirectional"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 0.52}, "partial_rotary_factor"),
         ({"num_key_value_heads": 5}, "num_key_value_heads"),
         ({"head_dim": 63}, "head_dim"),
         ({"hidden_size": "big"}, "hidden_size"),

@@ -12,8 +12,9 @@ from coserve.kernels.lora import LoraSegments
 from coserve.layers.batch import ForwardBatch, LoraBatch
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.models.config import ModelConfig, RopeScaling
-from coserve.models.decoder import Decoder, make_rope_table
+from coserve.models.decoder import Decoder
 from coserve.models.loader import random_weights
+from coserve.models.rope import make_rope_table
 from coserve.training.activations import MicrobatchActivations
 from coserve.training.job import LoraSpec
 from coserve.training.microbatch import Microbatch

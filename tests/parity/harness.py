@@ -6,10 +6,18 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -75,7 +83,85 @@ MODELS: dict[str, tuple[type[PreTrainedModel], type, dict[str, object]]] = {
         Qwen3Config,
         {"head_dim": 12, "attention_bias": True, "tie_word_embeddings": True},
     ),
+    "llama-yarn": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            }
+        },
+    ),
+    "mistral-window": (MistralForCausalLM, MistralConfig, {"sliding_window": 11}),
+    "qwen2-window": (
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "qwen3-window": (
+        Qwen3ForCausalLM,
+        Qwen3Config,
+        {
+            "head_dim": 16,
+            "use_sliding_window": True,
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 10,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 4.0,
+        },
+    ),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 10,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            },
+        },
+    ),
+    "phi3": (Phi3ForCausalLM, Phi3Config, {"sliding_window": 13}),
+    "phi3-longrope-partial": (
+        Phi3ForCausalLM,
+        Phi3Config,
+        {
+            "hidden_size": 96,
+            "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 512,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": 512,
+                "short_factor": [1.0, 1.1, 1.2, 1.4, 1.7, 2.0],
+                "long_factor": [1.0, 1.5, 3.0, 7.0, 20.0, 40.0],
+            },
+        },
+    ),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config, {}),
 }
+# One kind of each family, its hardest.
+FAMILIES = (
+    *("llama3-tied-rope", "mistral-window", "qwen2-window", "qwen3-biases-tied"),
+    *("gemma2", "gemma3", "phi3-longrope-partial", "olmo2"),
+)
 
 
 def make_reference(kind: str, seed: int = 0, **changes: object) -> PreTrainedModel:
@@ -86,7 +172,8 @@ def make_reference(kind: str, seed: int = 0, **changes: object) -> PreTrainedMod
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+                offset = 0 if kind.startswith("gemma") else 1
+                parameter.copy_(offset + 0.2 * torch.randn_like(parameter))
             elif name.endswith("bias"):
                 parameter.copy_(0.2 * torch.randn_like(parameter))
             elif "embed" in name:

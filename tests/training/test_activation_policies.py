@@ -33,6 +33,24 @@ BASE = {
 CONFIGS = {
     "qwen3": ModelConfig(family="qwen3", qk_norm=True, **BASE),
     "qwen2": ModelConfig(family="qwen2", attention_bias=True, **BASE),
+    "gemma2": ModelConfig(
+        family="gemma2",
+        post_norms=True,
+        norm_offset=1.0,
+        wide_norms=True,
+        attention_cap=3.0,
+        layer_windows=(40, 0, 70),
+        **BASE,
+    ),
+    "olmo2": ModelConfig(
+        family="olmo2",
+        pre_norms=False,
+        post_norms=True,
+        wide_norms=True,
+        qk_norm=True,
+        whole_qk_norm=True,
+        **BASE,
+    ),
 }
 SPECS = {
     "all": LoraSpec(r=4),
