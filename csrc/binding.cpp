@@ -20,7 +20,7 @@ struct Buffer {
 };
 
 void* scratch(int slot, size_t bytes) {
-  static thread_local Buffer buffers[2];
+  static thread_local Buffer buffers[3];
   Buffer& buffer = buffers[slot];
   if (buffer.size < bytes) {
     std::free(buffer.data);

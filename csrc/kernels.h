@@ -76,7 +76,8 @@ const Kernels& kernels();
 }
 
 // Memory of the calling thread, at least `bytes` long and 64-byte aligned, kept until the thread ends; a call
-// for the same slot may move it. Slot 0 is a task's own, slot 1 the caller's for a whole operation.
+// for the same slot may move it. Slot 0 is a task's own, slot 1 the caller's for a whole operation, slot 2 that of a
+// helper which a task calls.
 void* scratch(int slot, size_t bytes);
 
 }  // namespace coserve

@@ -20,17 +20,6 @@ struct InputGradient {
   int64_t dx_stride;
 };
 
-// Rows [n, n + depth) of W's panels [from, to), each as [depth / 2][PAIR_COLUMNS][2]; whole rows, as they lie.
-static void interleave_panels(const InputGradient& op, int64_t n, int64_t depth, int64_t from, int64_t to, bf16* out) {
-  const bf16* row = op.w + n * op.K;
-  for (int64_t i = 0; i < depth; i += 2, row += 2 * op.K, out += 2 * PAIR_COLUMNS)
-    for (int64_t column = from * PAIR_COLUMNS; column < to * PAIR_COLUMNS; column += 32) {
-      int64_t inside = column % PAIR_COLUMNS, panel = column / PAIR_COLUMNS - from;
-      interleave(load_half_row(row, column, op.K), load_half_row(row + op.K, column, op.K),
-                 out + panel * op.depth * PAIR_COLUMNS + 2 * inside);
-    }
-}
-
 struct Step {
   int64_t pairs;
   const bf16* dy;
@@ -81,7 +70,8 @@ static void gradient_block(const InputGradient& op, int64_t from, int64_t to, in
   float* sums = (float*)(block + (to - from) * panel_size);
   for (int64_t n = 0; n < op.N; n += op.depth) {
     int64_t depth = smaller(op.depth, op.N - n);
-    interleave_panels(op, n, depth, from, to, block);
+    interleave_rows([&](int64_t i) { return op.w + (n + i) * op.K; }, depth, from * PAIR_COLUMNS,
+                    smaller(op.K, to * PAIR_COLUMNS), panel_size, block);
     for (int64_t m = 0; m < rows;) {
       int64_t left = divide_up(rows - m, PAIR_ROWS), height = divide_up(rows - m, left);
       for (int64_t panel = from; panel < to; panel++) {

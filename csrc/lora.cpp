@@ -3,6 +3,7 @@
 // token's h depends on nothing else in the batch. With dropout x is what its mask keeps, and the factor
 // 1 / (1 - rate) goes into h and dh.
 #include "dropout.h"
+#include "lora_bf16.h"
 #include "parallel.h"
 #include "tile.h"
 
@@ -10,7 +11,11 @@ namespace coserve {
 namespace COSERVE_ISA {
 
 constexpr int64_t TOKEN_TILE = 64;   // tiles of the sums over tokens, anchored at the microbatch's start
-constexpr int64_t FORWARD_TILE = 16;  // tokens of a forward task
+#if defined(__AVX512BF16__)
+constexpr int64_t FORWARD_TILE = 32;  // tokens of a forward task; B is interleaved once for them
+#else
+constexpr int64_t FORWARD_TILE = 16;
+#endif
 
 #if defined(__AVX512F__)
 constexpr int DOT_TOKENS = 4, DOT_RANKS = 4;
@@ -191,20 +196,27 @@ static void lora_forward(int64_t dtype, void* y, int64_t y_stride, const void* x
             K);
 }
 
+// Columns of a task of the sums over tokens.
+template <class T>
 constexpr int64_t COLUMN_BLOCK = 96;
+#if defined(__AVX512BF16__)
+template <>
+constexpr int64_t COLUMN_BLOCK<bf16> = 256;
+#endif
 
 // out[i, c] += sum over the tile's tokens of left[t, i] * right[t, c], tile after tile, last to first, for one
 // block of columns.
 template <class T>
 static void token_sums(const float* left, int64_t rank, const T* right, int64_t right_stride, int64_t tokens,
-                       int64_t token_offset, int64_t column, int64_t columns, float* out) {
-  int64_t width = smaller(COLUMN_BLOCK, columns - column), padded = round_up(width, 16);
-  float* block = (float*)scratch(0, (TOKEN_TILE + rank) * padded * sizeof(float));
-  float* sums = block + TOKEN_TILE * padded;
-  int64_t first_tile = token_offset / TOKEN_TILE;
-  for (int64_t tile = (token_offset + tokens - 1) / TOKEN_TILE; tile >= first_tile; tile--) {
-    int64_t begin = larger(0, tile * TOKEN_TILE - token_offset);
-    int64_t end = smaller(tokens, (tile + 1) * TOKEN_TILE - token_offset);
+                       int64_t token_offset, int64_t tile_tokens, int64_t column, int64_t end_column,
+                       int64_t columns, float* out) {
+  int64_t width = end_column - column, padded = round_up(width, 16);
+  float* block = (float*)scratch(0, (tile_tokens + rank) * padded * sizeof(float));
+  float* sums = block + tile_tokens * padded;
+  int64_t first_tile = token_offset / tile_tokens;
+  for (int64_t tile = (token_offset + tokens - 1) / tile_tokens; tile >= first_tile; tile--) {
+    int64_t begin = larger(0, tile * tile_tokens - token_offset);
+    int64_t end = smaller(tokens, (tile + 1) * tile_tokens - token_offset);
     for (int64_t t = begin; t < end; t++)
       for (int64_t c = 0; c < padded; c += VL)
         store(block + (t - begin) * padded + c,
@@ -262,12 +274,15 @@ static void backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_strid
     project_down(dy + t * dy_stride, dy_stride, count, b, rows, rank, N, dh + t * rank);
     project_up(dx + t * dx_stride, dx_stride, count, dh + t * rank, a, rows, rank, K);
   });
-  int64_t a_blocks = da ? divide_up(K, COLUMN_BLOCK) : 0, b_blocks = divide_up(N, COLUMN_BLOCK);
+  constexpr int64_t BLOCK = COLUMN_BLOCK<T>;
+  int64_t a_blocks = da ? divide_up(K, BLOCK) : 0, b_blocks = divide_up(N, BLOCK);
   parallel_for(a_blocks + b_blocks, work, [&](int64_t task) {
+    int64_t column = (task < a_blocks ? task : task - a_blocks) * BLOCK;
     if (task < a_blocks)
-      token_sums(dh, rank, rate > 0 ? kept : x, rate > 0 ? K : x_stride, tokens, token_offset, task * COLUMN_BLOCK, K, da);
+      token_sums(dh, rank, rate > 0 ? (const T*)kept : x, rate > 0 ? K : x_stride, tokens, token_offset, TOKEN_TILE,
+                 column, smaller(column + BLOCK, K), K, da);
     else
-      token_sums(h, rank, dy, dy_stride, tokens, token_offset, (task - a_blocks) * COLUMN_BLOCK, N, db);
+      token_sums(h, rank, dy, dy_stride, tokens, token_offset, TOKEN_TILE, column, smaller(column + BLOCK, N), N, db);
   });
 }
 

@@ -54,6 +54,23 @@ static inline __m512i load_half_row(const bf16* p, int64_t i, int64_t n) {
   return _mm512_maskz_loadu_epi16(n > i ? (__mmask32)((1ull << (n - i)) - 1) : 0, p + i);
 }
 
+// Columns [column, end) of `count` rows at(0), at(1), ...: panels of PAIR_COLUMNS, `panel_size` elements apart, each
+// [pairs][PAIR_COLUMNS][2] and zero-filled; whole rows, as they lie.
+template <class At>
+static inline void interleave_rows(const At& at, int64_t count, int64_t column, int64_t end, int64_t panel_size,
+                                   bf16* out) {
+  for (int64_t i = 0; i < count; i += 2, out += 2 * PAIR_COLUMNS) {
+    const bf16 *even = at(i), *odd = at(i + 1 < count ? i + 1 : i);
+    bf16* panel = out;
+    for (int64_t c = column; c < end; c += PAIR_COLUMNS, panel += panel_size)
+      for (int64_t part = 0; part < PAIR_COLUMNS; part += 32) {
+        __m512i upper = load_half_row(even, c + part, end);
+        __m512i lower = i + 1 < count ? load_half_row(odd, c + part, end) : _mm512_setzero_si512();
+        interleave(upper, lower, panel + 2 * part);
+      }
+  }
+}
+
 }  // namespace COSERVE_ISA
 }  // namespace coserve
 #endif

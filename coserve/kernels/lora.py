@@ -9,7 +9,8 @@ An adapter is a set of rows in a pool: for one module of one layer, `a` [rows, K
 With dropout (dropout.py) keep * x / (1 - rate) stands for x in h and da, and dx += keep / (1 - rate) (dh a);
 the mask is made again in the backward.
 
-h and dh stay fp32. Sums over tokens run in tiles of 64 anchored at the microbatch's start, added last to
+h and dh are fp32 sums; with bf16 operands on AVX512-BF16 they are multiplied as two bf16 each, 16 bits of
+mantissa in all. Sums over tokens run in tiles of 64 anchored at the microbatch's start, added last to
 first, so windows cut at multiples of 64 change no bit.
 """
 

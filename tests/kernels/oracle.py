@@ -29,7 +29,12 @@ def as_double(args: tuple) -> tuple:
     )
 
 
-def check(run: Callable[..., tuple[torch.Tensor, ...]], *args: object, bound: float = FP32_BOUND) -> None:
+def check(
+    run: Callable[..., tuple[torch.Tensor, ...]],
+    *args: object,
+    bound: float = FP32_BOUND,
+    bf16_slack: float = 1e-6,
+) -> None:
     """`run(*args)` on C++ against float64: fp32 within `bound`, bf16 within twice the reference's error."""
     wants = run(*as_double(args))
     copies = tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
@@ -37,7 +42,7 @@ def check(run: Callable[..., tuple[torch.Tensor, ...]], *args: object, bound: fl
         references = run(*copies)
     for got, reference, want in zip(run(*args), references, wants, strict=True):
         low = next(a.dtype for a in args if isinstance(a, torch.Tensor)) == torch.bfloat16
-        limit = 2 * error(reference, want) + 1e-6 if low else bound
+        limit = 2 * error(reference, want) + bf16_slack if low else bound
         assert error(got, want) <= limit
 
 

@@ -71,8 +71,8 @@ def test_compiled_masks_are_the_reference_ones_to_the_bit(isa: str, dtype: torch
     lora_backward(ones, ones, eye, eye, torch.arange(K).int(), dx, da, db, 0, drop)
     assert torch.equal(dx != 0, mask)
     counts = mask.sum(0) * (1 / (1 - rate))
-    torch.testing.assert_close(da[0].double(), counts.double(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(db[:, 0].double(), counts.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(da[0].double(), counts.double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(db[:, 0].double(), counts.double(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("N", "K"), [(33, 50), (1, 1), (200, 257)])

@@ -7,6 +7,7 @@ from coserve.kernels.lora import LoraSegments, lora_backward, lora_forward_
 from tests.kernels.oracle import DTYPES, check, error, ints
 
 POOL = 150
+SPLIT = 1e-5  # with bf16 inputs h and dh may be factors of 16 bits, 2^-17 from their fp32 value
 SHAPES = [(16, 16), (33, 50), (1, 1), (128, 96), (200, 257)]
 
 
@@ -72,7 +73,7 @@ def test_backward_matches_float64(
         lora_backward(dy, x, a, b, rows, dx, da, db, offset)
         return dx, da, db
 
-    check(run, dy, x, a, b, dx)
+    check(run, dy, x, a, b, dx, bf16_slack=SPLIT)
 
 
 def test_backward_matches_autograd(isa: str) -> None:
