@@ -132,6 +132,7 @@ PyMethodDef METHODS[] = {
     method<&Kernels::kv_store>("kv_store"),
     method<&Kernels::cross_entropy>("cross_entropy"),
     method<&Kernels::adamw>("adamw"),
+    method<&Kernels::adamw_8bit>("adamw_8bit"),
     {"get_isa", get_isa, METH_NOARGS, "The level in use: 0 plain, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16."},
     {"max_isa", max_isa, METH_NOARGS, "The highest level of this CPU."},
     {"set_isa", set_isa, METH_O, "Use another level."},

@@ -60,6 +60,12 @@ struct Kernels {
   void (*adamw)(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, int64_t n,
                 double step_size, double beta1, double beta2, double eps, double decay,
                 double root_correction, double grad_scale);
+  // adamw_8bit.cpp
+  void (*adamw_8bit)(float* param, const float* grad, int64_t B, const int64_t* starts, const int64_t* lengths,
+                     const float* ratio, uint8_t* m_codes, uint8_t* v_codes, float* m_scale, float* v_scale,
+                     const float* signed_map, const float* signed_edges, const float* unsigned_map,
+                     const float* unsigned_edges, double step_size, double beta1, double beta2, double eps,
+                     double decay, double root_correction, double grad_scale);
 };
 
 namespace plain {

@@ -4,6 +4,7 @@
 namespace coserve {
 namespace COSERVE_ISA {
 
+void add_adamw_8bit(Kernels&);
 void add_linear(Kernels&);
 void add_linear_bf16(Kernels&);
 void add_attention(Kernels&);
@@ -14,6 +15,7 @@ void add_loss(Kernels&);
 
 static Kernels make() {
   Kernels table{};
+  add_adamw_8bit(table);
   add_linear(table);
   add_linear_bf16(table);
   add_attention(table);

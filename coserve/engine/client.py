@@ -27,7 +27,7 @@ from coserve.training.job import JobSpec
 
 logger = logging.getLogger(__name__)
 
-JobEvent = m.JobProgress | m.JobCheckpoint | m.JobStatus
+JobEvent = m.JobProgress | m.JobCheckpoint | m.JobMessage | m.JobStatus
 START_TIMEOUT = 600.0  # seconds a large model may take to load
 MAX_RESTART_DELAY = 10.0
 ENGINE_ENVIRONMENT = {

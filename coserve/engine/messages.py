@@ -155,6 +155,14 @@ class JobCheckpoint(Message):
     train_loss: float
 
 
+class JobMessage(Message):
+    """Something to know about a job, `level` "info" or "warn". It may come again after a restart."""
+
+    job_id: str
+    level: str
+    text: str
+
+
 class JobStatus(Message):
     """A job's state in the engine changed: "running", "paused", "succeeded", "failed", "cancelled".
 
@@ -214,7 +222,9 @@ class EngineStats(Message):
     swaps: dict[str, int] = {}  # adapter movements by kind: "load", "evict", "unload", "publish"
 
 
-FromEngine = StepOutputs | Reply | JobProgress | JobCheckpoint | JobStatus | EngineReady | EngineStats
+FromEngine = (
+    StepOutputs | Reply | JobProgress | JobCheckpoint | JobMessage | JobStatus | EngineReady | EngineStats
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

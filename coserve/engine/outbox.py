@@ -50,6 +50,10 @@ class Outbox:
         """A checkpoint is on disk."""
         self.send(m.JobCheckpoint(job_id=job_id, step=step, path=path, train_loss=train_loss))
 
+    def message(self, job_id: str, level: str, text: str) -> None:
+        """Something to know about a job."""
+        self.send(m.JobMessage(job_id=job_id, level=level, text=text))
+
     def status(self, job_id: str, status: str, error: CoserveError | None = None) -> None:
         """A job changed its state."""
         if error is None:

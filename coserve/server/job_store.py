@@ -165,6 +165,12 @@ def add_event(connection: sqlite3.Connection, event: JobEvent) -> None:
     )
 
 
+def has_message(connection: sqlite3.Connection, job_id: str, text: str) -> bool:
+    """Whether a job's log has this message already."""
+    rows = connection.execute("SELECT record FROM events WHERE job_id = ? AND type = 'message'", (job_id,))
+    return any(_event.decode(row["record"]).message == text for row in rows)
+
+
 def metrics_event(connection: sqlite3.Connection, job_id: str, step: int) -> JobEvent | None:
     """The one metrics event of a step."""
     row = connection.execute(

@@ -2,7 +2,7 @@
 
     step-000012/
         adapter_model.safetensors, adapter_config.json   the fp32 masters, a PEFT directory
-        optimizer.safetensors                            AdamW's moments, fp32
+        optimizer.safetensors                            the optimizer's state, whichever it is
         state.json                                       step, events, settings fingerprint, sha256 of files
 
 A checkpoint is put together under a name ending in .tmp, synced, renamed, and its parent synced: it is there
@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from coserve.errors import FailedPrecondition
 from coserve.lora.peft_files import CONFIG_FILE, TENSOR_FILE, write_adapter_files
 from coserve.training.job import JobSpec, StepMetrics
-from coserve.training.optimizer import AdamW
+from coserve.training.optimizer import Optimizer
 from coserve.training.trainable_adapter import TrainableAdapter
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -45,8 +45,8 @@ class Checkpoint:
     step: int
     events: list[dict[str, Any]]
 
-    def load_into(self, adapter: TrainableAdapter, optimizer: AdamW) -> None:
-        """Set masters, moments and the optimizer's step count."""
+    def load_into(self, adapter: TrainableAdapter, optimizer: Optimizer) -> None:
+        """Set masters, the optimizer's state and its step count."""
         adapter.load(load_file(self.path / TENSOR_FILE))
         optimizer.load_state(load_file(self.path / OPTIMIZER_FILE), self.step)
 
@@ -61,7 +61,7 @@ def write(
     directory: str | Path,
     step: int,
     adapter: TrainableAdapter,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     events: Sequence[StepMetrics],
     spec: JobSpec,
 ) -> Path:
@@ -80,17 +80,17 @@ def write(
     temporary.mkdir(parents=True)
     try:
         write_adapter_files(temporary, adapter.tensors(), adapter.config)
-        moments = {name: tensor.cpu() for name, tensor in optimizer.state().items()}
-        save_file(moments, temporary / OPTIMIZER_FILE)
+        state = {name: tensor.cpu() for name, tensor in optimizer.state().items()}
+        save_file(state, temporary / OPTIMIZER_FILE)
         files = (TENSOR_FILE, CONFIG_FILE, OPTIMIZER_FILE)
-        state = {
+        manifest = {
             "format": FORMAT,
             "step": step,
             "fingerprint": fingerprint(spec),
             "sha256": {name: _sha256(temporary / name) for name in files},
             "events": msgspec.to_builtins(list(events)),
         }
-        (temporary / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        (temporary / STATE_FILE).write_text(json.dumps(manifest), encoding="utf-8")
         for path in (temporary / OPTIMIZER_FILE, temporary / STATE_FILE, temporary):
             _sync(path)
         os.rename(temporary, target)

@@ -22,6 +22,7 @@ from coserve.core.training_sequence import TrainingSequence
 from coserve.errors import CoserveError, FailedPrecondition, InternalError, InvalidRequest, NotFound
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.models.decoder import Decoder
+from coserve.training.divergence import Diverged, diverged
 from coserve.training.job import JobSpec, StepMetrics
 from coserve.training.microbatch import Microbatch
 from coserve.training.running_job import RunningJob
@@ -38,6 +39,9 @@ class JobListener(Protocol):
 
     def checkpoint(self, job_id: str, step: int, path: str, train_loss: float) -> None:
         """A checkpoint is on disk."""
+
+    def message(self, job_id: str, level: str, text: str) -> None:
+        """Something to know about a job; `level` is "info" or "warn"."""
 
     def status(self, job_id: str, status: str, error: CoserveError | None = None) -> None:
         """A job changed its state."""
@@ -262,17 +266,36 @@ class JobManager:
     def _commit_step(self, job: RunningJob) -> None:
         try:
             metrics = job.commit_step()
+        except Diverged as fault:
+            self._quarantine(job, fault.reason)
+            return
         except Exception as error:
             self._end(job, "failed", _as_error(job.spec.job_id, error))
             return
         self._drop_microbatches(job)
         self._listener.progress(job.spec.job_id, metrics)
+        warning = job.loss_warning()
+        if warning is not None:
+            self._listener.message(job.spec.job_id, "warn", warning)
         if job.checkpoint_due:
             self._checkpoint(job)
         if job.finished:
             self._end(job, "succeeded")
         else:
             self._begin_step(job)
+
+    def _quarantine(self, job: RunningJob, reason: str) -> None:
+        """A step that isn't finite changes nothing. It runs once more, against a fault that passes; a second
+        time it ends the job."""
+        step = job.step + 1
+        if job.diverged_step == step:
+            self._end(job, "failed", diverged(step, f"{reason}, twice", job.kept))
+            return
+        job.diverged_step = step
+        text = f"Step {step}: {reason}; the adapter is unchanged and the step runs once more."
+        self._listener.message(job.spec.job_id, "warn", text)
+        self._drop_microbatches(job)
+        self._begin_step(job)
 
     def _checkpoint(self, job: RunningJob) -> None:
         if job.steps_since_checkpoint:

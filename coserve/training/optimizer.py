@@ -1,18 +1,29 @@
-"""AdamW on the adapter's flat buffers, after clipping by the global norm (see kernels/adamw.py)."""
+"""Optimizers on the adapter's flat buffers, after clipping by the norm of its whole gradient.
+
+Parameter groups are spans of the buffers with a learning rate's factor of their own: LoRA+ (Hayou et al.
+2024) gives B a multiple of A's. The formulas are in kernels/adamw.py, adamw_8bit.py and sgd.py.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
 
-from coserve.errors import FailedPrecondition, InvalidRequest
+from coserve.errors import InvalidRequest
 from coserve.kernels.adamw import adamw_
+from coserve.kernels.adamw_8bit import QuantizedMoments, adamw_8bit_
+from coserve.kernels.sgd import sgd_
+from coserve.training.divergence import Diverged
 from coserve.training.job import TrainingSpec
 from coserve.training.trainable_adapter import TrainableAdapter
 
 NORM_CHUNK = 16384  # summed by one thread each, so that the norm doesn't depend on how many there are
+QUANTIZED_FROM = 4096  # elements: smaller tensors keep fp32 moments, as in bitsandbytes
+
+Span = tuple[int, int, float]  # start, end, factor of the learning rate
 
 
 def global_norm(gradients: torch.Tensor) -> float:
@@ -21,67 +32,197 @@ def global_norm(gradients: torch.Tensor) -> float:
     return math.sqrt(math.fsum(torch.stack(list(squares)).tolist()))
 
 
-class AdamW:
-    """Moments fp32, flat; `step_count` optimizer steps done. `max_grad_norm` 0 switches clipping off.
+def parameter_groups(adapter: TrainableAdapter, spec: TrainingSpec) -> list[Span]:
+    """One span for each trained tensor, in the buffers' order."""
+    factors = {"A": 1.0, "B": spec.loraplus_lr_ratio}
+    return [(start, end, factors[kind]) for start, end, kind in adapter.spans()]
 
-    Raises InvalidRequest for an optimizer other than "adamw".
+
+def joined(spans: list[Span]) -> list[Span]:
+    """Neighbours of one factor as one span."""
+    whole: list[Span] = []
+    for start, end, factor in spans:
+        if whole and whole[-1][1:] == (start, factor):
+            whole[-1] = (whole[-1][0], end, factor)
+        else:
+            whole.append((start, end, factor))
+    return whole
+
+
+class Optimizer(ABC):
+    """Updates the masters from finished gradients; `step_count` optimizer steps done.
+
+    `max_grad_norm` 0 switches clipping off.
     """
 
     def __init__(self, adapter: TrainableAdapter, spec: TrainingSpec) -> None:
-        if spec.optimizer != "adamw":
-            raise InvalidRequest(
-                f"optimizer {spec.optimizer!r} is not supported; use adamw", param="training.optimizer"
-            )
         self.adapter = adapter
         self.spec = spec
-        self.exp_avg = torch.zeros_like(adapter.parameters)
-        self.exp_avg_sq = torch.zeros_like(adapter.parameters)
         self.step_count = 0
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the moments."""
-        return self.exp_avg.nbytes + self.exp_avg_sq.nbytes
-
     def step(self, learning_rate: float) -> float:
-        """Update the masters from the finished gradients and return their norm before clipping.
+        """Update the masters and return the gradient's norm before clipping.
 
-        Raises FailedPrecondition, changing nothing, when the norm isn't finite.
+        Raises Diverged, changing nothing, when the norm isn't finite.
         """
         norm = global_norm(self.adapter.gradients)
         if not math.isfinite(norm):
-            raise FailedPrecondition(
-                f"training diverged: the gradient of step {self.step_count + 1} is not finite; "
-                "lower the learning rate",
-                code="training_diverged",
-            )
+            raise Diverged("its gradient is not finite")
         clip = 1.0
         if self.spec.max_grad_norm > 0:
             clip = min(1.0, self.spec.max_grad_norm / (norm + 1e-6))
         self.step_count += 1
-        adamw_(
-            self.adapter.parameters,
-            self.adapter.gradients,
-            self.exp_avg,
-            self.exp_avg_sq,
-            lr=learning_rate,
-            beta1=self.spec.adam_beta1,
-            beta2=self.spec.adam_beta2,
-            eps=self.spec.adam_epsilon,
-            weight_decay=self.spec.weight_decay,
-            step=self.step_count,
-            grad_scale=clip,
-        )
+        self._update(learning_rate, clip)
         return norm
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its state."""
+        return sum(tensor.nbytes for tensor in self.state().values())
+
+    @abstractmethod
+    def _update(self, learning_rate: float, grad_scale: float) -> None:
+        """Optimizer step `step_count` on gradients times `grad_scale`."""
+
+    @abstractmethod
     def state(self) -> dict[str, torch.Tensor]:
-        """The moments by name, for a checkpoint."""
-        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        """All that the next step depends on beside masters and `step_count`, by name, for a checkpoint."""
 
     def load_state(self, tensors: Mapping[str, torch.Tensor], step_count: int) -> None:
-        """Go on from a checkpoint's moments. Raises InvalidRequest when they are of another size."""
-        for name, own in self.state().items():
-            if name not in tensors or tensors[name].shape != own.shape:
-                raise InvalidRequest(f"the checkpoint's {name} doesn't fit the adapter", param="init_from")
-            own.copy_(tensors[name])
+        """Go on from a checkpoint's state. Raises InvalidRequest when it is another optimizer's or size's."""
+        own = self.state()
+        wrong = sorted(own.keys() ^ tensors.keys())
+        wrong += [
+            name
+            for name, tensor in own.items()
+            if name in tensors
+            and (tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype)
+        ]
+        if wrong:
+            raise InvalidRequest(f"the checkpoint's {wrong[0]} doesn't fit the optimizer", param="init_from")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
         self.step_count = step_count
+
+
+class AdamW(Optimizer):
+    """Moments fp32, flat. Decay is decoupled, as torch.optim.AdamW's."""
+
+    def __init__(self, adapter: TrainableAdapter, spec: TrainingSpec) -> None:
+        super().__init__(adapter, spec)
+        self._spans = joined(parameter_groups(adapter, spec))
+        self.exp_avg = torch.zeros_like(adapter.parameters)
+        self.exp_avg_sq = torch.zeros_like(adapter.parameters)
+
+    def _update(self, learning_rate: float, grad_scale: float) -> None:
+        for start, end, factor in self._spans:
+            adamw_(
+                self.adapter.parameters[start:end],
+                self.adapter.gradients[start:end],
+                self.exp_avg[start:end],
+                self.exp_avg_sq[start:end],
+                lr=learning_rate * factor,
+                beta1=self.spec.adam_beta1,
+                beta2=self.spec.adam_beta2,
+                eps=self.spec.adam_epsilon,
+                weight_decay=self.spec.weight_decay,
+                step=self.step_count,
+                grad_scale=grad_scale,
+            )
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+
+class AdamW8bit(Optimizer):
+    """Moments in 8 bits by blocks of 256, a quarter of the bytes; fp32 for tensors under 4096 elements."""
+
+    def __init__(self, adapter: TrainableAdapter, spec: TrainingSpec) -> None:
+        super().__init__(adapter, spec)
+        groups = parameter_groups(adapter, spec)
+        device = adapter.parameters.device
+        large = [span for span in groups if span[1] - span[0] >= QUANTIZED_FROM]
+        self._moments = QuantizedMoments.zeros(large, device)
+        self._small = [span for span in groups if span[1] - span[0] < QUANTIZED_FROM]
+        count = sum(end - start for start, end, _ in self._small)
+        self._exp_avg = torch.zeros(count, device=device)
+        self._exp_avg_sq = torch.zeros(count, device=device)
+
+    def _update(self, learning_rate: float, grad_scale: float) -> None:
+        spec, adapter = self.spec, self.adapter
+        rule = {
+            "beta1": spec.adam_beta1,
+            "beta2": spec.adam_beta2,
+            "eps": spec.adam_epsilon,
+            "weight_decay": spec.weight_decay,
+            "grad_scale": grad_scale,
+        }
+        adamw_8bit_(
+            adapter.parameters,
+            adapter.gradients,
+            self._moments,
+            lr=learning_rate,
+            step=self.step_count,
+            **rule,
+        )
+        place = 0
+        for start, end, factor in self._small:
+            own = slice(place, place + end - start)
+            adamw_(
+                adapter.parameters[start:end],
+                adapter.gradients[start:end],
+                self._exp_avg[own],
+                self._exp_avg_sq[own],
+                lr=learning_rate * factor,
+                step=self.step_count,
+                **rule,
+            )
+            place = own.stop
+
+    def state(self) -> dict[str, torch.Tensor]:
+        moments = self._moments
+        return {
+            "exp_avg_code": moments.m_BE,
+            "exp_avg_scale": moments.m_scale_B,
+            "exp_avg_sq_code": moments.v_BE,
+            "exp_avg_sq_scale": moments.v_scale_B,
+            "exp_avg": self._exp_avg,
+            "exp_avg_sq": self._exp_avg_sq,
+        }
+
+
+class SGD(Optimizer):
+    """With `momentum`; 0 keeps no state. Decay is part of the gradient, as torch.optim.SGD's."""
+
+    def __init__(self, adapter: TrainableAdapter, spec: TrainingSpec) -> None:
+        super().__init__(adapter, spec)
+        self._spans = joined(parameter_groups(adapter, spec))
+        self._buffer = torch.zeros_like(adapter.parameters) if spec.momentum else None
+
+    def _update(self, learning_rate: float, grad_scale: float) -> None:
+        for start, end, factor in self._spans:
+            sgd_(
+                self.adapter.parameters[start:end],
+                self.adapter.gradients[start:end],
+                None if self._buffer is None else self._buffer[start:end],
+                lr=learning_rate * factor,
+                momentum=self.spec.momentum,
+                weight_decay=self.spec.weight_decay,
+                grad_scale=grad_scale,
+            )
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {} if self._buffer is None else {"momentum_buffer": self._buffer}
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "adamw_8bit": AdamW8bit, "sgd": SGD}
+
+
+def make_optimizer(adapter: TrainableAdapter, spec: TrainingSpec) -> Optimizer:
+    """The optimizer that the settings name. Raises InvalidRequest for an unknown one."""
+    if spec.optimizer not in OPTIMIZERS:
+        raise InvalidRequest(
+            f"unknown optimizer {spec.optimizer!r}: use one of {', '.join(OPTIMIZERS)}",
+            param="training.optimizer",
+        )
+    return OPTIMIZERS[spec.optimizer](adapter, spec)

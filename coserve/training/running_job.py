@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 import msgspec
 import torch
@@ -22,9 +23,10 @@ from coserve.training.activations import MicrobatchActivations
 from coserve.training.backward import MicrobatchBackward, backward_units
 from coserve.training.batching import BatchPlan, StepBatch
 from coserve.training.dataset import TokenDataset
+from coserve.training.divergence import Diverged, LossWatch, diverged
 from coserve.training.job import JobSpec, StepMetrics
 from coserve.training.microbatch import LoraDropout, Microbatch
-from coserve.training.optimizer import AdamW
+from coserve.training.optimizer import make_optimizer
 from coserve.training.schedule import Schedule
 from coserve.training.trainable_adapter import TrainableAdapter
 from coserve.worker.kv_tensors import KVTensors
@@ -56,7 +58,8 @@ class RunningJob:
             base_model_name=spec.base_model_name,
             device=decoder.device,
         )
-        self._optimizer = AdamW(self._adapter, spec.training)
+        self._optimizer = make_optimizer(self._adapter, spec.training)
+        self._watch = LossWatch(decoder.config.vocab_size)
         self.step = 0
         self.last_loss = math.nan
         self._events: list[StepMetrics] = []
@@ -64,6 +67,7 @@ class RunningJob:
         self.restored_path: str | None = None
         self._restore()
         self._adapter.place(pool, rows)
+        self.diverged_step = 0  # the last one that came out non-finite
         self._batch: StepBatch | None = None
         self._passes: dict[str, MicrobatchBackward] = {}
         self._began = time.perf_counter()
@@ -87,6 +91,12 @@ class RunningJob:
     def workspace_bytes(self) -> int:
         """What the microbatches under way hold beside their activations."""
         return sum(microbatch.workspace_bytes for microbatch in self.microbatches.values())
+
+    @property
+    def kept(self) -> str:
+        """What a job that fails now leaves behind."""
+        saved = self.step - len(self._events)
+        return f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
 
     @property
     def steps_since_checkpoint(self) -> int:
@@ -176,18 +186,23 @@ class RunningJob:
             self._adapter.zero_gradients()
 
     def commit_step(self) -> StepMetrics:
-        """Clip, update, write the compute rows. Raises FailedPrecondition when the step isn't finite."""
+        """Clip, update, write the compute rows.
+
+        Raises Diverged, with adapter and optimizer as they were, when the loss or the gradient isn't finite;
+        FailedPrecondition when the weights aren't after the update.
+        """
         assert self._batch is not None
         batch = self._batch
-        loss = math.fsum(m.loss_sum() for m in self.microbatches.values()) / batch.trained_tokens
-        if not math.isfinite(loss):
-            raise FailedPrecondition(
-                f"training diverged: the loss of step {batch.step} is not finite; lower the learning rate",
-                code="training_diverged",
-            )
+        sums = [microbatch.loss_sum() for microbatch in self.microbatches.values()]
+        for examples, loss_sum in zip(batch.microbatches, sums, strict=True):
+            if not math.isfinite(loss_sum):
+                raise Diverged(f"the loss of {_numbered(examples)} is not finite")
+        loss = math.fsum(sums) / batch.trained_tokens
         self._adapter.finish_gradients()
         learning_rate = self._schedule.learning_rate(batch.step)
         norm = self._optimizer.step(learning_rate)
+        if not bool(self._adapter.parameters.isfinite().all()):
+            raise diverged(batch.step, "its update overflows the weights", self.kept)
         self._adapter.write_rows(self._pool, self._rows)
         self.step, self.last_loss = batch.step, loss
         seconds = time.perf_counter() - self._began
@@ -206,6 +221,10 @@ class RunningJob:
         )
         self._events.append(metrics)
         return metrics
+
+    def loss_warning(self) -> str | None:
+        """What is to be said of the last committed step's loss."""
+        return self._watch.warning(self.step, self.last_loss)
 
     def drop_step(self) -> None:
         """Forget the step under way; `begin_step` makes it again."""
@@ -238,3 +257,9 @@ class RunningJob:
             self.last_loss = self.restored_events[-1].loss if self.restored_events else math.nan
         elif self.spec.init_path is not None:
             self._adapter.start_from(self.spec.init_path, self._decoder.config)
+
+
+def _numbered(examples: Sequence[int]) -> str:
+    """Example numbers as they are told to people, a few of them."""
+    some = ", ".join(str(number) for number in examples[:8])
+    return f"example {some}" if len(examples) == 1 else f"examples {some}{', ...' * (len(examples) > 8)}"

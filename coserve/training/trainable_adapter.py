@@ -137,6 +137,12 @@ class TrainableAdapter:
         """Bytes of masters and gradients."""
         return self.parameters.nbytes + self.gradients.nbytes + self.frozen.nbytes
 
+    def spans(self) -> list[tuple[int, int, str]]:
+        """(start, end, "A" or "B") of every trained tensor in the flat buffers, in their order."""
+        named = [(view, kind) for m in self.modules for view, kind in ((m.da_RK, "A"), (m.db_RN, "B"))]
+        found = [(view.storage_offset(), view.numel(), kind) for view, kind in named if view is not None]
+        return [(start, start + count, kind) for start, count, kind in found]
+
     def _draw(self, seed: int, init: str) -> None:
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules:

@@ -10,6 +10,7 @@ import numpy as np
 
 from coserve.config import DEMO_MODEL_DIR, EngineConfig
 from coserve.engine import messages as m
+from coserve.engine.client import JobEvent
 from coserve.errors import CoserveError, InvalidRequest, NotFound, Unavailable
 from coserve.lora.peft_files import make_config, tensor_key, write_adapter
 from coserve.models.config import LINEAR_MODULES, ModelConfig
@@ -169,7 +170,7 @@ class FakeEngine:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def emit(self, event: m.JobProgress | m.JobCheckpoint | m.JobStatus) -> None:
+    async def emit(self, event: JobEvent) -> None:
         await self.on_job_event(event)
 
     def metrics(self, step: int, total: int, loss: float | None = None) -> StepMetrics:

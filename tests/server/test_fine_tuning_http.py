@@ -8,6 +8,7 @@ import httpx
 import openai
 import pytest
 
+from coserve.engine.messages import JobMessage
 from tests.server.running import BASE, ServerThread, wait_for
 
 ROWS = [
@@ -309,6 +310,17 @@ def test_a_replayed_step_counts_once(server: ServerThread, http: httpx.Client) -
     assert [e["data"]["step"] for e in events if e["type"] == "metrics"] == [3, 2, 1]
     assert [e["level"] for e in events].count("warn") == 1
     assert client.fine_tuning.jobs.retrieve(job).trained_tokens == 30
+
+
+def test_the_engines_messages_are_in_the_log_once(server: ServerThread, http: httpx.Client) -> None:
+    server.engine.auto_train = False
+    job = server.openai().fine_tuning.jobs.create(model=BASE, training_file=upload(server.openai())).id
+    wait_for(lambda: job in server.engine.jobs)
+    for text in ("The learning rate is 3.", "The learning rate is 3.", "Step 2: the loss is 99."):
+        server.call(server.engine.emit(JobMessage(job_id=job, level="warn", text=text)))
+    events = http.get(f"/v1/fine_tuning/jobs/{job}/events").json()["data"]
+    warned = [(e["type"], e["message"], e["data"]) for e in events if e["level"] == "warn"]
+    assert warned == [("message", "Step 2: the loss is 99.", {}), ("message", "The learning rate is 3.", {})]
 
 
 def test_three_checkpoints_are_kept(server: ServerThread) -> None:

@@ -9,6 +9,9 @@ import pytest
 from coserve.engine import messages as m
 from coserve.engine.local import LocalEngine
 from coserve.training.backward import MicrobatchBackward
+from coserve.training.job import StepMetrics
+from coserve.training.microbatch import Microbatch
+from coserve.training.running_job import RunningJob
 from tests.invariants import world
 
 
@@ -30,6 +33,92 @@ def last_status(local: LocalEngine, job_id: str) -> m.JobStatus:
     return [s for s in local.sent if isinstance(s, m.JobStatus) and s.job_id == job_id][-1]
 
 
+def messages(local: LocalEngine, job_id: str) -> list[str]:
+    return [s.text for s in local.sent if isinstance(s, m.JobMessage) and s.job_id == job_id]
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, step: int, times: int, where: str) -> list[int]:
+    """Make an optimizer step come out as NaN so many times: its "loss" or its "gradient"."""
+    struck: list[int] = []
+
+    def commit(self: RunningJob) -> StepMetrics:
+        if self.step + 1 == step and len(struck) < times:
+            struck.append(step)
+            if where == "loss":
+                list(self.microbatches.values())[-1].losses_T[0] = float("nan")
+            else:
+                self._adapter.gradients[5] = float("inf")
+        return plain(self)
+
+    plain = RunningJob.commit_step
+    monkeypatch.setattr(RunningJob, "commit_step", commit)
+    return struck
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model, data, tmp_path_factory):
+    local, spec = world.make_engine(model), world.make_job(data, tmp_path_factory.mktemp("undisturbed"))
+    world.submit(local, spec)
+    world.finish(local, spec.job_id)
+    return world.final_adapter(spec), world.progress(local, spec.job_id)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_fails_once_is_run_again_and_leaves_no_trace(
+    model, data, tmp_path, monkeypatch, undisturbed, where
+) -> None:
+    struck = poison(monkeypatch, 3, 1, where)
+    local, spec = world.make_engine(model), world.make_job(data, tmp_path)
+    world.submit(local, spec)
+    world.finish(local, spec.job_id)
+    assert struck == [3]
+    (text,) = messages(local, spec.job_id)
+    assert "Step 3" in text and where in text and "once more" in text
+    assert world.same_bits(world.final_adapter(spec), undisturbed[0])
+    assert world.progress(local, spec.job_id) == undisturbed[1]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_fails_twice_ends_the_job_and_keeps_its_checkpoint(
+    model, data, tmp_path, monkeypatch, undisturbed, where
+) -> None:
+    poison(monkeypatch, 4, 2, where)
+    local, spec = world.make_engine(model), world.make_job(data, tmp_path)
+    world.submit(local, spec)
+    local.run_until(lambda: last_status(local, spec.job_id).status == "failed", 5000)
+    failed = last_status(local, spec.job_id)
+    assert failed.error_code == "training_diverged"
+    assert "step 4" in failed.message and where in failed.message and "checkpoint of step 2" in failed.message
+    assert ("example" in failed.message) == (where == "loss")
+    assert [step for step, _, _ in world.progress(local, spec.job_id)] == [1, 2, 3]
+    assert world.pool_is_empty(local)
+    monkeypatch.undo()  # whatever it was is gone: the job goes on from where it was whole
+    again = world.make_engine(model)
+    world.submit(again, spec)
+    world.finish(again, spec.job_id)
+    assert world.same_bits(world.final_adapter(spec), undisturbed[0])
+
+
+def test_an_update_that_overflows_the_weights_is_never_saved(model, data, tmp_path) -> None:
+    local = world.make_engine(model)
+    spec = world.make_job(data, tmp_path, weight_decay=1e300, warmup_steps=0, checkpoint_steps=1)
+    world.submit(local, spec)
+    local.run_until(lambda: last_status(local, spec.job_id).status == "failed", 5000)
+    assert "overflows the weights" in last_status(local, spec.job_id).message
+    assert not list(Path(spec.checkpoint_dir).glob("step-*"))
+
+
+def test_an_exploding_loss_is_told_and_the_job_goes_on(model, data, tmp_path, monkeypatch) -> None:
+    plain = Microbatch.loss_sum
+    monkeypatch.setattr(Microbatch, "loss_sum", lambda self: plain(self) * (9.0 if job.step == 2 else 1.0))
+    local, spec = world.make_engine(model), world.make_job(data, tmp_path)
+    world.submit(local, spec)
+    job = local.engine.jobs._jobs[spec.job_id]
+    world.finish(local, spec.job_id)
+    (text,) = messages(local, spec.job_id)
+    assert "Step 3: the loss is" in text
+
+
 def test_a_diverging_job_fails_by_name_and_touches_no_other(model, data, tmp_path) -> None:
     alone = world.make_engine(model)
     good = world.make_job(data, tmp_path / "alone")
@@ -43,6 +132,7 @@ def test_a_diverging_job_fails_by_name_and_touches_no_other(model, data, tmp_pat
     local.run_until(lambda: last_status(local, "ftjob-bad").status == "failed", 5000)
     failed = last_status(local, "ftjob-bad")
     assert failed.error_code == "training_diverged" and "learning rate" in failed.message
+    assert messages(local, again.job_id) == []
     assert world.same_bits(world.final_adapter(again), world.final_adapter(good))
     assert world.pool_is_empty(local)
 

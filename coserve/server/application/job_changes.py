@@ -11,8 +11,8 @@ from msgspec.structs import replace as change
 from coserve.server import job_store
 from coserve.server.application import auto_settings
 from coserve.server.application.job_data import Prepared, total_steps
-from coserve.server.application.training_request import warnings
 from coserve.server.job_store import CheckpointRow, JobError, JobEvent, JobRecord
+from coserve.training.divergence import settings_warnings
 from coserve.training.job import StepMetrics, TrainingSpec
 
 PACE = 0.1  # weight of a new step's duration in the running mean
@@ -73,7 +73,7 @@ def after_validation(job: JobRecord, prepared: Prepared) -> Transition:
     remarks = prepared.remarks()
     if job.auto:
         remarks.append(("info", f"Chosen for {prepared.examples} examples: {_chosen(training, job.auto)}"))
-    remarks += [("warn", text) for text in warnings(training)]
+    remarks += [("warn", text) for text in settings_warnings(training)]
     events = [event_of(job, "message", text, level=level) for level, text in remarks]
     steps = total_steps(prepared.examples, training)
     after = change(job, training=training, auto=(), total_steps=steps)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from sqlite3 import Connection
 
-from coserve.engine.messages import AdapterRef, JobCheckpoint, JobProgress, JobStatus
+from coserve.engine.client import JobEvent
+from coserve.engine.messages import AdapterRef, JobCheckpoint, JobMessage, JobProgress, JobStatus
 from coserve.errors import CoserveError, FailedPrecondition, Unavailable
 from coserve.log import line
 from coserve.lora.peft_files import read_adapter_info
@@ -63,12 +64,14 @@ class JobReports:
                 await self._name_checkpoint(await self._records.get(checkpoint.job_id), checkpoint)
         await self._records.count()
 
-    async def take(self, event: JobProgress | JobCheckpoint | JobStatus) -> None:
+    async def take(self, event: JobEvent) -> None:
         """Take one report of the engine; they come in order."""
         if isinstance(event, JobProgress):
             await self._on_progress(event)
         elif isinstance(event, JobCheckpoint):
             await self._on_checkpoint(event)
+        elif isinstance(event, JobMessage):
+            await self._on_message(event)
         else:
             await self._on_status(event)
 
@@ -135,6 +138,16 @@ class JobReports:
             return
         reference = AdapterRef(checkpoint.id, checkpoint.step, info.digest, checkpoint.path)
         self._adapters.add_checkpoint(job_changes.checkpoint_names(job, checkpoint), reference)
+
+    async def _on_message(self, event: JobMessage) -> None:
+        def record(db: Connection) -> None:
+            job = job_store.get(db, event.job_id)
+            # What a restarted engine says again is in the log.
+            if job is not None and not job.is_over and not job_store.has_message(db, job.id, event.text):
+                job_store.add_event(db, job_changes.event_of(job, "message", event.text, level=event.level))
+
+        await self._database.run(record)
+        self._records.changes.notify(event.job_id)
 
     async def _on_status(self, event: JobStatus) -> None:
         self._deaths.report(event.job_id, event.status)

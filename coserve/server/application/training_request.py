@@ -16,8 +16,6 @@ _WORDS = (
 TRAINING_FIELDS = frozenset(_WORDS.split())
 # What may be left to the server, which then decides by the amount of data (auto_settings.py).
 AUTO = ("n_epochs", "batch_size", "learning_rate_multiplier")
-HIGH_LEARNING_RATE = {"adamw": 1e-2, "adamw_8bit": 1e-2, "sgd": 10.0}
-LOW_LEARNING_RATE = 1e-7
 
 
 def parse_training(fields: Fields, max_model_len: int) -> TrainingSpec:
@@ -61,22 +59,6 @@ def parse_auto(fields: Fields) -> tuple[str, ...]:
         if fields.has(name) or (name == "learning_rate_multiplier" and fields.has("learning_rate")):
             raise fields.fail("auto", f"names {name}, which is given as well; leave one out.")
     return tuple(name for name in AUTO if name in names)
-
-
-def warnings(training: TrainingSpec) -> list[str]:
-    """What is allowed and hardly meant."""
-    rate, optimizer = training.learning_rate, training.optimizer
-    if rate > HIGH_LEARNING_RATE[optimizer]:
-        return [
-            f"learning_rate {rate:g} is very high for {optimizer}; the loss may explode "
-            f"(the default is {DEFAULTS.learning_rate:g})"
-        ]
-    if rate < LOW_LEARNING_RATE:
-        return [
-            f"learning_rate {rate:g} is so low that hardly anything will be learned "
-            f"(the default is {DEFAULTS.learning_rate:g})"
-        ]
-    return []
 
 
 def _refuse_pending(fields: Fields) -> None:
