@@ -19,7 +19,7 @@ from coserve.server import adapter_routes, health, vllm_routes
 from coserve.server.auth import Authenticator
 from coserve.server.context import Context
 from coserve.server.http import Route, error_response, gone_response, logger, request_id
-from coserve.server.openai import chat_completions, completions, files, fine_tuning, models
+from coserve.server.openai import chat_completions, completions, files, fine_tuning, models, uploads
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 _WHILE_DRAINING = OPEN_PATHS | {"/ping", "/metrics", "/version"}
@@ -107,7 +107,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 def all_routes(context: Context) -> list[Route]:
     """Every route of the server."""
-    parts = (health, chat_completions, completions, models, files, fine_tuning, vllm_routes, adapter_routes)
+    openai = (chat_completions, completions, models, files, uploads, fine_tuning)
+    parts = (health, *openai, vllm_routes, adapter_routes)
     return [route for part in parts for route in part.routes(context)]
 
 

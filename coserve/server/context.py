@@ -14,6 +14,7 @@ from coserve.server.application.jobs import Jobs
 from coserve.server.application.lifecycle import Lifecycle
 from coserve.server.application.models import BaseModel
 from coserve.server.application.sampling import SamplingDefaults
+from coserve.server.application.uploads import Uploads
 from coserve.server.auth import Authenticator
 from coserve.tokenizer import Tokenizer
 
@@ -33,4 +34,5 @@ class Context:
     generator: Generator
     adapters: Adapters
     files: Files
+    uploads: Uploads
     jobs: Jobs

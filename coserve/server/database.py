@@ -40,6 +40,17 @@ _MIGRATIONS = (
     );
     CREATE TABLE adapter_names (name TEXT PRIMARY KEY, current INTEGER NOT NULL, highest INTEGER NOT NULL);
     """,
+    """
+    ALTER TABLE files ADD COLUMN expires_at INTEGER;
+    CREATE TABLE uploads (
+        id TEXT PRIMARY KEY, filename TEXT NOT NULL, bytes INTEGER NOT NULL, purpose TEXT NOT NULL,
+        status TEXT NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER NOT NULL, keep_seconds INTEGER,
+        file_id TEXT
+    );
+    CREATE TABLE upload_parts (
+        id TEXT PRIMARY KEY, upload_id TEXT NOT NULL, bytes INTEGER NOT NULL, created_at INTEGER NOT NULL
+    );
+    """,
 )
 
 

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FileRow:
-    """An uploaded file, or one a job made; the bytes lie under the state directory by `id`."""
+    """An uploaded file, or one a job made; the bytes lie under the state directory by `id`. It is there until
+    `expires_at` (None: until it is deleted)."""
 
     id: str
     filename: str
     bytes: int
     purpose: str
     created_at: int
+    expires_at: int | None = None
 
 
 def _row(row: sqlite3.Row) -> FileRow:
@@ -24,8 +26,8 @@ def _row(row: sqlite3.Row) -> FileRow:
 def insert(connection: sqlite3.Connection, file: FileRow) -> None:
     """Add a file."""
     connection.execute(
-        "INSERT INTO files (id, filename, bytes, purpose, created_at) VALUES (?, ?, ?, ?, ?)",
-        (file.id, file.filename, file.bytes, file.purpose, file.created_at),
+        "INSERT INTO files (id, filename, bytes, purpose, created_at, expires_at) VALUES (?, ?, ?, ?, ?, ?)",
+        (file.id, file.filename, file.bytes, file.purpose, file.created_at, file.expires_at),
     )
 
 
@@ -43,6 +45,11 @@ def all_files(connection: sqlite3.Connection, purpose: str | None, newest_first:
         f"SELECT * FROM files {where} ORDER BY created_at {order}, rowid {order}", values
     )
     return [_row(row) for row in rows]
+
+
+def expired(connection: sqlite3.Connection, now: int) -> list[str]:
+    """Ids of the files whose time is over."""
+    return [row["id"] for row in connection.execute("SELECT id FROM files WHERE expires_at <= ?", (now,))]
 
 
 def delete(connection: sqlite3.Connection, file_id: str) -> bool:

@@ -36,6 +36,7 @@ from coserve.server.application.jobs import Jobs
 from coserve.server.application.lifecycle import Lifecycle
 from coserve.server.application.models import base_model
 from coserve.server.application.sampling import SamplingDefaults
+from coserve.server.application.uploads import Uploads
 from coserve.server.auth import Authenticator
 from coserve.server.context import Context
 from coserve.server.database import Database
@@ -165,6 +166,7 @@ async def _start_parts(
     stack.push_async_callback(engine.shutdown, _ENGINE_SHUTDOWN)
     context = _make_parts(config, auth, state, database, engine, model_config, tokenizer)
     await context.files.restore()
+    await context.uploads.restore()
     await context.adapters.restore()
     await context.jobs.reports.restore()
     _listen(context)
@@ -229,6 +231,7 @@ def _make_parts(
         generator=generator,
         adapters=adapters,
         files=files,
+        uploads=Uploads(database, state, files),
         jobs=jobs,
     )
 

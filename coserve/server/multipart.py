@@ -33,10 +33,11 @@ class Form:
 
 
 class _Receiver:
-    """Callbacks of the parser: collects fields, writes the part `file` to disk."""
+    """Callbacks of the parser: collects fields, writes the part `file_name` to disk."""
 
-    def __init__(self, folder: Path, limit: int) -> None:
+    def __init__(self, folder: Path, limit: int, file_name: str) -> None:
         self.form = Form()
+        self._file_name = file_name
         self._folder = folder
         self._limit = limit
         self._headers: dict[bytes, bytes] = {}
@@ -79,12 +80,12 @@ class _Receiver:
         _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
         self._name = options.get(b"name", b"").decode("utf-8", "replace")
         filename = options.get(b"filename")
-        if self._name != "file":
+        if self._name != self._file_name:
             if len(self.form.fields) >= _MAX_FIELDS:
                 raise InvalidRequest(f"The form has over {_MAX_FIELDS} fields.")
             return
         if self.form.path is not None:
-            raise InvalidRequest("The form has more than one file.", param="file")
+            raise InvalidRequest("The form has more than one file.", param=self._file_name)
         self.form.filename = (filename or b"upload").decode("utf-8", "replace")
         self.form.path = self._folder / f"{uuid.uuid4().hex}.tmp"
         self._file = self.form.path.open("wb")
@@ -93,7 +94,9 @@ class _Receiver:
         if self._file is not None:
             self.form.size += end - start
             if self.form.size > self._limit:
-                raise PayloadTooLarge(f"The file is over the limit of {self._limit} bytes.", param="file")
+                raise PayloadTooLarge(
+                    f"The file is over the limit of {self._limit} bytes.", param=self._file_name
+                )
             self._file.write(data[start:end])
             return
         self._value += data[start:end]
@@ -107,8 +110,8 @@ class _Receiver:
             self.form.fields[self._name] = self._value.decode("utf-8", "replace")
 
 
-async def receive_form(request: Request, folder: Path, limit: int) -> Form:
-    """Read a form whose part `file` may have `limit` bytes; the caller moves or discards the file.
+async def receive_form(request: Request, folder: Path, limit: int, file_name: str = "file") -> Form:
+    """Read a form whose part `file_name` may have `limit` bytes; the caller moves or discards the file.
 
     Raises UnsupportedMediaType, PayloadTooLarge, InvalidRequest; nothing is left behind then.
     """
@@ -120,8 +123,8 @@ async def receive_form(request: Request, folder: Path, limit: int) -> Form:
         raise InvalidRequest("The multipart body has no boundary.")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit + _MAX_FIELDS * _MAX_FIELD_BYTES:
-        raise PayloadTooLarge(f"The file is over the limit of {limit} bytes.", param="file")
-    receiver = _Receiver(folder, limit)
+        raise PayloadTooLarge(f"The file is over the limit of {limit} bytes.", param=file_name)
+    receiver = _Receiver(folder, limit, file_name)
     try:
         parser = MultipartParser(boundary, receiver.callbacks())  # type: ignore[arg-type]
         async for chunk in request.stream():
@@ -129,7 +132,7 @@ async def receive_form(request: Request, folder: Path, limit: int) -> Form:
                 parser.write(chunk)
         parser.finalize()
         if receiver._file is not None:
-            raise InvalidRequest("The multipart body ends in the middle of the file.", param="file")
+            raise InvalidRequest("The multipart body ends in the middle of the file.", param=file_name)
     except BaseException as error:
         receiver.close()
         receiver.form.discard()

@@ -21,12 +21,13 @@ class StateDir:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).expanduser().absolute()
         self.files = self.root / "files"
+        self.uploads = self.root / "uploads"
         self.jobs = self.root / "jobs"
         self.adapters = self.root / "adapters"
         self.database = self.root / "coserve.sqlite"
         self.engine_log = self.root / "engine.log"
         try:
-            for folder in (self.root, self.files, self.jobs, self.adapters):
+            for folder in (self.root, self.files, self.uploads, self.jobs, self.adapters):
                 folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.root / "lock")
         except OSError as error:

@@ -7,16 +7,19 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
+from sqlite3 import Connection
 from typing import TypeVar
 
 from coserve.errors import InvalidRequest, NotFound, PayloadTooLarge
 from coserve.server import file_store
 from coserve.server.database import Database
+from coserve.server.fields import Fields
 from coserve.server.file_store import FileRow
 from coserve.server.state_dir import StateDir, sync_directory
 
 MAX_UPLOAD_BYTES = 512 * 2**20
 PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals", "fine-tune-results")
+KEEP_SECONDS = (3600, 2_592_000)  # an hour to thirty days
 RESULTS = "fine-tune-results"
 _T = TypeVar("_T")
 
@@ -38,7 +41,8 @@ class Files:
         return self._state.files / file_id
 
     async def restore(self) -> None:
-        """Remove bytes that no row names (uploads cut short after their rename)."""
+        """Remove bytes that no row names (uploads cut short after their rename), and what has expired."""
+        await self._expire()
         known = {
             file.id for file in await self._database.run(lambda db: file_store.all_files(db, None, False))
         }
@@ -46,15 +50,21 @@ class Files:
             if path.name not in known:
                 path.unlink()
 
-    async def add(self, temporary: Path, filename: str, purpose: str | None) -> FileRow:
-        """Take a finished temporary file over; InvalidRequest for an empty one or an unknown purpose."""
-        if purpose not in PURPOSES:
-            raise InvalidRequest(f"purpose must be one of {', '.join(PURPOSES)}.", param="purpose")
+    async def add(
+        self, temporary: Path, filename: str, purpose: str | None, keep: int | None = None
+    ) -> FileRow:
+        """Take a finished temporary file over, for `keep` seconds (None: until it is deleted).
+
+        Raises InvalidRequest for an empty one or an unknown purpose.
+        """
+        purpose = check_purpose(purpose)
         size = temporary.stat().st_size
         if size == 0:
             raise InvalidRequest("The file is empty.", param="file")
         name = PureWindowsPath(filename).name[:255] or "upload"
-        file = FileRow(f"file-{uuid.uuid4().hex[:24]}", name, size, purpose, int(time.time()))
+        now = int(time.time())
+        expires_at = now + keep if keep is not None else None
+        file = FileRow(f"file-{uuid.uuid4().hex[:24]}", name, size, purpose, now, expires_at)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         os.rename(temporary, self.path(file.id))
@@ -70,6 +80,7 @@ class Files:
 
     async def get(self, file_id: str, param: str | None = "file_id") -> FileRow:
         """A file by id; NotFound."""
+        await self._expire()
         file = await self._database.run(lambda db: file_store.get(db, file_id))
         if file is None:
             raise NotFound(f"There is no file {file_id[:100]!r}.", param=param, code="file_not_found")
@@ -77,6 +88,7 @@ class Files:
 
     async def list(self, purpose: str | None, newest_first: bool) -> list[FileRow]:
         """All files (of a purpose)."""
+        await self._expire()
         return await self._database.run(lambda db: file_store.all_files(db, purpose, newest_first))
 
     async def delete(self, file_id: str) -> None:
@@ -84,6 +96,39 @@ class Files:
         await self.get(file_id)
         await self._database.run(lambda db: file_store.delete(db, file_id))
         self.path(file_id).unlink(missing_ok=True)
+
+
+    async def _expire(self) -> None:
+        """Delete what has been kept for as long as it was to be."""
+        now = int(time.time())
+
+        def remove(db: Connection) -> Sequence[str]:
+            gone = file_store.expired(db, now)
+            for file_id in gone:
+                file_store.delete(db, file_id)
+            return gone
+
+        for file_id in await self._database.run(remove):
+            self.path(file_id).unlink(missing_ok=True)
+
+
+def check_purpose(purpose: str | None) -> str:
+    """A purpose that files may have; InvalidRequest for another."""
+    if purpose not in PURPOSES:
+        raise InvalidRequest(f"purpose must be one of {', '.join(PURPOSES)}.", param="purpose")
+    return purpose
+
+
+def keep_seconds(fields: Fields | None) -> int | None:
+    """`expires_after`: how long a file is kept from its creation."""
+    if fields is None:
+        return None
+    fields.only(frozenset({"anchor", "seconds"}), "expires_after")
+    fields.choice("anchor", ("created_at",), "created_at")
+    seconds = fields.integer("seconds", None, *KEEP_SECONDS)
+    if seconds is None:
+        raise fields.fail("seconds", "is required.")
+    return seconds
 
 
 class UploadWriter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -9,9 +10,10 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from coserve.errors import InvalidRequest
-from coserve.server.application.files import MAX_UPLOAD_BYTES
+from coserve.server.application.files import MAX_UPLOAD_BYTES, keep_seconds
 from coserve.server.auth import TUNE
 from coserve.server.context import Context
+from coserve.server.fields import Fields
 from coserve.server.file_store import FileRow
 from coserve.server.http import Route, json_response
 from coserve.server.multipart import receive_form
@@ -20,6 +22,7 @@ from coserve.server.openai.paging import list_body, query_limit
 
 def file_body(file: FileRow) -> dict[str, Any]:
     """OpenAI's file object."""
+    expiry = {"expires_at": file.expires_at} if file.expires_at is not None else {}
     return {
         "id": file.id,
         "object": "file",
@@ -28,7 +31,19 @@ def file_body(file: FileRow) -> dict[str, Any]:
         "filename": file.filename,
         "purpose": file.purpose,
         "status": "processed",
+        **expiry,
     }
+
+
+def form_object(fields: Mapping[str, str], name: str) -> Fields | None:
+    """A form's fields `name[key]` as an object; whole numbers are numbers."""
+    parts = {key[len(name) + 1 : -1]: value for key, value in fields.items() if key.startswith(f"{name}[")}
+    if not parts:
+        return None
+    return Fields(
+        {key: int(value) if value.isascii() and value.isdecimal() else value for key, value in parts.items()},
+        f"{name}.",
+    )
 
 
 def routes(context: Context) -> list[Route]:
@@ -40,9 +55,9 @@ def routes(context: Context) -> list[Route]:
         try:
             if form.path is None or form.filename is None:
                 raise InvalidRequest("The form needs a part named file.", param="file")
-            return json_response(
-                file_body(await files.add(form.path, form.filename, form.fields.get("purpose")))
-            )
+            keep = keep_seconds(form_object(form.fields, "expires_after"))
+            added = await files.add(form.path, form.filename, form.fields.get("purpose"), keep)
+            return json_response(file_body(added))
         finally:
             form.discard()
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from coserve.server.auth import TUNE
+from coserve.errors import InvalidRequest
+from coserve.server.auth import ADMIN, TUNE
 from coserve.server.context import Context
 from coserve.server.http import Route, json_response, read_json
 from coserve.server.job_store import JobRecord
@@ -21,6 +22,20 @@ def _metadata_filter(request: Request) -> dict[str, str]:
         if name.startswith("metadata[") and name.endswith("]"):
             found[name[len("metadata[") : -1]] = value
     return found
+
+
+async def _no_permissions(request: Request) -> Response:
+    raise InvalidRequest(
+        "Checkpoint permissions are not supported: this server has no projects, and every key that may chat "
+        "may use every checkpoint.",
+        code="unsupported",
+    )
+
+
+async def _no_graders(request: Request) -> Response:
+    raise InvalidRequest(
+        "Graders are not supported: this server has no reinforcement fine-tuning.", code="unsupported"
+    )
 
 
 def routes(context: Context) -> list[Route]:
@@ -77,6 +92,8 @@ def routes(context: Context) -> list[Route]:
         )
 
     root = "/v1/fine_tuning/jobs"
+    permissions = "/v1/fine_tuning/checkpoints/{name}/permissions"
+    graders = "/v1/fine_tuning/alpha/graders"
     return [
         Route("POST", root, create, TUNE),
         Route("GET", root, list_jobs, TUNE),
@@ -86,4 +103,9 @@ def routes(context: Context) -> list[Route]:
         Route("POST", root + "/{id}/resume", resume, TUNE),
         Route("GET", root + "/{id}/events", events, TUNE),
         Route("GET", root + "/{id}/checkpoints", checkpoints, TUNE),
+        Route("GET", permissions, _no_permissions, ADMIN),
+        Route("POST", permissions, _no_permissions, ADMIN),
+        Route("DELETE", permissions + "/{permission}", _no_permissions, ADMIN),
+        Route("POST", graders + "/run", _no_graders, TUNE),
+        Route("POST", graders + "/validate", _no_graders, TUNE),
     ]
