@@ -1,11 +1,12 @@
 """Peak memory of one training step above the weights: coserve's activation policies beside PEFT.
 
-Rank 16 on all linears, AdamW, one sample a step, the 0.5B shape in bf16 with random weights; PEFT runs in bf16
-autocast, with and without checkpointing. Each cell is a process of its own. Its baseline is the resident set
-once the weights are loaded and have computed a few tokens; then the adapter and the optimizer are made and two
-steps run, a short one and one of the cell's length. The peak is the kernel's own (VmHWM of /proc/self/status,
-reset at the baseline through /proc/self/clear_refs). What the pool's size leaves room for decides coserve's
-policy, as in a server. A process that grows over the cap is ended, which is recorded as "does not fit".
+Rank 16 on all linears, AdamW, one sample a step, the 0.5B shape in bf16 with random weights; PEFT runs in
+bf16 autocast, with and without checkpointing. Each cell is a process of its own. Its baseline is the resident
+set once the weights are loaded and have computed a few tokens; then adapter and optimizer are made and two
+steps run, a short one and one of the cell's length. The peak is the kernel's own (VmHWM in
+/proc/self/status, reset at the baseline through /proc/self/clear_refs). What the pool's size leaves room for
+decides coserve's policy, as in a server. A process that grows over the cap is ended, which is recorded as one
+that does not fit.
 """
 
 from __future__ import annotations
@@ -220,8 +221,8 @@ def main() -> None:
     ours, theirs = peaks["coserve C", at], peaks["peft", at]
     others = [row["of peft"] for row in rows if row["side"] == "coserve C" and "of peft" in row]
     headline = {
-        "what": f"peak memory of a training step of {at} tokens above the weights, policy C; the peer is PEFT "
-        "in bf16 autocast without checkpointing",
+        "what": f"peak memory of a training step of {at} tokens above the weights, policy C; the peer is "
+        "PEFT in bf16 autocast without checkpointing",
         "coserve": ours,
         "peer": theirs,
         "unit": "bytes",

@@ -39,6 +39,7 @@ _N = (1, 2, 5, 10, 20)
 _PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
 MEMORY_OWNERS = ("weights", "kv", "adapters", "activations", "optimizer", "workspace", "runtime", "free")
+ACTIVATION_POLICIES = ("A", "B", "C")
 ADAPTER_TIERS = ("device", "host", "disk")
 STATUSES = ("validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled")
 
@@ -185,6 +186,20 @@ class Metrics:
         self._steps = Counter("coserve_finetune_steps", "Optimizer steps committed.", registry=registry)
         jobs = Gauge("coserve_finetune_jobs", "Jobs by status.", ("status",), registry=registry)
         self._jobs = {status: jobs.labels(status) for status in STATUSES}
+        layers = Gauge(
+            "coserve_finetune_layers",
+            "Layers of microbatches in memory by activation policy.",
+            ("policy",),
+            registry=registry,
+        )
+        self._layers = {policy: layers.labels(policy) for policy in ACTIVATION_POLICIES}
+        reclaims = Counter(
+            "coserve_finetune_reclaims",
+            "Times that requests took activation memory from a microbatch: a part or all of it.",
+            ("kind",),
+            registry=registry,
+        )
+        self._reclaims = {kind: reclaims.labels(kind) for kind in ("downgrade", "eviction")}
         self._share = Gauge(
             "coserve_finetune_share", "Fine-tuning's share of the step's time, 0-1.", registry=registry
         )
@@ -291,6 +306,10 @@ class Metrics:
         self._finetune_tokens["forward"].inc(stats.finetune_forward_tokens)
         self._finetune_tokens["backward"].inc(stats.finetune_backward_tokens)
         self._share.set(stats.finetune_share)
+        for policy, gauge in self._layers.items():
+            gauge.set(sum(layers.get(policy, 0) for layers in stats.activation_policies.values()))
+        self._reclaims["downgrade"].inc(stats.downgrades)
+        self._reclaims["eviction"].inc(stats.evictions)
         for owner, gauge in self._memory.items():
             gauge.set(stats.memory_bytes.get(owner, 0))
         for kind, count in stats.swaps.items():

@@ -50,6 +50,8 @@ class TrainingQueue:
         self._model = model
         self._jobs: dict[str, JobQueue] = {}
         self.credit = 0.0
+        self.num_downgrades = 0
+        self.num_evictions = 0
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -91,6 +93,16 @@ class TrainingQueue:
         if job is not None:
             job.virtual_time += seconds / job.weight
 
+    def policies(self) -> dict[str, dict[str, int]]:
+        """For each job that holds activations, its layers with a backward in memory by policy."""
+        found: dict[str, dict[str, int]] = {}
+        for sequence in self.sequences:
+            if sequence.extent is not None:
+                layers = found.setdefault(sequence.job_id, {"A": 0, "B": 0, "C": 0})
+                for height in range(sequence.layers):
+                    layers[sequence.policy(height)] += 1
+        return found
+
     def downgrade(self, missing: int) -> list[TrainingSequence]:
         """Take up to `missing` slabs from training for inference by giving up levels of activations, which
         loses no work. What no backward will read goes first, then the newest microbatch's. Returns those that
@@ -103,6 +115,7 @@ class TrainingQueue:
                 missing -= freed
                 if freed and sequence not in touched:
                     touched.append(sequence)
+        self.num_downgrades += len(touched)
         return touched
 
     def _lower(self, sequence: TrainingSequence, lowest: int, missing: int) -> int:
@@ -136,6 +149,7 @@ class TrainingQueue:
         self.release(sequence)
         sequence.restart()
         sequence.evictions += 1
+        self.num_evictions += 1
         return sequence
 
     def plan(

@@ -219,6 +219,9 @@ class EngineStats(Message):
     finetune_forward_tokens: int = 0
     finetune_backward_tokens: int = 0
     finetune_share: float = 0.0
+    activation_policies: dict[str, dict[str, int]] = {}  # job -> policy ("A", "B", "C") -> layers in memory
+    downgrades: int = 0  # times that requests made a microbatch keep less of its activations
+    evictions: int = 0  # times that they took all of a microbatch's
     swaps: dict[str, int] = {}  # adapter movements by kind: "load", "evict", "unload", "publish"
 
 

@@ -27,6 +27,7 @@ class StatsKeeper:
         self._sent_at = 0.0
         self._preemptions = 0
         self._prefix = (0, 0)
+        self._reclaims = (0, 0)
         self._swaps: dict[str, int] = {}
         self._share = 0.0
 
@@ -56,6 +57,7 @@ class StatsKeeper:
         """Gauges now, counts since the last snapshot."""
         engine = self._engine
         scheduler, blocks, adapters = engine.scheduler, engine.blocks, engine.adapters
+        queue = scheduler.training
         forward, backward = engine.jobs.take_token_counts()
         stats = m.EngineStats(
             call_id=call_id,
@@ -74,11 +76,15 @@ class StatsKeeper:
             finetune_forward_tokens=forward,
             finetune_backward_tokens=backward,
             finetune_share=self._share if engine.jobs.has_work else 0.0,
+            activation_policies=queue.policies(),
+            downgrades=queue.num_downgrades - self._reclaims[0],
+            evictions=queue.num_evictions - self._reclaims[1],
             swaps={kind: n - self._swaps.get(kind, 0) for kind, n in adapters.swaps.items()},
         )
         self._steps = []
         self._preemptions = scheduler.num_preemptions
         self._prefix = (scheduler.prefix_queries, scheduler.prefix_hits)
+        self._reclaims = (queue.num_downgrades, queue.num_evictions)
         self._swaps = dict(adapters.swaps)
         return stats
 

@@ -156,12 +156,14 @@ class JobManager:
             activations = self.microbatches[sequence.sequence_id].activations
             if activations is not None:
                 activations.downgrade(sequence.level)
+                logger.info("%s now keeps %s", sequence.sequence_id, _policies(sequence))
         for span in plan.training_forward:
             sequence = span.sequence
             if self.microbatches[sequence.sequence_id].activations is None:
                 assert sequence.extent is not None
                 extent = self._kv.extent(sequence.extent, sequence.slabs)
                 self._jobs[sequence.job_id].place(sequence.sequence_id, extent, sequence.level)
+                logger.info("%s keeps %s", sequence.sequence_id, _policies(sequence))
 
     def commit_forward(self, plan: StepPlan, alone: float, seconds: float) -> None:
         """The plan's forward windows ran in a step forward of `seconds`, of which inference alone would
@@ -329,6 +331,13 @@ class JobManager:
         for job_id in {sequence.job_id for sequence in evicted}:
             lost = {s.sequence_id for s in evicted if s.job_id == job_id}
             self._jobs[job_id].forget_activations(lost)
+
+
+def _policies(sequence: TrainingSequence) -> str:
+    """For the log: "A in 20 layers, B in 4"."""
+    letters = [sequence.policy(height) for height in range(sequence.layers)]
+    counts = [f"{letter} in {letters.count(letter)}" for letter in "ABC" if letter in letters]
+    return f"{', '.join(counts)} of {sequence.layers} layers"
 
 
 def _as_error(job_id: str, error: Exception) -> CoserveError:

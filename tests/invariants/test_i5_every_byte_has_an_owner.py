@@ -53,9 +53,69 @@ def test_requests_take_memory_from_training_and_training_recovers(model, data, t
     sequences = tight.engine.scheduler.training.sequences
     tight.run_until(lambda: len(tight.finished) == 24, 20_000)
     assert max(s.evictions for s in sequences) > 0
+    assert tight.engine.scheduler.training.num_downgrades > 0, "levels go before work"
     world.finish(tight, again.job_id)
     assert world.same_bits(world.final_adapter(again), world.final_adapter(spec))
     assert world.pool_is_empty(tight)
+
+
+def test_requests_take_levels_of_activations_and_no_work_is_lost(model, data, tmp_path) -> None:
+    quiet = world.make_engine(model)
+    spec = world.make_job(data, tmp_path / "quiet", n_epochs=1, window_tokens=7)
+    world.submit(quiet, spec)
+    quiet.engine.step()
+    (before,) = quiet.engine.stats.snapshot(1).activation_policies.values()
+    assert before["A"] > 0 == before["B"] == before["C"], "all is kept while memory lasts"
+    world.finish(quiet, spec.job_id)
+    slab = quiet.engine.kv.slab_bytes
+    tight = world.make_engine(model, max_model_len=512, kv_cache_memory_bytes=128 * slab)
+    again = world.make_job(data, tmp_path / "tight", n_epochs=1, window_tokens=7)
+    world.submit(tight, again)
+    queue, blocks = tight.engine.scheduler.training, tight.engine.blocks
+    mixed: list[dict[str, int]] = []
+    asked = 0
+
+    def step_under_pressure() -> bool:
+        """Ask for a little more than what is free, whenever the last requests have gone."""
+        nonlocal asked
+        if blocks.num_extent_slabs and len(tight.finished) == asked and asked < 80:
+            for _ in range(-(-(blocks.num_free + 4) // 12)):
+                tight.add(str(asked), [3 + asked] * 16 * 12, world.GREEDY)
+                asked += 1
+        mixed.extend(tight.engine.stats.snapshot(1).activation_policies.values())
+        return world.status_of(tight, again.job_id) in ("succeeded", "failed")
+
+    tight.run_until(step_under_pressure, 20_000)
+    tight.run_until(lambda: len(tight.finished) == asked, 2000)
+    assert queue.num_downgrades > 0
+    assert {letter for layers in mixed for letter, n in layers.items() if n} == {"A", "B", "C"}
+    assert world.same_bits(world.final_adapter(again), world.final_adapter(spec))
+    assert world.pool_is_empty(tight)
+
+
+def test_a_job_that_fits_only_at_the_least_trains_to_the_same_bits(model, data, tmp_path) -> None:
+    ample = world.make_engine(model)
+    spec = world.make_job(data, tmp_path / "ample", n_epochs=1)
+    world.submit(ample, spec)
+    needed: list[int] = []
+
+    def ended() -> bool:
+        needed.extend(s.level_slabs[0] for s in ample.engine.scheduler.training.sequences)
+        return world.status_of(ample, spec.job_id) == "succeeded"
+
+    ample.run_until(ended, 20_000)
+    pool = max(needed) * ample.engine.kv.slab_bytes
+    short = world.make_engine(model, max_model_len=128, kv_cache_memory_bytes=pool - 1)
+    refused = world.make_job(data, tmp_path / "short", n_epochs=1)
+    world.submit(short, refused)
+    short.run_until(lambda: world.status_of(short, refused.job_id) == "failed", 20_000)
+    assert any(f"need {pool} bytes" in s.message for s in short.take(m.JobStatus))
+    small = world.make_engine(model, max_model_len=128, kv_cache_memory_bytes=pool)
+    again = world.make_job(data, tmp_path / "small", n_epochs=1)
+    world.submit(small, again)
+    world.finish(small, again.job_id)
+    assert world.same_bits(world.final_adapter(again), world.final_adapter(spec))
+    assert world.pool_is_empty(small)
 
 
 def test_a_cancelled_job_leaves_nothing(model, data, tmp_path) -> None:

@@ -13,7 +13,7 @@ from coserve.models.decoder import Decoder
 from coserve.models.loader import random_weights
 from coserve.training.activations import MicrobatchActivations
 from coserve.training.job import LoraSpec
-from coserve.training.microbatch import Microbatch
+from coserve.training.microbatch import LoraDropout, Microbatch
 from coserve.training.trainable_adapter import TrainableAdapter
 from tests.parity.training_harness import Trainer, fill_b, make_samples
 
@@ -51,6 +51,7 @@ CONFIGS = {
         whole_qk_norm=True,
         **BASE,
     ),
+    "phi3": ModelConfig(family="phi3", fused=True, rotary_features=4, **BASE),
 }
 SPECS = {
     "all": LoraSpec(r=4),
@@ -58,6 +59,7 @@ SPECS = {
     "o-top": LoraSpec(r=3, target_modules=("o_proj",), layers_to_transform=(1, 2)),
     "mlp-top": LoraSpec(r=3, target_modules=("gate_proj", "down_proj"), layers_to_transform=(1, 2)),
     "down-gap": LoraSpec(r=3, target_modules=("down_proj",), layers_to_transform=(0, 2)),
+    "dropout": LoraSpec(r=4, lora_dropout=0.3),
 }
 SAMPLES = make_samples((90, 21, 3, 70), 67)
 DECODERS: dict[tuple[str, torch.dtype], Decoder] = {}
@@ -76,16 +78,33 @@ def levels(trainer: Trainer) -> int:
     return 2 * (LAYERS - trainer.adapter.lowest_layer)
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_every_level_gives_the_same_bits(kind: str, spec: str) -> None:
+def check_every_level(kind: str, spec: str) -> None:
     trainer = make_trainer(kind, spec)
-    loss = trainer.gradients(SAMPLES, backward_window=64)
+    dropout = LoraDropout(SPECS[spec].lora_dropout, 5, 2, range(len(SAMPLES)))
+    loss = trainer.gradients(SAMPLES, backward_window=64, dropout=dropout)
     gradients = trainer.adapter.gradients.clone()
     assert bool(gradients.any())
     for level in range(levels(trainer)):
-        assert trainer.gradients(SAMPLES, forward_window=128, backward_window=64, level=level) == loss
+        windows = {"forward_window": 128, "backward_window": 64}
+        assert trainer.gradients(SAMPLES, level=level, dropout=dropout, **windows) == loss
         assert torch.equal(trainer.adapter.gradients, gradients), level
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_level_gives_the_same_bits(kind: str) -> None:
+    check_every_level(kind, "all")
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec != "all"])
+def test_every_level_gives_the_same_bits_with_any_adapter(spec: str) -> None:
+    check_every_level("qwen2", spec)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec != "all"])
+@pytest.mark.parametrize("kind", ["gemma2", "olmo2", "qwen3"])
+def test_every_level_with_any_adapter_in_other_families(kind: str, spec: str) -> None:
+    check_every_level(kind, spec)
 
 
 @pytest.mark.parametrize("windows", [(0, 0), (7, 128), (64, 192)])
