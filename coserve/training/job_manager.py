@@ -156,14 +156,14 @@ class JobManager:
             activations = self.microbatches[sequence.sequence_id].activations
             if activations is not None:
                 activations.downgrade(sequence.level)
-                logger.info("%s now keeps %s", sequence.sequence_id, _policies(sequence))
+                logger.info("%s keeps only %s", sequence.sequence_id, _policies(sequence))
         for span in plan.training_forward:
             sequence = span.sequence
             if self.microbatches[sequence.sequence_id].activations is None:
                 assert sequence.extent is not None
                 extent = self._kv.extent(sequence.extent, sequence.slabs)
                 self._jobs[sequence.job_id].place(sequence.sequence_id, extent, sequence.level)
-                logger.info("%s keeps %s", sequence.sequence_id, _policies(sequence))
+                logger.debug("%s keeps %s", sequence.sequence_id, _policies(sequence))
 
     def commit_forward(self, plan: StepPlan, alone: float, seconds: float) -> None:
         """The plan's forward windows ran in a step forward of `seconds`, of which inference alone would
@@ -330,6 +330,7 @@ class JobManager:
     def _forget_evicted(self, evicted: list[TrainingSequence]) -> None:
         for job_id in {sequence.job_id for sequence in evicted}:
             lost = {s.sequence_id for s in evicted if s.job_id == job_id}
+            logger.info("%s lost their activations to requests", ", ".join(sorted(lost)))
             self._jobs[job_id].forget_activations(lost)
 
 
