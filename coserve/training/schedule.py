@@ -1,7 +1,9 @@
 """Learning rates by transformers' names and formulas, with its default arguments.
 
 The first optimizer step has step number 1 and uses the factor at 0, as a scheduler that is advanced after
-each step does: with a warmup the first learning rate is 0.
+each step does: with a warmup the first learning rate is 0. Every name is a function of the step alone, so
+that a resumed job goes on alike; `reduce_lr_on_plateau` and `greedy` of transformers, which follow measured
+losses, are refused.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from coserve.errors import InvalidRequest
 from coserve.training.job import TrainingSpec
 
 POLYNOMIAL_END = 1e-7  # learning rate at the end
-MIN_RATE = 0.1  # cosine_with_min_lr: part of the learning rate that is left at the end
+MIN_RATE = 0.1  # cosine_with_min_lr and its kin: part of the learning rate that is left at the end
 DECAY_PART = 0.1  # warmup_stable_decay: part of all steps that decays
 
 Factor = Callable[[int, int, int, float], float]
@@ -39,6 +41,13 @@ def _cosine_with_restarts(step: int, warmup: int, total: int, base: float) -> fl
 def _cosine_with_min_lr(step: int, warmup: int, total: int, base: float) -> float:
     factor = 0.5 * (1.0 + math.cos(math.pi * _progress(step, warmup, total)))
     return max(0.0, factor * (1 - MIN_RATE) + MIN_RATE)
+
+
+def _cosine_warmup_with_min_lr(step: int, warmup: int, total: int, base: float) -> float:
+    # The one whose warmup and decay count from the first step's end: no step has learning rate 0.
+    if step < warmup:
+        return (step + 1.0) / max(1, warmup)
+    return _cosine_with_min_lr(step + 1, warmup, total, base)
 
 
 def _polynomial(step: int, warmup: int, total: int, base: float) -> float:
@@ -76,6 +85,7 @@ SCHEDULES: dict[str, Factor] = {
     "constant_with_warmup": _constant,
     "inverse_sqrt": _inverse_sqrt,
     "cosine_with_min_lr": _cosine_with_min_lr,
+    "cosine_warmup_with_min_lr": _cosine_warmup_with_min_lr,
     "warmup_stable_decay": _warmup_stable_decay,
 }
 
@@ -109,6 +119,6 @@ class Schedule:
     def learning_rate(self, step: int) -> float:
         """Of optimizer step `step`, counted from 1."""
         done = step - 1
-        if done < self.warmup_steps:
+        if done < self.warmup_steps and self._factor is not _cosine_warmup_with_min_lr:
             return self.base * done / max(1, self.warmup_steps)
         return self.base * self._factor(done, self.warmup_steps, self.total_steps, self.base)

@@ -15,6 +15,7 @@ from coserve.training.schedule import DECAY_PART, MIN_RATE, SCHEDULES, Schedule
 TOTAL = 37
 OWN_ARGUMENTS = {
     "cosine_with_min_lr": {"min_lr_rate": MIN_RATE},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": MIN_RATE},
     "warmup_stable_decay": {"num_decay_steps": math.ceil(TOTAL * DECAY_PART)},
 }
 
@@ -37,9 +38,10 @@ def test_warmup_steps_win_over_the_ratio_which_rounds_up() -> None:
     assert Schedule(TrainingSpec(lr_scheduler_type="constant", warmup_steps=9), 34).warmup_steps == 0
 
 
-def test_unknown_name_is_refused_by_name() -> None:
-    with pytest.raises(InvalidRequest, match="'step'") as caught:
-        Schedule(TrainingSpec(lr_scheduler_type="step"), 10)
+@pytest.mark.parametrize("name", ["step", "reduce_lr_on_plateau", "greedy"])
+def test_other_names_are_refused_with_the_list(name: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"'{name}'.*warmup_stable_decay") as caught:
+        Schedule(TrainingSpec(lr_scheduler_type=name), 10)
     assert caught.value.param == "training.lr_scheduler_type"
 
 
