@@ -7,6 +7,7 @@ are never evicted; the others go least recently used first.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -22,11 +23,15 @@ class AdapterSlot:
 
 
 class AdapterSlots:
-    """Row allocation for at most `max_adapters` adapters in `max_rows` rows."""
+    """Row allocation for at most `max_adapters` adapters in `max_rows` rows; `on_free` hears of rows that
+    an adapter has left."""
 
-    def __init__(self, max_rows: int, max_adapters: int) -> None:
+    def __init__(
+        self, max_rows: int, max_adapters: int, on_free: Callable[[list[int]], None] | None = None
+    ) -> None:
         self.max_rows = max_rows
         self.max_adapters = max_adapters
+        self._on_free = on_free
         self._free_rows = list(range(max_rows - 1, -1, -1))
         self._slots: OrderedDict[str, AdapterSlot] = OrderedDict()
 
@@ -101,3 +106,5 @@ class AdapterSlots:
     def _remove(self, slot: AdapterSlot) -> None:
         del self._slots[slot.key]
         self._free_rows.extend(reversed(slot.rows))
+        if self._on_free is not None:
+            self._on_free(slot.rows)

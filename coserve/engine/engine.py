@@ -64,8 +64,10 @@ class Engine:
         num_blocks = memory_plan(config, self.model_config, self.max_model_len, device, dtype)
         self.kv = KVTensors(self.model_config, num_blocks, config.block_size, dtype, device)
         self.blocks = BlockPool(num_blocks, PrefixCache() if config.enable_prefix_caching else None)
-        self.slots = AdapterSlots(self.pool.max_rows, max_adapters)
-        self.adapters = AdapterTiers(self.model_config, self.pool, self.slots, config.max_cpu_loras)
+        self.slots = AdapterSlots(self.pool.max_rows, max_adapters, on_free=self.pool.free_heads)
+        self.adapters = AdapterTiers(
+            self.model_config, self.pool, self.slots, config.max_cpu_loras, self.decoder.head.weight
+        )
         self.model = LatencyModel()
         self.scheduler = Scheduler(
             SchedulerLimits(

@@ -1,15 +1,80 @@
-"""The output projection to the vocabulary."""
+"""The output projection to the vocabulary, with adapters on the rows that have one.
+
+    u = h W^T,   u[rows] += (h[rows] a^T) b     for each run of rows
+
+The frozen W may be the embedding's table; an adapter adds to the logits alone, so a tied embedding never
+changes. Only rows that need logits come here: sampled ones, and the loss's chunks.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 
+from coserve.kernels.dropout import Dropout
 from coserve.kernels.linear import PackedLinear
+from coserve.kernels.lora import LoraSegments, lora_backward, lora_forward_
+from coserve.layers.batch import ModuleGradient
+
+
+class HeadAdapter(NamedTuple):
+    """One adapter's own tensors for the head, in the compute dtype: a_RK [r, H], b_RN [r, V], which is B
+    transposed times the scale."""
+
+    a_RK: torch.Tensor
+    b_RN: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.a_RK.nbytes + self.b_RN.nbytes
+
+
+class HeadRun(NamedTuple):
+    """Rows [start, end) that share an adapter of the head."""
+
+    start: int
+    end: int
+    adapter: HeadAdapter
+    dropout: Dropout | None = None
 
 
 class LMHead(PackedLinear):
     """Frozen linear [V, H]; with tied weights its `weight` is the embedding's tensor itself."""
 
-    def logits(self, h_SH: torch.Tensor) -> torch.Tensor:
+    def forward(self, h_SH: torch.Tensor, runs: Sequence[HeadRun] = ()) -> torch.Tensor:
+        """[S, V] of normed hidden states [S, H], in their dtype."""
+        logits_SV = super().forward(h_SH)
+        for run in runs:
+            rows, (a_RK, b_RN) = slice(run.start, run.end), run.adapter
+            device, rank = a_RK.device, len(a_RK)
+            first, count, ranks = (
+                torch.tensor([n], dtype=torch.int32, device=device) for n in (0, run.end - run.start, rank)
+            )
+            own = torch.arange(rank, dtype=torch.int32, device=device)
+            segments = LoraSegments(first, count, first, own)
+            lora_forward_(logits_SV[rows], h_SH[rows], a_RK, b_RN, segments, ranks, run.dropout)
+        return logits_SV
+
+    def backward(
+        self,
+        dlogits_CV: torch.Tensor,
+        h_CH: torch.Tensor,
+        gradient: ModuleGradient | None,
+        token_offset: int,
+        needs_input: bool = True,
+    ) -> torch.Tensor | None:
+        """dh [C, H], None unless `needs_input`; adds the adapter's gradients. `token_offset` is the place of
+        the first row among those of its microbatch that come here."""
+        dh_CH = self.backward_input(dlogits_CV) if needs_input else None
+        if gradient is not None:
+            g, dx_CH = gradient, torch.zeros_like(h_CH) if dh_CH is None else dh_CH
+            sums = g.da_rK, g.db_rN
+            lora_backward(dlogits_CV, h_CH, g.a_RK, g.b_RN, g.rows, dx_CH, *sums, token_offset, g.dropout)
+        return dh_CH
+
+    def logits(self, h_SH: torch.Tensor, runs: Sequence[HeadRun] = ()) -> torch.Tensor:
         """fp32 [S, V] of final hidden states [S, H]."""
-        return self.forward(h_SH).float()
+        return self.forward(h_SH, runs).float()

@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from coserve.errors import InvalidRequest
-from coserve.lora.peft_files import TENSOR_FILE, AdapterInfo, LinearShapes, read_adapter_info, tensor_key
+from coserve.lora.peft_files import (
+    BASE_HEAD_KEY,
+    TENSOR_FILE,
+    AdapterInfo,
+    LinearShapes,
+    read_adapter_info,
+    tensor_key,
+)
 
 
 @dataclass(frozen=True)
@@ -42,14 +49,27 @@ class HostAdapter:
 
 
 def load_adapter(
-    path: str | Path, model: LinearShapes, max_rank: int | None = None, *, param: str = "lora_path"
+    path: str | Path,
+    model: LinearShapes,
+    max_rank: int | None = None,
+    *,
+    base_head_VH: torch.Tensor | None = None,
+    param: str = "lora_path",
 ) -> HostAdapter:
     """Check and load a PEFT directory (F32, F16 and BF16 tensors become fp32); `max_rank` None: any rank.
 
-    Raises NotFound and InvalidRequest as `read_adapter_info` does, and for weights that are not finite.
+    Raises NotFound and InvalidRequest as `read_adapter_info` does, for weights that are not finite, and where
+    the files carry the base's head beside an adapter on it and it isn't `base_head_VH`.
     """
     info = read_adapter_info(path, model, max_rank, param=param)
     tensors = load_file(Path(info.path) / TENSOR_FILE)
+    carried_VH = tensors.get(BASE_HEAD_KEY)
+    if carried_VH is not None and base_head_VH is not None and not _same(carried_VH, base_head_VH.cpu()):
+        raise InvalidRequest(
+            f"cannot load the adapter: its {BASE_HEAD_KEY} is not the head of this base model; it was made "
+            "for another one",
+            param=param,
+        )
     modules = {}
     for (layer, name), module in info.modules.items():
         module_path = model.module_path(layer, name)
@@ -60,3 +80,8 @@ def load_adapter(
             )
         modules[layer, name] = ModuleWeights(a.contiguous(), b.contiguous(), module.scale)
     return HostAdapter(info, modules)
+
+
+def _same(carried: torch.Tensor, own: torch.Tensor) -> bool:
+    """Equal in the narrower of both dtypes."""
+    return torch.equal(carried.to(own.dtype), own) or torch.equal(carried, own.to(carried.dtype))

@@ -3,6 +3,9 @@
 For each linear module of the model one tensor A [L, rows, K] and one tensor B [L, rows, N] (transposed,
 multiplied by the scale). An adapter of rank r has r row numbers, the same in every module and layer; a module
 with a smaller rank leaves the last of them zero. Which rows are whose is decided in core/adapter_slots.py.
+
+The head's B has a column for every word, so an adapter on `lm_head` brings tensors of its own: memory for the
+head is there for those adapters alone, as long as they are.
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ from collections.abc import Sequence
 
 import torch
 
-from coserve.lora.adapter import HostAdapter
+from coserve.layers.lm_head import HeadAdapter
+from coserve.lora.adapter import HostAdapter, ModuleWeights
 from coserve.lora.peft_files import LinearShapes
+from coserve.models.config import HEAD_MODULE
 
 
 class AdapterPool:
@@ -35,10 +40,12 @@ class AdapterPool:
         self._a = [torch.zeros(*sizes, inputs, dtype=dtype, device=device) for _, inputs in shapes]
         self._b = [torch.zeros(*sizes, outputs, dtype=dtype, device=device) for outputs, _ in shapes]
         self._ranks: dict[int, torch.Tensor] = {}  # by an adapter's first row
+        self._heads: dict[int, HeadAdapter] = {}  # likewise
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self._a, *self._b))
+        heads = sum(head.nbytes for head in self._heads.values())
+        return sum(tensor.nbytes for tensor in (*self._a, *self._b)) + heads
 
     def rows(self, module: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(a [rows, K], b [rows, N]) of the module numbered `module` in one layer; views."""
@@ -51,17 +58,24 @@ class AdapterPool:
         """
         return self._ranks[rows[0]]
 
+    def head(self, rows: Sequence[int]) -> HeadAdapter | None:
+        """What the adapter in `rows` adds to the head; None where it leaves the head alone."""
+        return self._heads.get(rows[0])
+
     def write(self, rows: Sequence[int], adapter: HostAdapter) -> None:
         """Copy an adapter into `rows`, as many as its rank; what a smaller module leaves is set to zero."""
         if len(rows) != adapter.rank:
             raise ValueError(f"{len(rows)} rows for an adapter of rank {adapter.rank}")
+        blocks = {place: module for place, module in adapter.modules.items() if place[1] != HEAD_MODULE}
         ranks_LM = torch.zeros(self.num_layers, len(self._modules), dtype=torch.int32)
-        for (layer, name), weights in adapter.modules.items():
+        for (layer, name), weights in blocks.items():
             ranks_LM[layer, self._modules[name]] = len(weights.a_RK)
         self.place(rows, ranks_LM)
-        for (layer, name), weights in adapter.modules.items():
-            scaled_b_RN = weights.b_NR.t() * weights.scale
-            self.write_module(rows, self._modules[name], layer, weights.a_RK, scaled_b_RN)
+        for (layer, name), weights in blocks.items():
+            self.write_module(rows, self._modules[name], layer, weights.a_RK, _scaled(weights))
+        head = adapter.modules.get((self.num_layers, HEAD_MODULE))
+        if head is not None:
+            self.write_head(rows, head.a_RK, _scaled(head))
 
     def place(self, rows: Sequence[int], ranks_LM: torch.Tensor) -> None:
         """Clear `rows` for an adapter with these ranks [L, modules], whose modules are then written."""
@@ -77,10 +91,30 @@ class AdapterPool:
         pool_a[where] = a_RK.to(pool_a)
         pool_b[where] = scaled_b_RN.to(pool_b)
 
+    def write_head(self, rows: Sequence[int], a_RK: torch.Tensor, scaled_b_RN: torch.Tensor) -> None:
+        """Write what the adapter in `rows` adds to the head, A [r, H] and B [r, V] as in `write_module`."""
+        head = self._heads.get(rows[0])
+        if head is None:
+            like = self._a[0]
+            head = HeadAdapter(like.new_empty(a_RK.shape), like.new_empty(scaled_b_RN.shape))
+            self._heads[rows[0]] = head
+        head.a_RK.copy_(a_RK)
+        head.b_RN.copy_(scaled_b_RN)
+
+    def free_heads(self, rows: Sequence[int]) -> None:
+        """The adapter in `rows` is gone: its part of the head goes at once, its rows when they are reused."""
+        for row in rows:
+            self._heads.pop(row, None)
+
     def clear(self, rows: Sequence[int]) -> None:
         """Set `rows` to zero: nobody's adapter is in them."""
+        self.free_heads(rows)
         where = torch.tensor(rows, dtype=torch.int64)
         for tensor in (*self._a, *self._b):
             tensor[:, where.to(tensor.device)] = 0
         for row in rows:
             self._ranks.pop(row, None)
+
+
+def _scaled(weights: ModuleWeights) -> torch.Tensor:
+    return weights.b_NR.t() * weights.scale

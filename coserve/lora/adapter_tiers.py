@@ -12,6 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import torch
+
 from coserve.core.adapter_slots import AdapterSlots
 from coserve.errors import CoserveError, FailedPrecondition, InternalError, NotFound
 from coserve.lora.adapter import HostAdapter, load_adapter
@@ -39,12 +41,20 @@ class KnownAdapter:
 class AdapterTiers:
     """Loads, places, evicts. Keys are digests: an adapter's weights never change under its key."""
 
-    def __init__(self, config: ModelConfig, pool: AdapterPool, slots: AdapterSlots, max_host: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        pool: AdapterPool,
+        slots: AdapterSlots,
+        max_host: int,
+        base_head_VH: torch.Tensor | None = None,
+    ) -> None:
         self.swaps: Counter[str] = Counter()
         self._config = config
         self._pool = pool
         self._slots = slots
         self._max_host = max_host
+        self._base_head_VH = base_head_VH
         self._known: dict[str, KnownAdapter] = {}
         self._host: OrderedDict[str, HostAdapter] = OrderedDict()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter-load")
@@ -142,7 +152,9 @@ class AdapterTiers:
 
     def _start(self, known: KnownAdapter) -> None:
         if known.loading is None:
-            known.loading = self._reader.submit(load_adapter, known.path, self._config)
+            known.loading = self._reader.submit(
+                load_adapter, known.path, self._config, base_head_VH=self._base_head_VH
+            )
 
     def _place(self, digest: str) -> bool:
         """Copy a host adapter into rows; False while all rows are in use."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from coserve.errors import InvalidRequest
+from coserve.models.config import HEAD_MODULE
 
 # Settings that ask for something else than plain LoRA on linear layers, with the reason of the refusal.
 _REFUSED = {
@@ -47,7 +48,6 @@ _READ = frozenset(
 )
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _NOT_LINEAR = {
-    "lm_head": "an adapter on lm_head is not supported",
     "embed_tokens": "embedding adapters are not supported",
 }
 
@@ -145,7 +145,7 @@ class PeftConfig:
 
 def _matches(targets: tuple[str, ...] | str, path: str) -> bool:
     if targets == "all-linear":
-        return True
+        return path != HEAD_MODULE
     if isinstance(targets, str):
         try:
             return re.fullmatch(targets, path) is not None

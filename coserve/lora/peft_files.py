@@ -24,12 +24,14 @@ from safetensors.numpy import save_file
 from coserve.errors import Conflict, InvalidRequest, NotFound
 from coserve.lora.peft_config import PeftConfig
 from coserve.lora.safetensors_header import BadSafetensors, TensorEntry, read_header
+from coserve.models.config import HEAD_MODULE
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 _FLOATS = ("F32", "F16", "BF16")
 _PREFIX = "base_model.model."
+BASE_HEAD_KEY = f"{_PREFIX}lm_head.base_layer.weight"  # PEFT saves the base's head beside its adapter
 
 
 class LinearShapes(Protocol):
@@ -39,6 +41,8 @@ class LinearShapes(Protocol):
     def num_layers(self) -> int: ...
     @property
     def linear_modules(self) -> tuple[str, ...]: ...
+    @property
+    def adapter_places(self) -> dict[str, tuple[int, str]]: ...
     def module_shape(self, name: str) -> tuple[int, int]: ...
     def module_path(self, layer: int, name: str) -> str: ...
 
@@ -97,17 +101,16 @@ def _checked(directory: Path, model: LinearShapes, max_rank: int | None) -> Adap
     raw = _read_config(directory)
     config = PeftConfig.parse(raw)
     entries = _read_tensors_header(directory)
-    paths = {
-        model.module_path(layer, name): (layer, name)
-        for layer in range(model.num_layers)
-        for name in model.linear_modules
-    }
+    paths = model.adapter_places
     layers = {path: layer for path, (layer, _) in paths.items()}
     wanted = [path for path, layer in layers.items() if config.targets(path, layer)]
     config.check_names(layers, {path: layers[path] for path in wanted})
     if not wanted:
         _refuse("its settings match no linear layer of this model")
     expected = {tensor_key(path, side) for path in wanted for side in "AB"}
+    if HEAD_MODULE in wanted and BASE_HEAD_KEY in entries:
+        expected.add(BASE_HEAD_KEY)
+        _check_tensor(entries, BASE_HEAD_KEY, model.module_shape(HEAD_MODULE))
     _check_keys(entries, expected)
     modules = {}
     for path in wanted:
@@ -159,8 +162,8 @@ def _check_keys(entries: Mapping[str, TensorEntry], expected: set[str]) -> None:
             _refuse("DoRA is not supported")
         if "lora_embedding" in key or "embed_tokens" in key:
             _refuse("embedding adapters are not supported")
-        if "lm_head" in key:
-            _refuse("an adapter on lm_head is not supported")
+        if "lm_head" in key and "lora_" not in key:
+            _refuse(f"{key!r} is a full copy of the head; only LoRA on lm_head is supported")
         if not key.startswith(_PREFIX):
             _refuse(f"unexpected key {key!r}: keys must begin with {_PREFIX!r}")
     unexpected = sorted(entries.keys() - expected)

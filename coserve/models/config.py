@@ -15,6 +15,7 @@ from coserve.errors import ConfigError
 from coserve.models.families import Family, find_family, layer_windows
 from coserve.models.rope_settings import RopeScaling, parse_scaling, rope_fields, rotary_dim
 
+HEAD_MODULE = "lm_head"
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FUSED_MODULES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -157,6 +158,13 @@ class ModelConfig:
         return FUSED_MODULES if self.fused else LINEAR_MODULES
 
     @property
+    def adapter_places(self) -> dict[str, tuple[int, str]]:
+        """Path -> (layer, name) of every linear that an adapter may sit on: those of the blocks, then the
+        head, whose layer is `num_layers`."""
+        blocks = ((layer, name) for layer in range(self.num_layers) for name in self.linear_modules)
+        return {self.module_path(*place): place for place in (*blocks, (self.num_layers, HEAD_MODULE))}
+
+    @property
     def q_size(self) -> int:
         """Features of the query projection."""
         return self.num_heads * self.head_dim
@@ -167,7 +175,7 @@ class ModelConfig:
         return self.num_kv_heads * self.head_dim
 
     def module_shape(self, name: str) -> tuple[int, int]:
-        """(out, in) features of one of `linear_modules`."""
+        """(out, in) features of one of `linear_modules`, or of the head."""
         hidden, inner = self.hidden_size, self.intermediate_size
         return {
             "qkv_proj": (self.q_size + 2 * self.kv_size, hidden),
@@ -179,10 +187,13 @@ class ModelConfig:
             "gate_proj": (inner, hidden),
             "up_proj": (inner, hidden),
             "down_proj": (hidden, inner),
+            HEAD_MODULE: (self.vocab_size, hidden),
         }[name]
 
     def module_path(self, layer: int, name: str) -> str:
         """The module's dotted path in transformers, e.g. "model.layers.0.self_attn.q_proj"."""
+        if name == HEAD_MODULE:
+            return name
         block = "mlp" if name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj") else "self_attn"
         return f"model.layers.{layer}.{block}.{name}"
 

@@ -7,6 +7,8 @@ x -> x + post(attention(pre(x))) -> x + post(mlp(pre(x))),   layer by layer; fin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from coserve.kernels.soft_cap import soft_cap_
@@ -14,7 +16,7 @@ from coserve.layers.activations import LayerActivations
 from coserve.layers.attention import Attention
 from coserve.layers.batch import BackwardWindow, ForwardBatch
 from coserve.layers.embedding import Embedding
-from coserve.layers.lm_head import LMHead
+from coserve.layers.lm_head import HeadRun, LMHead
 from coserve.layers.mlp import MLP
 from coserve.layers.norm import RMSNorm
 from coserve.models.config import ModelConfig
@@ -189,7 +191,7 @@ class Decoder:
         """Gradient w.r.t. the last layer's output `x`."""
         return self.norm.backward(dh_TH, x_TH)
 
-    def logits(self, h_SH: torch.Tensor) -> torch.Tensor:
-        """fp32 [S, V] of normed hidden states [S, H]."""
-        logits_SV = self.head.logits(h_SH)
+    def logits(self, h_SH: torch.Tensor, runs: Sequence[HeadRun] = ()) -> torch.Tensor:
+        """fp32 [S, V] of normed hidden states [S, H]; `runs` of them have an adapter on the head."""
+        logits_SV = self.head.logits(h_SH, runs)
         return soft_cap_(logits_SV, self.config.logit_cap) if self.config.logit_cap else logits_SV

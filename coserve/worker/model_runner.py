@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 
 from coserve.core.request import Request
 from coserve.core.span import InferenceSpan
 from coserve.core.step_plan import StepPlan
+from coserve.layers.lm_head import HeadRun
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.models.decoder import Decoder
 from coserve.worker.forward_batch import AdapterRows, WindowSource, build_forward_batch
@@ -78,7 +80,8 @@ class ModelRunner:
                 last_rows.append(row - 1)
         if not due:
             return StepResult()
-        logits_SV = self._logits(x_TH[torch.tensor(last_rows, device=x_TH.device)])
+        adapters = [span.request.adapter for span in due]
+        logits_SV = self._logits(x_TH[torch.tensor(last_rows, device=x_TH.device)], adapters)
         chosen = sample(logits_SV, [_sampling_row(span.request) for span in due])
         return StepResult(
             {
@@ -104,10 +107,20 @@ class ModelRunner:
                 stop = min(begin + HEAD_ROWS, end)
                 rows_SH = x_TH[first_row + begin - span.start : first_row + stop - span.start]
                 targets = request.token_ids[begin + 1 : stop + 1]
-                entries[begin + 1 : stop + 1] = score(self._logits(rows_SH), targets, top)
+                logits_SV = self._logits(rows_SH, [request.adapter] * len(rows_SH))
+                entries[begin + 1 : stop + 1] = score(logits_SV, targets, top)
 
-    def _logits(self, x_SH: torch.Tensor) -> torch.Tensor:
-        return self._decoder.logits(self._decoder.final_norm(x_SH))
+    def _logits(self, x_SH: torch.Tensor, adapters: Sequence[str | None]) -> torch.Tensor:
+        """fp32 [S, V], every row with its adapter's part of the head."""
+        runs = []
+        start = 0
+        for key, rows in groupby(adapters):
+            end = start + len(list(rows))
+            head = None if key is None else self._pool.head(self._slots.rows(key))
+            if head is not None:
+                runs.append(HeadRun(start, end, head))
+            start = end
+        return self._decoder.logits(self._decoder.final_norm(x_SH), runs)
 
 
 def _sampling_row(request: Request) -> SamplingRow:

@@ -132,7 +132,7 @@ REFUSED_CONFIGS = [
     ({"target_modules": None}, "target_modules must name modules"),
     ({"target_modules": []}, "target_modules must name modules"),
     ({"target_modules": ["c_attn"]}, "unknown target module 'c_attn'"),
-    ({"target_modules": [*ALL, "lm_head"]}, "lm_head is not supported"),
+    ({"target_modules": [*ALL, "lm_head"]}, "missing key 'base_model.model.lm_head.lora_A.weight'"),
     ({"target_modules": [*ALL, "embed_tokens"]}, "embedding adapters are not supported"),
     ({"target_modules": "(("}, "not a valid regular expression"),
     ({"target_modules": "nothing"}, "match no linear layer"),
@@ -165,7 +165,11 @@ def test_settings_we_cannot_honour_are_refused_by_name(save_adapter, config, cha
         (reshaped, "another base model"),
         (
             lambda t: {**t, "base_model.model.lm_head.lora_A.weight": torch.zeros(4, 16)},
-            "lm_head is not supported",
+            "unexpected key 'base_model.model.lm_head.lora_A.weight'",
+        ),
+        (
+            lambda t: {**t, "base_model.model.lm_head.weight": torch.zeros(40, 16)},
+            "full copy of the head",
         ),
         (lambda t: {**t, "base_model.model.model.embed_tokens.weight": torch.zeros(4)}, "embedding adapters"),
         (
