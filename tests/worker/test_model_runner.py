@@ -44,7 +44,7 @@ class Bench:
         shape = (config, config.num_layers, tokens, torch.float32, 0)
         slabs = self.kv.slabs_for(MicrobatchActivations.nbytes(*shape))
         self.microbatch.activations = MicrobatchActivations(self.kv.extent(16, slabs), *shape)
-        self.sequence = TrainingSequence("mb", "job", 0, tokens, (), adapter="all", slabs=1)
+        self.sequence = TrainingSequence("mb", "job", 0, tokens, (), adapter="all", level_slabs=(1,))
 
     def request(self, name, prompt, blocks, adapter=None):
         params = SamplingParams(temperature=0.0)
