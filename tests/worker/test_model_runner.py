@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,10 +13,11 @@ from coserve.core.span import InferenceSpan, SpanKind, TrainingSpan
 from coserve.core.step_plan import StepPlan
 from coserve.core.training_sequence import TrainingSequence
 from coserve.kernels.dispatch import native
+from coserve.kernels.dropout import row_keys
 from coserve.lora.adapter import load_adapter
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.training.activations import MicrobatchActivations
-from coserve.training.microbatch import Microbatch
+from coserve.training.microbatch import LoraDropout, Microbatch
 from coserve.worker.forward_batch import build_forward_batch
 from coserve.worker.kv_tensors import KVTensors
 from coserve.worker.model_runner import ModelRunner
@@ -41,9 +43,7 @@ class Bench:
         self.runner = ModelRunner(self.decoder, self.kv, self.pool, self.slots)
         self.microbatch = Microbatch([(sample, sample) for sample in SAMPLES])
         tokens = self.microbatch.num_tokens
-        shape = (config, config.num_layers, tokens, torch.float32, 0)
-        slabs = self.kv.slabs_for(MicrobatchActivations.nbytes(*shape))
-        self.microbatch.activations = MicrobatchActivations(self.kv.extent(16, slabs), *shape)
+        place(self)
         self.sequence = TrainingSequence("mb", "job", 0, tokens, (), adapter="all", level_slabs=(1,))
 
     def request(self, name, prompt, blocks, adapter=None):
@@ -54,6 +54,13 @@ class Bench:
 
     def window(self, start, length):
         return TrainingSpan(SpanKind.TRAIN_FORWARD, self.sequence, start, length)
+
+
+def place(bench):
+    config, tokens = bench.decoder.config, bench.microbatch.num_tokens
+    shape = (config, config.num_layers, tokens, torch.float32, 0)
+    slabs = bench.kv.slabs_for(MicrobatchActivations.nbytes(*shape))
+    bench.microbatch.activations = MicrobatchActivations(bench.kv.extent(16, slabs), *shape)
 
 
 @pytest.fixture
@@ -114,6 +121,20 @@ def test_neighbours_of_one_adapter_share_a_segment(bench):
     assert batch.lora.ranks_LMS.shape == (2, 7, 2)
     assert batch.token_ids_T.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, *range(10, 25)]
     assert [(w.row_start, w.rows, w.window_start) for w in batch.windows] == [(8, 10, 0), (18, 5, 10)]
+
+
+def test_only_training_rows_are_dropped(bench):
+    """Each window has its own keys and rate; a chat row's segment has rate 0, also beside its own adapter."""
+    dropout = LoraDropout(0.25, seed=1, step=2, examples=(5, 6, 7))
+    bench.microbatch = Microbatch([(sample, sample) for sample in SAMPLES], dropout=dropout)
+    place(bench)
+    spans = [prefill(bench.request("a", [1, 2], [0], "some")), prefill(bench.request("b", [3], [1], "all"))]
+    plan = StepPlan(inference=spans, training_forward=[bench.window(36, 8), bench.window(44, 3)])
+    batch = build_forward_batch(plan, {"mb": bench.microbatch}, bench.kv, bench.pool, bench.slots)
+    assert batch.lora.segments.token_start.tolist() == [0, 2, 3, 11]
+    assert batch.lora.dropout.rates_S.tolist() == [0.0, 0.0, 0.25, 0.25]
+    keys = [*row_keys(1, 2, 5, np.arange(36, 40)), *row_keys(1, 2, 6, np.arange(7))]
+    assert batch.lora.dropout.keys_T.tolist() == [0, 0, 0, *keys]
 
 
 def test_slots_and_tables_follow_the_block_table(bench):
