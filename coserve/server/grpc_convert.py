@@ -37,6 +37,7 @@ def lora_message(lora: LoraSpec) -> fine_tuning_pb2.LoraConfig:
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=lora.target_modules,
+        exclude_modules=lora.exclude_modules,
         rank_pattern=lora.rank_pattern,
         alpha_pattern=lora.alpha_pattern,
         use_rslora=lora.use_rslora,

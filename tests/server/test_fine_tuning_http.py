@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import httpx
+import msgspec
 import openai
 import pytest
 
@@ -175,10 +176,13 @@ REFUSED = [
     ({"lora": {"r": 65}}, "lora.r", 400),
     ({"lora": {"r": 0}}, "lora.r", 400),
     ({"lora": {"lora_alpha": 0}}, "lora.lora_alpha", 400),
-    ({"lora": {"lora_dropout": 0.1}}, "lora.lora_dropout", 400),
+    ({"lora": {"lora_dropout": 1.0}}, "lora.lora_dropout", 400),
     ({"lora": {"target_modules": ["q_proj", "conv9"]}}, "lora.target_modules", 400),
     ({"lora": {"rank_pattern": {"nowhere": 4}}}, "lora", 400),
     ({"lora": {"init_lora_weights": "pissa"}}, "lora.init_lora_weights", 400),
+    ({"lora": {"init_lora_weights": False}}, "lora.init_lora_weights", 400),
+    ({"lora": {"init_lora_weights": ["x"]}}, "lora.init_lora_weights", 400),
+    ({"lora": {"exclude_modules": ["nowhere"]}}, "lora", 400),
     ({"lora": {"layers_to_transform": [99]}}, "lora.layers_to_transform", 400),
     ({"lora": {"use_dora": True}}, "lora.use_dora", 400),
     ({"training": {"batch_size": 0}}, "training.batch_size", 400),
@@ -256,6 +260,24 @@ def test_an_absurd_learning_rate_is_warned_of(
     events = http.get(f"/v1/fine_tuning/jobs/{job}/events", params={"limit": 100}).json()["data"]
     found = [event["message"] for event in events if event["level"] == "warn"]
     assert [f"learning_rate {rate:g}" in text for text in found] == [True] * warned
+
+
+def test_settings_reach_the_engine_and_are_reported(server: ServerThread, http: httpx.Client) -> None:
+    server.engine.auto_train = False
+    lora = {"r": 4, "lora_dropout": 0.1, "freeze_a": True, "exclude_modules": "q_proj"}
+    lora["init_lora_weights"] = "gaussian"
+    body = {"model": BASE, "training_file": upload(server.openai()), "lora": lora}
+    body["training"] = {"packing": True, "max_length": 128, "batch_size": 2}
+    job = http.post("/v1/fine_tuning/jobs", json=body).json()
+    assert job["peft"]["lora_dropout"] == 0.1 and job["peft"]["r"] == 4
+    wait_for(lambda: job["id"] in server.engine.jobs)
+    assert server.engine.jobs[job["id"]].training.packing
+    packed = http.get(f"/v1/fine_tuning/jobs/{job['id']}").json()
+    assert packed["training"]["packing"] and 3 <= packed["progress"]["total_steps"] < 30
+    spec = server.engine.jobs[job["id"]].lora
+    assert (spec.lora_dropout, spec.freeze_a, spec.init_lora_weights) == (0.1, True, "gaussian")
+    assert job["lora"] == json.loads(msgspec.json.encode(spec))
+    assert spec.exclude_modules == ("q_proj",) and job["peft"]["exclude_modules"] == ["q_proj"]
 
 
 def test_idempotency(server: ServerThread, http: httpx.Client) -> None:

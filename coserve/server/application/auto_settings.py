@@ -13,6 +13,7 @@ from collections.abc import Collection
 
 from msgspec.structs import replace
 
+from coserve.training.data_file import Counts
 from coserve.training.job import TrainingSpec
 
 EXAMPLES_SEEN = (100, 25_000)
@@ -25,12 +26,13 @@ MULTIPLIER = (0.5, 2.0)
 DEFAULTS = TrainingSpec()
 
 
-def choose(training: TrainingSpec, names: Collection[str], examples: int) -> TrainingSpec:
-    """`training` with the settings in `names` chosen for a data set of so many examples (at least 1)."""
+def choose(training: TrainingSpec, names: Collection[str], counts: Counts) -> TrainingSpec:
+    """`training` with the settings in `names` chosen for a data set of at least one example."""
     if "n_epochs" in names:
-        training = replace(training, n_epochs=epochs(examples))
+        training = replace(training, n_epochs=epochs(counts.examples))
     if "batch_size" in names:
-        training = replace(training, batch_size=batch_size(examples))
+        packs = -(-counts.tokens // training.max_length) if training.packing else counts.examples
+        training = replace(training, batch_size=batch_size(packs))
     if "learning_rate_multiplier" in names:
         multiplier = learning_rate_multiplier(training.batch_size)
         training = replace(training, learning_rate=DEFAULTS.learning_rate * multiplier)
@@ -48,7 +50,7 @@ def epochs(examples: int) -> int:
 
 
 def batch_size(examples: int) -> int:
-    """Examples of one optimizer step."""
+    """Examples (or packs, where they are packed) of one optimizer step."""
     few = max(1, examples // STEPS_OF_AN_EPOCH)
     many = min(MOST_BATCH, examples // EXAMPLES_A_BATCH)
     return max(many, min(DEFAULTS.batch_size, few))

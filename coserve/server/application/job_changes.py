@@ -9,8 +9,7 @@ from typing import Any
 from msgspec.structs import replace as change
 
 from coserve.server import job_store
-from coserve.server.application import auto_settings
-from coserve.server.application.job_data import Prepared, total_steps
+from coserve.server.application.job_data import Prepared
 from coserve.server.job_store import CheckpointRow, JobError, JobEvent, JobRecord
 from coserve.training.divergence import settings_warnings
 from coserve.training.job import StepMetrics, TrainingSpec
@@ -66,17 +65,16 @@ def moved(job: JobRecord, status: str) -> Transition:
     return after, [status_event(after)]
 
 
-def after_validation(job: JobRecord, prepared: Prepared) -> Transition:
-    """The job with its data read: what was found, what follows for its settings, and the queue as its next
-    state."""
-    training = auto_settings.choose(job.training, job.auto, prepared.examples)
+def after_validation(
+    job: JobRecord, prepared: Prepared, training: TrainingSpec, total_steps: int
+) -> Transition:
+    """The job with its data read: what was found, the settings in force, and the queue as its next state."""
     remarks = prepared.remarks()
     if job.auto:
         remarks.append(("info", f"Chosen for {prepared.examples} examples: {_chosen(training, job.auto)}"))
     remarks += [("warn", text) for text in settings_warnings(training)]
     events = [event_of(job, "message", text, level=level) for level, text in remarks]
-    steps = total_steps(prepared.examples, training)
-    after = change(job, training=training, auto=(), total_steps=steps)
+    after = change(job, training=training, auto=(), total_steps=total_steps)
     if job.status == "paused":
         return after, events
     after, said = moved(after, "queued")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
-import math
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from coserve.server.job_store import JobEvent
 from coserve.tokenizer import Tokenizer
+from coserve.training.batching import BatchPlan
 from coserve.training.data_file import Counts, DataFile, bounded_lines
 from coserve.training.dataset import TokenDataset
 from coserve.training.job import TrainingSpec
@@ -88,9 +88,9 @@ def _until(stop: threading.Event, lines: Iterable[bytes]) -> Iterator[bytes]:
         yield line
 
 
-def total_steps(examples: int, training: TrainingSpec) -> int:
-    """Optimizer steps of a job; the last batch of an epoch may be short."""
-    return training.max_steps or training.n_epochs * math.ceil(examples / training.batch_size)
+def total_steps(data: Path, training: TrainingSpec, seed: int) -> int:
+    """Optimizer steps of a job over its tokenised data, as the engine will count them."""
+    return BatchPlan(TokenDataset.open(data), training, seed).total_steps
 
 
 def results_csv(events: Sequence[JobEvent]) -> bytes:

@@ -18,7 +18,7 @@ from coserve.log import line
 from coserve.metrics import Metrics
 from coserve.models.config import ModelConfig
 from coserve.server import adapter_store, job_store
-from coserve.server.application import job_changes, job_data
+from coserve.server.application import auto_settings, job_changes, job_data
 from coserve.server.application.adapters import Adapters
 from coserve.server.application.engine_deaths import FATAL_DEATHS, EngineDeaths
 from coserve.server.application.files import Files
@@ -137,7 +137,13 @@ class Jobs:
                     job.training.max_length,
                     job.method,
                 )
-                await self.records.update(job.id, lambda now: job_changes.after_validation(now, prepared))
+                training = auto_settings.choose(job.training, job.auto, prepared.counts)
+                total = await asyncio.to_thread(
+                    job_data.total_steps, folder / "data", training, job.seed
+                )
+                await self.records.update(
+                    job.id, lambda now: job_changes.after_validation(now, prepared, training, total)
+                )
             await self._submit(job.id)
         except asyncio.CancelledError:
             raise

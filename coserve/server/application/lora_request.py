@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from coserve.errors import InvalidRequest
 from coserve.lora.peft_config import PeftConfig
 from coserve.models.config import ModelConfig
 from coserve.server.fields import Fields, shown
@@ -14,12 +15,13 @@ from coserve.training.lora_settings import resolve_lora
 ALL_LINEAR = "all-linear"
 _WORDS = (
     "r lora_alpha lora_dropout target_modules rank_pattern alpha_pattern use_rslora init_lora_weights "
-    "layers_to_transform peft_type freeze_a "
+    "layers_to_transform peft_type freeze_a exclude_modules "
 )
 LORA_FIELDS = frozenset(_WORDS.split())
 # What an adapter's shape is: whoever goes on with an adapter keeps these.
 _SHAPE = (
-    "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "layers_to_transform",
+    "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora",
+    "layers_to_transform",
 )  # fmt: skip
 _INIT = {None: "default", True: "default", "": "default", "true": "default", "default": "default"}
 
@@ -45,11 +47,11 @@ def parse_lora(
     alpha = fields.number("lora_alpha", 2.0 * r, 0.0)
     if alpha == 0.0:
         raise fields.fail("lora_alpha", "must be greater than 0.")
-    _refuse_pending(fields)
     spec = LoraSpec(
         r=r,
         lora_alpha=alpha,
         target_modules=_target_modules(fields, model.linear_modules),
+        exclude_modules=_excluded(fields),
         rank_pattern=_rank_pattern(fields, max_rank),
         alpha_pattern=_alpha_pattern(fields),
         use_rslora=fields.boolean("use_rslora"),
@@ -67,16 +69,6 @@ def parse_lora(
                     name, f"differs from the adapter to go on with ({kept}); leave it out to keep that."
                 )
     return spec
-
-
-def _refuse_pending(fields: Fields) -> None:
-    if fields.number("lora_dropout", 0.0, 0.0, 1.0):
-        raise fields.fail("lora_dropout", "must be 0: dropout is not supported.")
-    raw = fields.raw("init_lora_weights")
-    if not isinstance(raw, str | bool | None) or raw not in _INIT:
-        raise fields.fail("init_lora_weights", "must be true (PEFT's default); other ways are not supported.")
-    if fields.boolean("freeze_a"):
-        raise fields.fail("freeze_a", "must be false: a frozen A is not supported.")
 
 
 def _dropout(fields: Fields) -> float:
@@ -115,6 +107,12 @@ def _target_modules(fields: Fields, modules: tuple[str, ...]) -> tuple[str, ...]
                 "target_modules", f"has {shown(name)}; this model's modules are {', '.join(modules)}."
             )
     return tuple(name for name in modules if name in names)
+
+
+def _excluded(fields: Fields) -> tuple[str, ...]:
+    raw = fields.raw("exclude_modules")
+    names = [raw] if isinstance(raw, str) and raw else fields.strings("exclude_modules") or []
+    return tuple(sorted(set(names)))
 
 
 def _rank_pattern(fields: Fields, max_rank: int) -> dict[str, int]:
@@ -161,11 +159,17 @@ def lora_of(config: Mapping[str, Any], model: ModelConfig) -> LoraSpec:
         for name in model.linear_modules
         if any(parsed.targets(model.module_path(layer, name), layer) for layer in range(model.num_layers))
     )
-    layers = config.get("layers_to_transform")
+    layers, excluded = config.get("layers_to_transform"), config.get("exclude_modules")
+    if isinstance(excluded, str):
+        raise InvalidRequest(
+            "The adapter to go on with excludes modules by a pattern; only names can be gone on with.",
+            param="init_from",
+        )
     return LoraSpec(
         r=config["r"],
         lora_alpha=float(config["lora_alpha"]),
         target_modules=targets,
+        exclude_modules=tuple(sorted(excluded or ())),
         rank_pattern=dict(config.get("rank_pattern") or {}),
         alpha_pattern={key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
         use_rslora=bool(config.get("use_rslora")),

@@ -43,6 +43,7 @@ def parse_training(fields: Fields, max_model_len: int) -> TrainingSpec:
         adam_epsilon=epsilon,
         max_grad_norm=fields.number("max_grad_norm", DEFAULTS.max_grad_norm, 0.0),
         max_length=fields.integer("max_length", 0, 0, max_model_len) or max_model_len,
+        packing=fields.boolean("packing", DEFAULTS.packing),
         shuffle=fields.boolean("shuffle", DEFAULTS.shuffle),
         optimizer=fields.string("optimizer") or DEFAULTS.optimizer,
         checkpoint_steps=fields.integer("checkpoint_steps", 0, 0),
@@ -71,8 +72,6 @@ def _refuse_pending(fields: Fields) -> None:
     optimizer = fields.string("optimizer") or "adamw"
     if optimizer != "adamw":
         raise fields.fail("optimizer", f"must be adamw; {shown(optimizer)} is not supported.")
-    if not fields.boolean("packing", True):
-        raise fields.fail("packing", "false is not supported: samples share batches, never attention.")
 
 
 def _learning_rate(fields: Fields) -> float:

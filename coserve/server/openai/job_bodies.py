@@ -120,6 +120,7 @@ def job_body(job: JobRecord, model: ModelConfig) -> dict[str, Any]:
             "valid_loss": job.valid_loss,
         },
         "peft": peft_config(job.lora, model, job.model),
+        "lora": {name: getattr(job.lora, name) for name in job.lora.__struct_fields__},
         "training": {name: getattr(job.training, name) for name in job.training.__struct_fields__},
     }
 
