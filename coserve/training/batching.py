@@ -57,10 +57,11 @@ def epoch_order(num_units: int, seed: int, epoch: int, shuffle: bool) -> np.ndar
     """Unit numbers in the order of epoch `epoch` (from 0), int64."""
     if not shuffle:
         return np.arange(num_units)
-    return _permutation(num_units, [seed, epoch])
+    return permutation(num_units, [seed, epoch])
 
 
-def _permutation(length: int, seed: Sequence[int]) -> np.ndarray:
+def permutation(length: int, seed: Sequence[int]) -> np.ndarray:
+    """0 to `length` - 1 in an order drawn from `seed`, int64."""
     keys = np.random.Generator(np.random.Philox(seed=list(seed))).random(length)
     return np.argsort(keys, kind="stable")
 
@@ -98,7 +99,7 @@ def fill(lengths: np.ndarray, limit: int) -> np.ndarray:
 
 
 class BatchPlan:
-    """Every optimizer step of a job.
+    """Every optimizer step of a job; an epoch has `num_units` units.
 
     Raises InvalidRequest for an empty data set and for packs of pairs, and in `step` for an example without a
     trained token or of more than `max_length` tokens (the model's context; 0: no limit).
@@ -126,7 +127,7 @@ class BatchPlan:
         if spec.packing:
             self._packs = self._make_packs(spec.max_length or max_length)
         units = len(self._packs[1]) - 1 if self._packs else len(dataset) // self._group
-        self._num_units = units
+        self.num_units = units
         self.steps_per_epoch = -(-units // spec.batch_size)
         self.total_steps = spec.max_steps or self.steps_per_epoch * spec.n_epochs
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
@@ -135,7 +136,7 @@ class BatchPlan:
         """Optimizer step `step`, counted from 1."""
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         if self._order[0] != epoch:
-            order = epoch_order(self._num_units, self._seed, epoch, self._spec.shuffle)
+            order = epoch_order(self.num_units, self._seed, epoch, self._spec.shuffle)
             self._order = (epoch, order)
         size = self._spec.batch_size
         units = self._order[1][place * size : (place + 1) * size]
@@ -164,7 +165,7 @@ class BatchPlan:
             raise InvalidRequest("packing needs a max_length", param="training.max_length")
         members = np.arange(len(self._lengths))
         if self._spec.shuffle:
-            members = _permutation(len(self._lengths), [self._seed, 0, 1])  # a stream of its own
+            members = permutation(len(self._lengths), [self._seed, 0, 1])  # a stream of its own
         return members, fill(self._lengths[members], limit)
 
     def _examples(self, unit: int) -> Sequence[int] | np.ndarray:

@@ -72,8 +72,9 @@ class DataFile:
     """An iterator of (token_ids, labels) that reads the file as it goes; iterate it once, here or in `rows`.
 
     `lines` are the file's, in bytes (see `bounded_lines`); `max_length` 0 is no limit. `method` says which
-    kinds of rows are taken; without one any is. All rows must be of one kind. With `pairs`, examples 2i and
-    2i + 1 are the chosen and the rejected answer of a preference.
+    kinds of rows are taken; without one any is. All rows must be of one kind, that of `like` where it is
+    given (the training file's, for a validation file). With `pairs`, examples 2i and 2i + 1 are the chosen
+    and the rejected answer of a preference.
 
     Too long an example is cut at its end, so that its beginning and its prompt stay whole. What has no
     trained token then is dropped, a preference together: when either answer is lost, or what is left of both
@@ -89,6 +90,7 @@ class DataFile:
         max_length: int,
         method: str | None = None,
         param: str = "training_file",
+        like: Kind | None = None,
     ) -> None:
         self.counts = Counts()
         self.kind: Kind | None = None
@@ -100,6 +102,7 @@ class DataFile:
         self._method = method
         self._kinds = kinds_of(method) if method else tuple(Kind)
         self._param = param
+        self._like = like
         self._first_line = 0
 
     @property
@@ -131,8 +134,12 @@ class DataFile:
 
     def _one_kind(self, line: int, kind: Kind) -> Kind:
         if self.kind is None:
+            reason = ""
             if kind not in self._kinds:
                 reason = f"is a {kind} row; method {self._method} takes {', '.join(self._kinds)} rows"
+            elif self._like not in (None, kind):
+                reason = f"is a {kind} row; the training file has {self._like} rows"
+            if reason:
                 raise DatasetError([LineError(line, "", reason)], 1, param=self._param)
             self.kind, self._first_line = kind, line
         if kind is not self.kind:

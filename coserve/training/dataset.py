@@ -44,7 +44,7 @@ class TokenDataset:
     def write(
         cls,
         directory: str | Path,
-        examples: Iterable[tuple[Sequence[int], Sequence[int]]],
+        examples: Iterable[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]],
         *,
         pairs: bool = False,
     ) -> int:
@@ -134,7 +134,9 @@ def count_trained(labels: Sequence[int] | np.ndarray) -> int:
     return int(np.count_nonzero(np.asarray(labels)[1:] != NOT_TRAINED))
 
 
-def _write_arrays(folder: Path, examples: Iterable[tuple[Sequence[int], Sequence[int]]]) -> int:
+def _write_arrays(
+    folder: Path, examples: Iterable[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]]
+) -> int:
     offsets = array("q", [0])
     with open(folder / "tokens.npy", "wb") as tokens_file, open(folder / "labels.npy", "wb") as labels_file:
         for file in (tokens_file, labels_file):

@@ -49,6 +49,7 @@ class TrainingSpec(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint_steps: int = 0
     window_tokens: int = 0
     packing: bool = False  # batch_size counts packs of up to max_length tokens instead of examples
+    validation_split: float = 0.0  # share of the examples held out where no validation file is given
     eval_steps: int = 0  # 0: at each epoch's end, where there is validation data
     early_stopping_patience: int = 0  # evaluations without a better valid_loss; 0: never stop early
     early_stopping_threshold: float = 0.0

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from coserve import log
 from coserve.errors import ConfigError, PermissionDenied, Unauthenticated
-from coserve.server.application.job_data import prepare
+from coserve.server.application.job_data import Sources, prepare
 from coserve.server.application.sampling import SamplingDefaults
 from coserve.server.application.tool_calls import ToolCallParser
 from coserve.server.auth import Authenticator
+from coserve.training.job import TrainingSpec
 from tests.server.fake_engine import TOKENIZER
 
 CALL = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
@@ -106,12 +107,13 @@ def test_preparing_a_file_stops_when_it_is_not_wanted(tmp_path: Path) -> None:
     source.write_bytes(b"\n".join([json.dumps(row).encode()] * 20_000))
 
     async def begin_and_leave() -> None:
-        task = asyncio.create_task(prepare(source, tmp_path / "data", TOKENIZER, 0))
-        while not (tmp_path / "data.tmp").exists():
+        work = prepare(Sources(source), tmp_path / "job", TOKENIZER, TrainingSpec(), "supervised", 0)
+        task = asyncio.create_task(work)
+        while not (tmp_path / "job" / "data.tmp").exists():
             await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
     asyncio.run(begin_and_leave())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["big.jsonl"]
+    assert not any((tmp_path / "job").iterdir())

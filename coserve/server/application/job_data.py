@@ -10,11 +10,13 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from coserve.server.job_store import JobEvent
 from coserve.tokenizer import Tokenizer
 from coserve.training.batching import BatchPlan
 from coserve.training.data_file import Counts, DataFile, bounded_lines
+from coserve.training.data_split import split
 from coserve.training.dataset import TokenDataset
 from coserve.training.job import TrainingSpec
 
@@ -23,34 +25,49 @@ _COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_to
 
 
 @dataclass(frozen=True)
+class Sources:
+    """Uploaded files that a job learns from, and is scored on where it has its own file for that."""
+
+    training: Path
+    validation: Path | None = None
+
+
+@dataclass(frozen=True)
 class Prepared:
-    """What came of a training file."""
+    """What came of a job's files: the training file's `counts`, the validation file's, and how many of the
+    training file's examples were held out for validation."""
 
     counts: Counts
+    validation: Counts | None = None
+    held_out: int = 0
 
     @property
     def examples(self) -> int:
         """Rows that are trained on."""
-        return self.counts.examples
+        return self.counts.examples - self.held_out
 
     def remarks(self) -> list[tuple[str, str]]:
         """(level, message) for the job's log."""
-        return [*_remarks(self.counts)]
+        found = [*_remarks("training", self.counts)]
+        if self.held_out:
+            found.append(("info", f"{self.held_out} of the examples are held out for validation"))
+        return found if self.validation is None else [*found, *_remarks("validation", self.validation)]
 
 
-def _remarks(counts: Counts) -> Iterator[tuple[str, str]]:
+def _remarks(name: str, counts: Counts) -> Iterator[tuple[str, str]]:
     yield (
         "info",
-        f"{counts.examples} examples of {counts.tokens} tokens, {counts.trained_tokens} of them trained, in "
-        f"an epoch; the longest has {counts.longest}",
+        f"The {name} file has {counts.examples} examples of {counts.tokens} tokens, {counts.trained_tokens} "
+        f"of them trained; the longest has {counts.longest}",
     )
     if counts.truncated:
         yield (
             "warn",
-            f"{counts.truncated} examples were cut at the maximal length and lost {counts.cut_tokens} tokens",
+            f"{counts.truncated} examples of the {name} file were cut at the maximal length and lost "
+            f"{counts.cut_tokens} tokens",
         )
     for reason, rows in counts.dropped.items():
-        yield "warn", f"{rows} rows were dropped: {reason}"
+        yield "warn", f"{rows} rows of the {name} file were dropped: {reason}"
 
 
 class _Stopped(Exception):
@@ -58,27 +75,55 @@ class _Stopped(Exception):
 
 
 async def prepare(
-    source: Path, target: Path, tokenizer: Tokenizer, max_length: int, method: str = "supervised"
+    sources: Sources, folder: Path, tokenizer: Tokenizer, training: TrainingSpec, method: str, seed: int
 ) -> Prepared:
-    """Tokenise `source` (JSONL) into the data set `target`, in a thread that a cancellation stops.
+    """Tokenise the files of a job into the data sets `data` and, where there is something to be scored on,
+    `validation` in its folder, in a thread that a cancellation stops. `data` comes last.
 
     Raises DatasetError with the bad lines, InvalidRequest when nothing is left to train on.
     """
     stop = threading.Event()
     try:
-        return await asyncio.to_thread(_prepare, source, target, tokenizer, max_length, method, stop)
+        return await asyncio.to_thread(_prepare, sources, folder, tokenizer, training, method, seed, stop)
     finally:
         stop.set()
 
 
 def _prepare(
-    source: Path, target: Path, tokenizer: Tokenizer, max_length: int, method: str, stop: threading.Event
+    sources: Sources,
+    folder: Path,
+    tokenizer: Tokenizer,
+    training: TrainingSpec,
+    method: str,
+    seed: int,
+    stop: threading.Event,
 ) -> Prepared:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as file:
-        rows = DataFile(_until(stop, bounded_lines(file)), tokenizer, max_length, method)
-        TokenDataset.write(target, rows, pairs=rows.pairs)
-    return Prepared(rows.counts)
+    folder.mkdir(parents=True, exist_ok=True)
+    data, validation, whole = (folder / name for name in ("data", "validation", "whole.tmp"))
+    for old in (data, validation, whole):  # of a server that ended before it took note
+        remove(old)
+
+    def write(source: Path, target: Path, **settings: Any) -> DataFile:
+        with source.open("rb") as opened:
+            file = DataFile(
+                _until(stop, bounded_lines(opened)), tokenizer, training.max_length, method, **settings
+            )
+            TokenDataset.write(target, file, pairs=file.pairs)
+        return file
+
+    scored: Counts | None = None
+    held_out = 0
+    if sources.validation is not None:
+        file = write(sources.training, whole)
+        scored = write(sources.validation, validation, param="validation_file", like=file.kind).counts
+        whole.rename(data)
+    elif training.validation_split:
+        file = write(sources.training, whole)
+        held_out = split(TokenDataset.open(whole), training.validation_split, seed, data, validation)
+        remove(whole)
+    else:
+        file = write(sources.training, data)
+    return Prepared(file.counts, scored, held_out)
 
 
 def _until(stop: threading.Event, lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -106,7 +151,7 @@ def results_csv(events: Sequence[JobEvent]) -> bytes:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint's directory; it vanishes at once and then goes."""
+    """Delete a directory, if it is there; it vanishes at once and then goes."""
     gone = folder.with_name(folder.name + ".tmp")
     if folder.is_dir():
         shutil.rmtree(gone, ignore_errors=True)

@@ -128,14 +128,9 @@ class Jobs:
         try:
             # Data that a server had read when it ended, before it took note, is read again.
             if not job.total_steps or not (folder / "data").is_dir():
-                await asyncio.to_thread(job_data.remove, folder / "data")
-                await self._files.get(job.training_file, param="training_file")
+                sources = await self._sources(job)
                 prepared = await job_data.prepare(
-                    self._files.path(job.training_file),
-                    folder / "data",
-                    self._tokenizer,
-                    job.training.max_length,
-                    job.method,
+                    sources, folder, self._tokenizer, job.training, job.method, job.seed
                 )
                 training = auto_settings.choose(job.training, job.auto, prepared.counts)
                 total = await asyncio.to_thread(
@@ -153,6 +148,15 @@ class Jobs:
             logger.exception("a job could not be prepared")
             await self.records.fail(job.id, internal_error())
 
+    async def _sources(self, job: JobRecord) -> job_data.Sources:
+        """The job's files; NotFound for one that was deleted meanwhile."""
+        await self._files.get(job.training_file, param="training_file")
+        training = self._files.path(job.training_file)
+        if not job.validation_file:
+            return job_data.Sources(training)
+        await self._files.get(job.validation_file, param="validation_file")
+        return job_data.Sources(training, self._files.path(job.validation_file))
+
     async def _submit(self, job_id: str) -> None:
         async with self._submission:
             job = await self.records.get(job_id)
@@ -161,6 +165,7 @@ class Jobs:
                 return
             folder = self._state.job(job_id)
             (folder / "checkpoints").mkdir(exist_ok=True)
+            validation = folder / "validation"
             spec = JobSpec(
                 job_id=job_id,
                 data_path=str(folder / "data"),
@@ -172,6 +177,8 @@ class Jobs:
                 init_path=str(folder / "init") if job.init_from else None,
                 priority=job.priority,
                 paused=job.status == "paused",
+                method=job.method,
+                validation_path=str(validation) if validation.is_dir() else None,
             )
             await self._hand_over(spec)
 

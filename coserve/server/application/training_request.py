@@ -11,7 +11,7 @@ _WORDS = (
     "n_epochs max_steps batch_size learning_rate learning_rate_multiplier lr_scheduler_type warmup_steps "
     "warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm max_length packing "
     "shuffle optimizer momentum loraplus_lr_ratio beta label_smoothing kl_coef checkpoint_steps eval_steps "
-    "early_stopping_patience early_stopping_threshold window_tokens auto "
+    "early_stopping_patience early_stopping_threshold window_tokens validation_split auto "
 )
 TRAINING_FIELDS = frozenset(_WORDS.split())
 # What may be left to the server, which then decides by the amount of data (auto_settings.py).
@@ -64,8 +64,8 @@ def parse_auto(fields: Fields) -> tuple[str, ...]:
 
 def _refuse_pending(fields: Fields) -> None:
     for name in (
-        "eval_steps", "early_stopping_patience", "early_stopping_threshold", "beta", "label_smoothing",
-        "kl_coef", "momentum", "loraplus_lr_ratio",
+        "validation_split", "eval_steps", "early_stopping_patience", "early_stopping_threshold", "beta",
+        "label_smoothing", "kl_coef", "momentum", "loraplus_lr_ratio",
     ):  # fmt: skip
         if fields.number(name):
             raise fields.fail(name, "is not supported.")
