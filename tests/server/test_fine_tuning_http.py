@@ -192,7 +192,10 @@ REFUSED = [
         400,
     ),
     ({"training": {"lr_scheduler_type": "magic"}}, "training.lr_scheduler_type", 400),
-    ({"training": {"optimizer": "sgd"}}, "training.optimizer", 400),
+    ({"training": {"optimizer": "adagrad"}}, "training.optimizer", 400),
+    ({"training": {"momentum": 0.5}}, "training.momentum", 400),
+    ({"training": {"optimizer": "sgd", "adam_beta1": 0.5}}, "training.adam_beta1", 400),
+    ({"training": {"loraplus_lr_ratio": 0}}, "training.loraplus_lr_ratio", 400),
     ({"training": {"eval_steps": 5}}, "training.eval_steps", 400),
     ({"training": {"adam_beta2": 1.0}}, "training.adam_beta2", 400),
     ({"training": {"max_length": 100000}}, "training.max_length", 400),
@@ -268,10 +271,13 @@ def test_settings_reach_the_engine_and_are_reported(server: ServerThread, http: 
     lora["init_lora_weights"] = "gaussian"
     body = {"model": BASE, "training_file": upload(server.openai()), "lora": lora}
     body["training"] = {"packing": True, "max_length": 128, "batch_size": 2}
+    body["training"] |= {"optimizer": "sgd", "momentum": 0.5, "loraplus_lr_ratio": 16}
     job = http.post("/v1/fine_tuning/jobs", json=body).json()
     assert job["peft"]["lora_dropout"] == 0.1 and job["peft"]["r"] == 4
     wait_for(lambda: job["id"] in server.engine.jobs)
-    assert server.engine.jobs[job["id"]].training.packing
+    training = server.engine.jobs[job["id"]].training
+    assert training.packing and training.optimizer == "sgd"
+    assert (training.momentum, training.loraplus_lr_ratio) == (0.5, 16.0)
     packed = http.get(f"/v1/fine_tuning/jobs/{job['id']}").json()
     assert packed["training"]["packing"] and 3 <= packed["progress"]["total_steps"] < 30
     spec = server.engine.jobs[job["id"]].lora

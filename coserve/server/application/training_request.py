@@ -7,6 +7,9 @@ from coserve.training.job import TrainingSpec
 from coserve.training.schedule import POLYNOMIAL_END, SCHEDULES
 
 DEFAULTS = TrainingSpec()
+OPTIMIZERS = ("adamw", "adamw_8bit", "sgd")
+_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+_SGD = ("momentum",)
 _WORDS = (
     "n_epochs max_steps batch_size learning_rate learning_rate_multiplier lr_scheduler_type warmup_steps "
     "warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm max_length packing "
@@ -22,14 +25,11 @@ def parse_training(fields: Fields, max_model_len: int) -> TrainingSpec:
     """Optimisation settings with defaults resolved; those that `auto` names keep theirs for now."""
     fields.only(TRAINING_FIELDS, "training")
     _refuse_pending(fields)
-    epsilon = fields.number("adam_epsilon", DEFAULTS.adam_epsilon, 0.0)
-    if epsilon == 0.0:
-        raise fields.fail("adam_epsilon", "must be greater than 0.")
     schedule = fields.choice("lr_scheduler_type", tuple(SCHEDULES), DEFAULTS.lr_scheduler_type)
     rate = _learning_rate(fields)
     if schedule == "polynomial" and rate <= POLYNOMIAL_END:
         raise fields.fail("learning_rate", f"must be over {POLYNOMIAL_END:g} with a polynomial schedule.")
-    return TrainingSpec(
+    training = TrainingSpec(
         n_epochs=fields.integer("n_epochs", DEFAULTS.n_epochs, 1, 10_000),
         max_steps=fields.integer("max_steps", DEFAULTS.max_steps, 0, 10**9),
         batch_size=fields.integer("batch_size", DEFAULTS.batch_size, 1, 65_536),
@@ -40,15 +40,19 @@ def parse_training(fields: Fields, max_model_len: int) -> TrainingSpec:
         weight_decay=fields.number("weight_decay", DEFAULTS.weight_decay, 0.0),
         adam_beta1=_below_one(fields, "adam_beta1", DEFAULTS.adam_beta1),
         adam_beta2=_below_one(fields, "adam_beta2", DEFAULTS.adam_beta2),
-        adam_epsilon=epsilon,
+        adam_epsilon=_above_zero(fields, "adam_epsilon", DEFAULTS.adam_epsilon),
         max_grad_norm=fields.number("max_grad_norm", DEFAULTS.max_grad_norm, 0.0),
         max_length=fields.integer("max_length", 0, 0, max_model_len) or max_model_len,
         packing=fields.boolean("packing", DEFAULTS.packing),
         shuffle=fields.boolean("shuffle", DEFAULTS.shuffle),
-        optimizer=fields.string("optimizer") or DEFAULTS.optimizer,
+        optimizer=fields.choice("optimizer", OPTIMIZERS, DEFAULTS.optimizer),
+        momentum=_below_one(fields, "momentum", DEFAULTS.momentum),
+        loraplus_lr_ratio=_above_zero(fields, "loraplus_lr_ratio", DEFAULTS.loraplus_lr_ratio),
         checkpoint_steps=fields.integer("checkpoint_steps", 0, 0),
         window_tokens=fields.integer("window_tokens", 0, 0),
     )
+    _refuse_without_effect(fields, training)
+    return training
 
 
 def parse_auto(fields: Fields) -> tuple[str, ...]:
@@ -65,13 +69,18 @@ def parse_auto(fields: Fields) -> tuple[str, ...]:
 def _refuse_pending(fields: Fields) -> None:
     for name in (
         "validation_split", "eval_steps", "early_stopping_patience", "early_stopping_threshold", "beta",
-        "label_smoothing", "kl_coef", "momentum", "loraplus_lr_ratio",
+        "label_smoothing", "kl_coef",
     ):  # fmt: skip
         if fields.number(name):
             raise fields.fail(name, "is not supported.")
-    optimizer = fields.string("optimizer") or "adamw"
-    if optimizer != "adamw":
-        raise fields.fail("optimizer", f"must be adamw; {shown(optimizer)} is not supported.")
+
+
+def _refuse_without_effect(fields: Fields, training: TrainingSpec) -> None:
+    """What is said of an optimizer that isn't the one asked for."""
+    others = _ADAM if training.optimizer == "sgd" else _SGD
+    for name in others:
+        if fields.has(name) and getattr(training, name) != getattr(DEFAULTS, name):
+            raise fields.fail(name, f"says nothing of the optimizer {training.optimizer}; leave it out.")
 
 
 def _learning_rate(fields: Fields) -> float:
@@ -82,6 +91,13 @@ def _learning_rate(fields: Fields) -> float:
     if multiplier is not None:
         return DEFAULTS.learning_rate * multiplier
     return DEFAULTS.learning_rate if rate is None else rate
+
+
+def _above_zero(fields: Fields, name: str, default: float) -> float:
+    value = fields.number(name, default, 0.0)
+    if value == 0.0:
+        raise fields.fail(name, "must be greater than 0.")
+    return value
 
 
 def _below_one(fields: Fields, name: str, default: float) -> float:
