@@ -6,12 +6,13 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from coserve.kernels.dropout import Dropout
+from coserve.kernels.dropout import Dropout, keep_mask, module_salt, row_keys
 from coserve.kernels.lora import LoraSegments
 from coserve.layers.batch import ForwardBatch, LoraBatch
 from coserve.lora.adapter_pool import AdapterPool
@@ -151,10 +152,44 @@ def make_peft(
     return model.train()
 
 
-def peft_loss(model: PeftModel, samples: Sequence[Sample], autocast: bool = False) -> torch.Tensor:
+class MaskedDropout(torch.nn.Module):
+    """Stands for PEFT's dropout of one module: the masks that this product draws for `sample`."""
+
+    def __init__(self, dropout: LoraDropout, salt: int) -> None:
+        super().__init__()
+        self.dropout, self.salt, self.sample = dropout, salt, -1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rate, example = self.dropout.rate, self.dropout.examples[self.sample]
+        keys = row_keys(self.dropout.seed, self.dropout.step, example, np.arange(x.shape[-2]))
+        exact_rate = torch.tensor(rate, dtype=torch.float64)
+        return x * keep_mask(torch.from_numpy(keys), self.salt, x.shape[-1], exact_rate) / (1 - rate)
+
+
+def mask_dropout(
+    model: PeftModel, adapter: TrainableAdapter, dropout: LoraDropout | None
+) -> list[MaskedDropout]:
+    """Replace the dropout of every adapted module by our masks; `peft_loss` tells them the sample."""
+    masks = []
+    for module in adapter.modules if dropout is not None else []:
+        layer = model.get_submodule(f"base_model.model.{module.path}")
+        assert layer.lora_dropout["default"].p == dropout.rate
+        masks.append(MaskedDropout(dropout, module_salt(module.layer, module.module)))
+        layer.lora_dropout["default"] = masks[-1]
+    return masks
+
+
+def peft_loss(
+    model: PeftModel,
+    samples: Sequence[Sample],
+    autocast: bool = False,
+    masks: Sequence[MaskedDropout] = (),
+) -> torch.Tensor:
     """Mean loss over all samples' trained tokens, each sample run by itself."""
     total, trained = torch.zeros(()), 0
-    for ids, labels in samples:
+    for index, (ids, labels) in enumerate(samples):
+        for mask in masks:
+            mask.sample = index
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits = model(torch.tensor([list(ids)])).logits[0, :-1]
         if logits.dtype == torch.bfloat16:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from coserve.errors import InvalidRequest
-from coserve.kernels.dropout import keep_mask, module_salt, row_keys
+from coserve.kernels.dropout import row_keys
 from coserve.models.loader import load_model
 from coserve.training.job import JobSpec, LoraSpec
 from coserve.training.lora_settings import resolve_lora
@@ -24,6 +24,7 @@ from tests.parity.training_harness import (
     gradient_tensors,
     make_peft,
     make_samples,
+    mask_dropout,
     peft_gradients,
     peft_loss,
 )
@@ -33,39 +34,11 @@ EXAMPLES = (7, 3, 11, 4)
 DROPOUT = LoraDropout(RATE, seed=5, step=9, examples=EXAMPLES)
 
 
-class Masked(torch.nn.Module):
-    """Stands for PEFT's dropout of one module: the masks that this product draws for an example."""
-
-    def __init__(self, salt: int) -> None:
-        super().__init__()
-        self.salt, self.example = salt, -1
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        keys = torch.from_numpy(row_keys(DROPOUT.seed, DROPOUT.step, self.example, np.arange(x.shape[-2])))
-        keep = keep_mask(keys, self.salt, x.shape[-1], torch.tensor(RATE, dtype=torch.float64))
-        return x * keep / (1 - RATE)
-
-
-def masked_peft(reference, adapter, dtype: torch.dtype):
-    model, masks = make_peft(reference, adapter, dtype, dtype), []
-    for module in adapter.modules:
-        layer = model.get_submodule(f"base_model.model.{module.path}")
-        assert layer.lora_dropout["default"].p == RATE
-        masks.append(Masked(module_salt(module.layer, module.module)))
-        layer.lora_dropout["default"] = masks[-1]
-    return model, masks
-
-
 def masked_gradients(
     reference, adapter, samples, dtype: torch.dtype
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    model, masks = masked_peft(reference, adapter, dtype)
-    trained = [sum(label != -100 for label in labels[1:]) for _, labels in samples]
-    loss = torch.zeros((), dtype=dtype)
-    for sample, example, count in zip(samples, EXAMPLES, trained, strict=True):
-        for mask in masks:
-            mask.example = example
-        loss = loss + peft_loss(model, [sample]) * count / sum(trained)
+    model = make_peft(reference, adapter, dtype, dtype)
+    loss = peft_loss(model, samples, masks=mask_dropout(model, adapter, DROPOUT))
     loss.backward()
     return loss.item(), peft_gradients(model)
 
