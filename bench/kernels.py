@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from coserve.kernels.adamw import adamw_
+from coserve.kernels.cross_entropy import logit_gradient_, token_scores
 from coserve.kernels.linear import PackedLinear
-from coserve.kernels.linear_cross_entropy import cross_entropy_
 from coserve.kernels.lora import LoraSegments, lora_backward, lora_forward_
 from coserve.kernels.paged_attention import paged_attention
 from coserve.kernels.rms_norm import rms_norm
@@ -163,6 +163,12 @@ def attention() -> Iterator[Case]:
 def loss_and_optimizer() -> Iterator[Case]:
     """Cross-entropy with its gradient over the whole vocabulary, and AdamW over a rank-16 adapter."""
     logits, targets = torch.randn(64, VOCAB), torch.randint(0, VOCAB, (64,))
+    weight, uniform = torch.ones(64), torch.zeros(64)
+
+    def ours() -> torch.Tensor:
+        scores = token_scores(logits, targets)
+        logit_gradient_(logits, targets, scores.lse_C, weight, uniform)
+        return scores.logprob_C
 
     def peer_loss() -> torch.Tensor:
         gradient = F.softmax(logits, -1)
@@ -170,7 +176,7 @@ def loss_and_optimizer() -> Iterator[Case]:
         return F.cross_entropy(logits, targets, reduction="none")
 
     load = {"dtype": "float32", "rows": 64, "vocabulary": VOCAB}
-    yield "cross_entropy", load, lambda: cross_entropy_(logits, targets, 1.0), peer_loss
+    yield "cross_entropy", load, ours, peer_loss
     size = 8_800_000
     state = torch.rand(4, size)
     parameter = torch.rand(size).requires_grad_()

@@ -55,8 +55,10 @@ struct Kernels {
                    void* k_cache, int64_t k_block_stride, void* v_cache, int64_t v_block_stride,
                    const int64_t* slots, int64_t T, int64_t row, int64_t block_size);
   // loss.cpp
-  void (*cross_entropy)(int64_t dtype, void* logits, const int64_t* targets, int64_t C, int64_t V,
-                        double grad_scale, float* losses);
+  void (*token_scores)(int64_t dtype, const void* logits, const int64_t* targets, int64_t C, int64_t V,
+                       float* lse, float* logprob, float* mean_logprob, bool* greedy);
+  void (*logit_gradient)(int64_t dtype, void* logits, const int64_t* targets, int64_t C, int64_t V,
+                         const float* lse, const float* weight, const float* uniform, double cap);
   void (*adamw)(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, int64_t n,
                 double step_size, double beta1, double beta2, double eps, double decay,
                 double root_correction, double grad_scale);

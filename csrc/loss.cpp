@@ -1,4 +1,4 @@
-// Cross-entropy in place, and the AdamW update.
+// Log-probabilities of targets and the gradient of a loss over them, in place; and the AdamW update.
 #include "parallel.h"
 #include "simd.h"
 
@@ -8,7 +8,8 @@ namespace coserve {
 namespace COSERVE_ISA {
 
 template <class T>
-static float cross_entropy_row(T* row, int64_t target, int64_t V, float grad_scale) {
+static void score_row(const T* row, int64_t target, int64_t V, float* lse, float* logprob, float* mean_logprob,
+                      bool* greedy) {
   vf top = splat(-__builtin_inff());
   for (int64_t i = 0; i + VL <= V; i += VL) top = vmax(load(row + i), top);
   float highest = reduce_max(top);
@@ -16,43 +17,61 @@ static float cross_entropy_row(T* row, int64_t target, int64_t V, float grad_sca
     float z = load_n(row + i, 1)[0];
     highest = z > highest ? z : highest;
   }
-  float sum = 0;  // added up a thousand at a time, so that the error does not grow with V
+  float sum = 0, total = 0;  // added up a thousand at a time, so that the error does not grow with V
   for (int64_t i = 0; i < V;) {
-    vf part{};
+    vf part{}, plain{};
     for (int64_t end = smaller(V, i + 1024); i < end; i += VL) {
-      vf p = vexp(load_at(row, i, V) - highest);
-      if (i + VL > V) p = load_n((float*)&p, V - i);
+      vf z = load_at(row, i, V) - highest, p = vexp(z);
+      if (i + VL > V) p = load_n((float*)&p, V - i), z = load_n((float*)&z, V - i);
       part += p;
+      plain += z;
     }
     sum += reduce_add(part);
+    total += reduce_add(plain);
   }
-  float lse = highest + logf(sum), chosen = load_n(row + target, 1)[0];
-  for (int64_t i = 0; i < V; i += VL) store_at(row, vexp(load_at(row, i, V) - lse) * grad_scale, i, V);
-  vf peak = (exp1(chosen - lse) - splat(1.0f)) * grad_scale;
-  store_n(row + target, peak, 1);
-  return lse - chosen;
+  float chosen = load_n(row + target, 1)[0], rest = logf(sum);
+  *lse = highest + rest;
+  *logprob = chosen - highest - rest;
+  *mean_logprob = total / V - rest;
+  *greedy = chosen == highest;
+  for (int64_t i = 0; i < target && *greedy; i++) *greedy = load_n(row + i, 1)[0] != highest;
 }
 
 template <class T>
-static void cross_entropy_rows(T* logits, const int64_t* targets, int64_t C, int64_t V, float grad_scale,
-                               float* losses) {
+static void gradient_row(T* row, int64_t target, int64_t V, float lse, float weight, float uniform, float cap) {
+  const float both = weight + uniform, off = uniform / V, shrink = cap > 0 ? 1 / cap : 0;
+  float chosen = load_n(row + target, 1)[0], z = chosen * shrink;
+  vf peak = ((exp1(chosen - lse) - splat(1.0f)) * weight + (exp1(chosen - lse) * uniform - off)) * (1 - z * z);
+  for (int64_t i = 0; i < V; i += VL) {
+    vf z = load_at(row, i, V), g = vexp(z - lse) * both - off;
+    if (cap > 0) g *= 1 - (z * shrink) * (z * shrink);
+    store_at(row, g, i, V);
+  }
+  store_n(row + target, peak, 1);
+}
+
+template <class F>
+static void each_row(int64_t dtype, void* logits, int64_t C, int64_t V, F work) {
   parallel_for(C, 8.0 * C * V, [&](int64_t c) {
-    T* row = logits + c * V;
-    if (targets[c] < 0) {
-      memset(row, 0, V * sizeof(T));
-      losses[c] = 0;
-    } else {
-      losses[c] = cross_entropy_row(row, targets[c], V, grad_scale);
-    }
+    if (dtype == 0)
+      work((float*)logits + c * V, c);
+    else
+      work((bf16*)logits + c * V, c);
   });
 }
 
-static void cross_entropy(int64_t dtype, void* logits, const int64_t* targets, int64_t C, int64_t V,
-                          double grad_scale, float* losses) {
-  if (dtype == 0)
-    cross_entropy_rows((float*)logits, targets, C, V, (float)grad_scale, losses);
-  else
-    cross_entropy_rows((bf16*)logits, targets, C, V, (float)grad_scale, losses);
+static void token_scores(int64_t dtype, const void* logits, const int64_t* targets, int64_t C, int64_t V,
+                         float* lse, float* logprob, float* mean_logprob, bool* greedy) {
+  each_row(dtype, (void*)logits, C, V, [&](auto* row, int64_t c) {
+    score_row(row, targets[c], V, lse + c, logprob + c, mean_logprob + c, greedy + c);
+  });
+}
+
+static void logit_gradient(int64_t dtype, void* logits, const int64_t* targets, int64_t C, int64_t V,
+                           const float* lse, const float* weight, const float* uniform, double cap) {
+  each_row(dtype, logits, C, V, [&](auto* row, int64_t c) {
+    gradient_row(row, targets[c], V, lse[c], weight[c], uniform[c], (float)cap);
+  });
 }
 
 static vf square_root(vf x) {
@@ -82,7 +101,8 @@ static void adamw(float* param, const float* grad, float* exp_avg, float* exp_av
 }
 
 void add_loss(Kernels& table) {
-  table.cross_entropy = cross_entropy;
+  table.token_scores = token_scores;
+  table.logit_gradient = logit_gradient;
   table.adamw = adamw;
 }
 

@@ -12,7 +12,8 @@ from collections import deque
 
 FORGETTING = 0.99
 GUARD_STEPS = 128
-UNIT_KINDS = ("forward", "loss", "layer_a", "layer_b", "layer_c")  # a layer's backward, by its policy
+# A layer's backward goes by its policy.
+UNIT_KINDS = ("forward", "score", "loss", "layer_a", "layer_b", "layer_c")
 
 
 class RecursiveLeastSquares:

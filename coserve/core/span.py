@@ -31,7 +31,8 @@ class InferenceSpan:
 
 @dataclass(frozen=True, slots=True)
 class TrainingSpan:
-    """Forward: tokens [start, start + length) of the microbatch. Backward: units [start, start + length)."""
+    """Forward: tokens [start, start + length) of the microbatch. Backward: units [start, start + length) of
+    the pass under way."""
 
     kind: SpanKind
     sequence: TrainingSequence

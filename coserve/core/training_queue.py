@@ -32,10 +32,13 @@ class JobQueue:
         """The first unfinished microbatches, as many as may hold activations."""
         return [s for s in self.sequences if not s.done][:MAX_IN_FLIGHT]
 
-    def backward_candidate(self) -> TrainingSequence | None:
-        """The first unfinished microbatch, if its forward is done."""
-        first = next((s for s in self.sequences if not s.done), None)
-        return first if first is not None and first.forward_done else None
+    def unit_candidate(self) -> TrainingSequence | None:
+        """The first microbatch in flight with a unit to run. Gradients are added in index order, so only the
+        first of all may go backward; scores may be taken ahead."""
+        for place, sequence in enumerate(self.in_flight):
+            if sequence.forward_done and (place == 0 or not sequence.trains):
+                return sequence
+        return None
 
     def forward_candidate(self) -> TrainingSequence | None:
         """The next microbatch with forward tokens to pay, within the limit in flight."""
@@ -138,7 +141,7 @@ class TrainingQueue:
         """
         holders = [s for s in self.sequences if s.extent is not None and not s.done]
         for sequence in reversed(holders):
-            if sequence.backward_cursor == 0:
+            if not sequence.holds_gradients:
                 return [self._evict(sequence)]
         if not holders:
             return []
@@ -216,13 +219,13 @@ class TrainingQueue:
             if length:
                 span = TrainingSpan(SpanKind.TRAIN_FORWARD, sequence, sequence.cursor, length)
                 return span, self._model.predict_unit("forward", length)
-        sequence = job.backward_candidate()
+        sequence = job.unit_candidate()
         if sequence is not None:
             planned = backward.get(sequence.sequence_id)
-            index = sequence.backward_cursor + (planned.length if planned else 0)
-            if index < len(sequence.backward_units):
+            index = sequence.unit_cursor + (planned.length if planned else 0)
+            if index < len(sequence.units):
                 span = TrainingSpan(SpanKind.TRAIN_BACKWARD, sequence, index, 1)
-                kind, tokens = sequence.unit_kind(index), sequence.backward_units[index].tokens
+                kind, tokens = sequence.unit_kind(index), sequence.units[index].tokens
                 return span, self._model.predict_unit(kind, tokens)
         return None
 

@@ -1,8 +1,9 @@
 """A training sequence: one microbatch of packed samples. It owes each token forward, then backward.
 
-The backward is a list of units in a fixed order (loss chunks, then layer by layer from the top, windows last
-to first). Which units there are follows from the data and the configuration; the scheduler only decides when
-each runs.
+More exactly it owes *passes*: a forward over all its tokens with one adapter, then units in a fixed order.
+The last pass of a microbatch in training has the loss chunks and the backward (layer by layer from the top,
+windows last to first); passes before it, and all passes of an evaluation, only score tokens. Which passes
+and units there are follows from the data and the configuration; the scheduler only decides when each runs.
 """
 
 from __future__ import annotations
@@ -15,17 +16,29 @@ TILE = 64  # sums over tokens run in tiles of this many, so cuts at multiples of
 
 
 @dataclass(frozen=True, slots=True)
-class BackwardUnit:
-    """`kind` is "loss" or "layer"; `tokens` is the work in it, for the latency model. A layer's `height` is
-    counted from the lowest that has a backward."""
+class TrainingUnit:
+    """`kind` is "score", "loss" or "layer"; `tokens` is the work in it, for the latency model. A layer's
+    `height` is counted from the lowest that has a backward."""
 
     kind: str
     tokens: int
     height: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class TrainingPass:
+    """All tokens forward with `adapter` (None: the base alone), then `units`, at least one, in order.
+
+    `trains`: its units make gradients; one pass of a sequence at most does, the last.
+    """
+
+    adapter: str | None
+    units: tuple[TrainingUnit, ...]
+    trains: bool = False
+
+
 class TrainingSequence(Sequence):
-    """A microbatch of a job's optimizer step.
+    """A microbatch of a job's optimizer step or evaluation.
 
     `index` is its place among the step's microbatches: backward passes of one job go in index order.
     `level_slabs` is the pool memory its activations need at each level, ascending: at 0 every layer keeps
@@ -39,18 +52,18 @@ class TrainingSequence(Sequence):
         job_id: str,
         index: int,
         num_tokens: int,
-        backward_units: tuple[BackwardUnit, ...],
+        passes: tuple[TrainingPass, ...],
         *,
-        adapter: str,
         level_slabs: tuple[int, ...],
         window_tokens: int = 0,
     ) -> None:
-        super().__init__(sequence_id, adapter)
+        super().__init__(sequence_id, passes[0].adapter)
         self.job_id = job_id
         self.index = index
         self._num_tokens = num_tokens
-        self.backward_units = backward_units
-        self.backward_cursor = 0
+        self.passes = passes
+        self.pass_index = 0
+        self.unit_cursor = 0
         self.level_slabs = level_slabs
         self.level = 0
         self.window_tokens = window_tokens
@@ -63,19 +76,38 @@ class TrainingSequence(Sequence):
         return self._num_tokens
 
     @property
+    def units(self) -> tuple[TrainingUnit, ...]:
+        """The units of the pass under way."""
+        return self.passes[self.pass_index].units
+
+    @property
+    def trains(self) -> bool:
+        """The pass under way makes gradients."""
+        return self.passes[self.pass_index].trains
+
+    @property
     def forward_done(self) -> bool:
-        """Every token has gone forward."""
+        """The forward of the pass under way is paid."""
         return self.cursor >= self._num_tokens
 
     @property
-    def backward_owed(self) -> int:
-        """Backward units still to run."""
-        return len(self.backward_units) - self.backward_cursor
+    def done(self) -> bool:
+        """All passes are paid."""
+        last = self.pass_index == len(self.passes) - 1
+        return last and self.forward_done and self.unit_cursor == len(self.units)
 
     @property
-    def done(self) -> bool:
-        """Forward and backward are complete."""
-        return self.forward_done and self.backward_owed == 0
+    def holds_gradients(self) -> bool:
+        """Its units may have added to the job's gradients."""
+        return self.trains and self.unit_cursor > 0
+
+    def pay_unit(self) -> None:
+        """One unit has run; after a pass's last one the next pass begins."""
+        self.unit_cursor += 1
+        if self.unit_cursor == len(self.units) and self.pass_index + 1 < len(self.passes):
+            self.pass_index += 1
+            self.adapter = self.passes[self.pass_index].adapter
+            self.cursor = self.unit_cursor = 0
 
     @property
     def slabs(self) -> int:
@@ -94,16 +126,16 @@ class TrainingSequence(Sequence):
         return "B" if self.level >= height + 1 else "C"
 
     def unit_kind(self, index: int) -> str:
-        """What the latency model should call backward unit `index`: a layer's cost goes by its policy."""
-        unit = self.backward_units[index]
+        """The latency model's name for unit `index` of the pass under way: a layer goes by its policy."""
+        unit = self.units[index]
         return f"layer_{self.policy(unit.height).lower()}" if unit.kind == "layer" else unit.kind
 
     @property
     def level_in_use(self) -> int:
         """The level in force, less what only layers had whose backward is over."""
-        if self.backward_cursor >= len(self.backward_units):
+        if self.done:
             return 0
-        unit = self.backward_units[self.backward_cursor]
+        unit = self.units[self.unit_cursor]
         if unit.kind != "layer":
             return self.level
         open_layers = unit.height + 1
@@ -122,7 +154,7 @@ class TrainingSequence(Sequence):
         return owed if owed <= limit else (self.cursor + limit) // TILE * TILE - self.cursor
 
     def restart(self) -> None:
-        """Its activations are gone: everything is owed again."""
+        """Its activations are gone: the pass under way is owed again. What earlier passes scored stays."""
         self.cursor = 0
-        self.backward_cursor = 0
+        self.unit_cursor = 0
         self.extent = None

@@ -187,9 +187,14 @@ class Decoder:
         """What the head reads; rows stand alone, so only those that need logits have to be given."""
         return self.norm.forward(x_TH)
 
-    def final_norm_backward(self, dh_TH: torch.Tensor, x_TH: torch.Tensor) -> torch.Tensor:
-        """Gradient w.r.t. the last layer's output `x`."""
-        return self.norm.backward(dh_TH, x_TH)
+    def head_forward(self, x_CH: torch.Tensor) -> torch.Tensor:
+        """Logits [C, V], capped where the model caps them, in its dtype, of the last layer's output."""
+        logits_CV, cap = self.head.forward(self.final_norm(x_CH)), self.config.logit_cap
+        return soft_cap_(logits_CV, cap) if cap else logits_CV
+
+    def head_backward(self, dlogits_CV: torch.Tensor, x_CH: torch.Tensor) -> torch.Tensor:
+        """Gradient w.r.t. the last layer's output `x` [C, H] of that w.r.t. the logits before the cap."""
+        return self.norm.backward(self.head.backward_input(dlogits_CV), x_CH)
 
     def logits(self, h_SH: torch.Tensor, runs: Sequence[HeadRun] = ()) -> torch.Tensor:
         """fp32 [S, V] of normed hidden states [S, H]; `runs` of them have an adapter on the head."""

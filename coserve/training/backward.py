@@ -1,6 +1,7 @@
 """The backward pass of a microbatch as a list of small units, in one fixed order.
 
-Loss chunks; then layer by layer from the top to the lowest adapted one, in each the windows last to first.
+Loss chunks (before them scores, where the objective's gradient needs those of later chunks too); then layer
+by layer from the top to the lowest adapted one, in each the windows last to first.
 The units follow from the data and the configuration alone, never from how the forward was cut, and the pass
 may rest between any two of them. Sums over tokens run in tiles of 64 anchored at the microbatch's start, so
 windows of any multiple of 64 give the same bits.
@@ -12,13 +13,14 @@ from collections.abc import Sequence
 
 import torch
 
-from coserve.core.training_sequence import BackwardUnit
+from coserve.core.training_sequence import TrainingUnit
 from coserve.kernels.dropout import Dropout
 from coserve.kernels.lora import LoraSegments
 from coserve.layers.batch import BackwardWindow, LoraBatch, LoraPool
 from coserve.models.decoder import Decoder
-from coserve.training.loss import CHUNK, loss_chunk
+from coserve.training.loss import loss_chunk, score_chunk
 from coserve.training.microbatch import Microbatch
+from coserve.training.objectives import CrossEntropy, Objective
 from coserve.training.trainable_adapter import TrainableAdapter
 
 DEFAULT_WINDOW = 256  # tokens; see bench/LOG.md
@@ -31,26 +33,29 @@ def window_bounds(num_tokens: int, window_tokens: int) -> list[tuple[int, int]]:
 
 
 def backward_units(
-    num_tokens: int, num_trained: int, num_layers: int, lowest_layer: int, window_tokens: int = 0
-) -> tuple[BackwardUnit, ...]:
-    """Kind ("loss" or "layer") and tokens of every unit of a microbatch, in order.
+    microbatch: Microbatch, objective: Objective, num_layers: int, lowest_layer: int, window_tokens: int = 0
+) -> tuple[TrainingUnit, ...]:
+    """Kind ("score", "loss" or "layer") and tokens of every unit of a microbatch's training pass, in order.
 
-    `num_trained` must be positive: a microbatch without loss has no gradient.
+    ValueError for a microbatch without trained tokens: it has no gradient.
     """
-    if num_trained <= 0:
+    if microbatch.num_trained == 0:
         raise ValueError("a microbatch without trained tokens has no backward")
-    loss = [BackwardUnit("loss", min(CHUNK, num_trained - first)) for first in range(0, num_trained, CHUNK)]
-    windows = reversed(window_bounds(num_tokens, window_tokens))
+    chunks = objective.chunks(microbatch)
+    ahead = [TrainingUnit("score", chunk.end - chunk.start) for chunk in chunks if chunk.ahead]
+    loss = [TrainingUnit("loss", chunk.end - chunk.start) for chunk in chunks]
+    windows = reversed(window_bounds(microbatch.num_tokens, window_tokens))
     layer = [end - start for start, end in windows]
     heights = reversed(range(num_layers - lowest_layer))
-    return tuple(loss + [BackwardUnit("layer", tokens, height) for height in heights for tokens in layer])
+    backward = [TrainingUnit("layer", tokens, height) for height in heights for tokens in layer]
+    return tuple(ahead + loss + backward)
 
 
 class MicrobatchBackward:
     """Runs a microbatch's units. The adapter's gradients are added to, in microbatch order of the caller.
 
-    `rows` are the pool rows that the forward used; `grad_scale` is 1 / (trained tokens of the whole optimizer
-    step). `cursor` is the next unit's index.
+    `rows` are the pool rows that the forward used; `grad_scale` is 1 / (`objective.count` of the whole
+    optimizer step). `cursor` is the next unit's index.
     """
 
     def __init__(
@@ -63,28 +68,29 @@ class MicrobatchBackward:
         *,
         grad_scale: float,
         window_tokens: int = 0,
+        objective: Objective | None = None,
     ) -> None:
         self.decoder = decoder
         self.microbatch = microbatch
         self.adapter = adapter
         self.pool = pool
+        self.objective = objective or CrossEntropy()
         self.grad_scale = grad_scale
         self.cursor = 0
         device = microbatch.token_ids_T.device
         self._rows = torch.tensor(list(rows), dtype=torch.int32, device=device)
         self._windows = window_bounds(microbatch.num_tokens, window_tokens)[::-1]
+        layers = decoder.config.num_layers
         self.units = backward_units(
-            microbatch.num_tokens,
-            microbatch.num_trained,
-            decoder.config.num_layers,
-            adapter.lowest_layer,
-            window_tokens,
+            microbatch, self.objective, layers, adapter.lowest_layer, window_tokens
         )
         self._lora_by_width: dict[int, LoraBatch] = {}
-        self._num_chunks = -(-microbatch.num_trained // CHUNK)
+        self._chunks = self.objective.chunks(microbatch)
+        self._ahead = [chunk for chunk in self._chunks if chunk.ahead]
+        self._num_head_units = len(self._ahead) + len(self._chunks)
 
     @property
-    def next(self) -> BackwardUnit | None:
+    def next(self) -> TrainingUnit | None:
         """The unit that `run_next` would run; None when all are done."""
         return self.units[self.cursor] if self.cursor < len(self.units) else None
 
@@ -97,10 +103,13 @@ class MicrobatchBackward:
         """Run one unit. IndexError when none is left."""
         if self.done:
             raise IndexError("all units of the microbatch have run")
-        if self.cursor < self._num_chunks:
-            loss_chunk(self.decoder, self.microbatch, self.cursor, self.grad_scale)
+        if self.cursor < len(self._ahead):
+            score_chunk(self.decoder, self.microbatch, self._ahead[self.cursor])
+        elif self.cursor < self._num_head_units:
+            chunk = self._chunks[self.cursor - len(self._ahead)]
+            loss_chunk(self.decoder, self.microbatch, chunk, self.objective, self.grad_scale)
         else:
-            depth, window = divmod(self.cursor - self._num_chunks, len(self._windows))
+            depth, window = divmod(self.cursor - self._num_head_units, len(self._windows))
             self._run_window(self.decoder.config.num_layers - 1 - depth, window)
         self.cursor += 1
 

@@ -208,18 +208,17 @@ class JobManager:
     # ------------------------------------------------------------------ parts
 
     def _run_unit(self, sequence: TrainingSequence) -> None:
-        unit = sequence.backward_units[sequence.backward_cursor]
-        kind = sequence.unit_kind(sequence.backward_cursor)
+        unit, kind = sequence.units[sequence.unit_cursor], sequence.unit_kind(sequence.unit_cursor)
         began = time.perf_counter()
         job = self._jobs[sequence.job_id]
         try:
-            job.run_backward_unit(sequence.sequence_id)
+            job.run_unit(sequence)
         except Exception as error:
             # One job's fault must not take the engine, and everybody's requests, down with it.
             self._end(job, "failed", _as_error(sequence.job_id, error))
             return
         seconds = time.perf_counter() - began
-        sequence.backward_cursor += 1
+        sequence.pay_unit()
         self._model.observe_unit(kind, unit.tokens, seconds)
         self._charge(sequence.job_id, seconds)
         if sequence.done:

@@ -1,31 +1,89 @@
-"""The loss of a microbatch, a chunk of trained tokens at a time: no T x V logits, and dL/dx left behind.
+"""The head's units, a chunk of trained tokens at a time: no T x V logits, and dL/dx left behind.
 
-loss = cross-entropy(head(norm(x)), target),   dx = norm'(dlogits W)
+    score:  logp = log softmax(head(norm(x)))[target]
+    loss:   the same, then dx = norm'(dlogits W) with dlogits from the objective's weights
 """
 
 from __future__ import annotations
 
-from coserve.kernels.linear_cross_entropy import cross_entropy_
-from coserve.kernels.soft_cap import soft_cap_
+import torch
+
+from coserve.core.training_sequence import TrainingUnit
+from coserve.kernels.cross_entropy import TokenScores, logit_gradient_, token_scores
 from coserve.models.decoder import Decoder
 from coserve.training.microbatch import Microbatch
+from coserve.training.objectives import Chunk, Objective
 
-CHUNK = 256  # trained tokens of one loss unit: the head is read from memory once for them all
+
+def score_chunk(decoder: Decoder, microbatch: Microbatch, chunk: Chunk, *, reference: bool = False) -> None:
+    """Log-probabilities of a chunk into the microbatch: those of the reference, or those of the policy."""
+    rows = microbatch.trained_rows[chunk.start : chunk.end]
+    logits_CV = decoder.head_forward(microbatch.saved.x_out_TH[rows])
+    scores = token_scores(logits_CV, microbatch.targets_T[rows])
+    if reference:
+        microbatch.reference_T[rows] = scores.logprob_C
+    else:
+        _keep(microbatch, rows, scores)
 
 
-def loss_chunk(decoder: Decoder, microbatch: Microbatch, chunk: int, grad_scale: float) -> None:
-    """Losses of the trained tokens [256 chunk, 256 (chunk + 1)) into `losses_T`, and the gradient w.r.t. the
-    last layer's output, times `grad_scale`, into `dh_TH`, whose other rows the first chunk sets to zero."""
+def loss_chunk(
+    decoder: Decoder, microbatch: Microbatch, chunk: Chunk, objective: Objective, grad_scale: float
+) -> None:
+    """Scores of a chunk, and the gradient w.r.t. the last layer's output, times `grad_scale`, into `dh_TH`,
+    whose other rows the first chunk sets to zero."""
     saved = microbatch.saved
-    if chunk == 0:
+    if chunk.start == 0:
         saved.dh_TH.zero_()
-    rows = microbatch.trained_rows[chunk * CHUNK : (chunk + 1) * CHUNK]
-    x_CH = saved.x_out_TH[rows]
-    logits_CV, cap, slope_CV = decoder.head.forward(decoder.final_norm(x_CH)), decoder.config.logit_cap, None
-    if cap:  # z = cap tanh(u / cap), dz/du = 1 - (z / cap)^2
-        slope_CV = 1 - (soft_cap_(logits_CV, cap) / cap).square_()
-    microbatch.losses_T[rows] = cross_entropy_(logits_CV, microbatch.targets_T[rows], grad_scale)
-    if slope_CV is not None:
-        logits_CV.mul_(slope_CV)
-    dh_CH = decoder.head.backward_input(logits_CV)
-    saved.dh_TH[rows] = decoder.final_norm_backward(dh_CH, x_CH)
+    rows = microbatch.trained_rows[chunk.start : chunk.end]
+    x_CH, targets_C = saved.x_out_TH[rows], microbatch.targets_T[rows]
+    logits_CV = decoder.head_forward(x_CH)
+    scores = token_scores(logits_CV, targets_C)
+    _keep(microbatch, rows, scores)
+    weight_C, uniform_C = objective.weights(microbatch, rows)
+    logit_gradient_(
+        logits_CV,
+        targets_C,
+        scores.lse_C,
+        weight_C * grad_scale,
+        uniform_C * grad_scale,
+        decoder.config.logit_cap,
+    )
+    saved.dh_TH[rows] = decoder.head_backward(logits_CV, x_CH)
+
+
+def _keep(microbatch: Microbatch, rows: torch.Tensor, scores: TokenScores) -> None:
+    microbatch.logprobs_T[rows] = scores.logprob_C
+    microbatch.mean_logprobs_T[rows] = scores.mean_logprob_C
+    microbatch.greedy_T[rows] = scores.greedy_C
+
+
+def score_units(microbatch: Microbatch, objective: Objective) -> tuple[TrainingUnit, ...]:
+    """The units of a pass that only scores. ValueError for a microbatch without trained tokens."""
+    if microbatch.num_trained == 0:
+        raise ValueError("a microbatch without trained tokens has nothing to score")
+    return tuple(TrainingUnit("score", chunk.end - chunk.start) for chunk in objective.chunks(microbatch))
+
+
+class MicrobatchScoring:
+    """Runs the units of a scoring pass, one after the other. `reference`: the forward was the reference's."""
+
+    def __init__(
+        self, decoder: Decoder, microbatch: Microbatch, objective: Objective, *, reference: bool = False
+    ) -> None:
+        self._decoder, self._microbatch, self._reference = decoder, microbatch, reference
+        self._chunks = objective.chunks(microbatch)
+        self.cursor = 0
+
+    @property
+    def done(self) -> bool:
+        """All trained tokens have log-probabilities."""
+        return self.cursor == len(self._chunks)
+
+    def run_next(self) -> None:
+        """Run one unit. IndexError when none is left."""
+        if self.done:
+            raise IndexError("all units of the pass have run")
+        score_chunk(
+            self._decoder, self._microbatch, self._chunks[self.cursor], reference=self._reference
+        )
+        self.cursor += 1

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from coserve.kernels.cross_entropy import IGNORED
 from coserve.kernels.dropout import Dropout, row_keys
-from coserve.kernels.linear_cross_entropy import IGNORED
 from coserve.layers.batch import TrainingWindow
 from coserve.training.activations import MicrobatchActivations
 
-Sample = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
+Integers = Sequence[int] | np.ndarray
+Sample = tuple[Integers, Integers] | tuple[Integers, Integers, Sequence[float] | np.ndarray]
 
 
 class LoraDropout(NamedTuple):
@@ -28,12 +28,15 @@ class LoraDropout(NamedTuple):
 
 
 class Microbatch:
-    """The stream of `samples`: (token_ids, labels), labels aligned with tokens, -100 where not trained.
+    """The stream of `samples`: (token_ids, labels), labels aligned with tokens, -100 where not trained; a
+    third member gives each token's weight as a target (1 without it; 0 is the same as not trained).
 
-    token_ids_T, targets_T, positions_T int64; sample_start_T int32; losses_T fp32 (after the loss units).
-    The target at a token is the label of the next one of the same sample. Whoever owns the memory sets
-    `activations` before the first forward window and takes it back (None) after the backward. Without
-    `dropout`, as in evaluation, the adapter sees its whole input.
+    token_ids_T, targets_T, positions_T int64; sample_start_T int32; weights_T fp32. The target at a token is
+    the label of the next one of the same sample, and so is its weight. `logprobs_T`, `mean_logprobs_T` (over
+    the vocabulary; fp32) and `greedy_T` are the policy's scores of the targets, `reference_T` the reference's
+    log-probabilities; each is there after its units. Whoever owns the memory sets `activations` before the
+    first forward window and takes it back (None) after the last unit. Without `dropout`, as
+    in evaluation, the adapter sees its whole input.
     """
 
     def __init__(
@@ -43,12 +46,17 @@ class Microbatch:
         dropout: LoraDropout | None = None,
     ) -> None:
         self.activations: MicrobatchActivations | None = None
-        lengths = [len(ids) for ids, _ in samples]
+        lengths = [len(ids) for ids, *_ in samples]
         starts = np.cumsum([0, *lengths])
         targets = np.full(starts[-1], IGNORED, dtype=np.int64)
-        for start, (_, labels) in zip(starts, samples, strict=False):
-            targets[start : start + len(labels) - 1] = np.asarray(labels)[1:]
-        token_ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids, _ in samples])
+        weights = np.ones(starts[-1], dtype=np.float32)
+        for start, (_, labels, *given) in zip(starts, samples, strict=False):
+            where = slice(start, start + len(labels) - 1)
+            targets[where] = np.asarray(labels)[1:]
+            if given:
+                weights[where] = np.asarray(given[0])[1:]
+        targets[weights == 0.0] = IGNORED
+        token_ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids, *_ in samples])
         positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
         sample_start = np.repeat(starts[:-1], lengths).astype(np.int32)
         self.num_tokens = int(starts[-1])
@@ -56,8 +64,14 @@ class Microbatch:
         self.targets_T = torch.from_numpy(targets).to(device)
         self.positions_T = torch.from_numpy(positions).to(device)
         self.sample_start_T = torch.from_numpy(sample_start).to(device)
-        self.losses_T = torch.zeros(self.num_tokens, dtype=torch.float32, device=device)
+        self.weights_T = torch.from_numpy(weights).to(device)
+        self.logprobs_T = torch.zeros_like(self.weights_T)
+        self.mean_logprobs_T = torch.zeros_like(self.weights_T)
+        self.reference_T = torch.zeros_like(self.weights_T)
+        self.greedy_T = torch.zeros(self.num_tokens, dtype=torch.bool, device=device)
         self.trained_rows = (self.targets_T != IGNORED).nonzero().flatten()
+        # Where each sample's trained tokens begin among all trained ones, and the end of the last.
+        self.trained_starts = np.concatenate([[0], np.cumsum(targets != IGNORED)])[starts]
         self.dropout_keys_T: torch.Tensor | None = None
         if dropout is not None and dropout.rate > 0:
             keys = [
@@ -75,9 +89,7 @@ class Microbatch:
     @property
     def workspace_bytes(self) -> int:
         """Bytes held beside the activations."""
-        held = (self.token_ids_T, self.targets_T, self.positions_T, self.sample_start_T, self.losses_T)
-        keys = 0 if self.dropout_keys_T is None else self.dropout_keys_T.nbytes
-        return sum(tensor.nbytes for tensor in held) + self.trained_rows.nbytes + keys
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
 
     @property
     def saved(self) -> MicrobatchActivations:
@@ -97,7 +109,3 @@ class Microbatch:
         if self.dropout_keys_T is None:
             return None
         return Dropout(self.dropout_keys_T[start : start + length], self.dropout_rates_S)
-
-    def loss_sum(self) -> float:
-        """Sum of the tokens' losses, exactly rounded so that no order matters; valid after the loss units."""
-        return math.fsum(self.losses_T.tolist())

@@ -14,18 +14,16 @@ import msgspec
 import torch
 
 from coserve.core.training_sequence import TrainingSequence
-from coserve.errors import FailedPrecondition
 from coserve.lora.adapter_pool import AdapterPool
-from coserve.models.config import ModelConfig
 from coserve.models.decoder import Decoder
 from coserve.training import checkpoint
-from coserve.training.activations import MicrobatchActivations
-from coserve.training.backward import MicrobatchBackward, backward_units
+from coserve.training.batch_run import BatchRun, Trainee
 from coserve.training.batching import BatchPlan, StepBatch
 from coserve.training.dataset import TokenDataset
 from coserve.training.divergence import Diverged, LossWatch, diverged
 from coserve.training.job import JobSpec, StepMetrics
 from coserve.training.microbatch import LoraDropout, Microbatch
+from coserve.training.objectives import CrossEntropy, LossSums
 from coserve.training.optimizer import make_optimizer
 from coserve.training.schedule import Schedule
 from coserve.training.trainable_adapter import TrainableAdapter
@@ -41,8 +39,6 @@ class RunningJob:
     def __init__(self, spec: JobSpec, decoder: Decoder, pool: AdapterPool, rows: list[int]) -> None:
         self.spec = spec
         self.paused = False
-        self.sequences: list[TrainingSequence] = []
-        self.microbatches: dict[str, Microbatch] = {}
         self.device_seconds = 0.0
         self._decoder, self._pool, self._rows = decoder, pool, rows
         dataset = TokenDataset.open(spec.data_path)
@@ -68,8 +64,9 @@ class RunningJob:
         self._restore()
         self._adapter.place(pool, rows)
         self.diverged_step = 0  # the last one that came out non-finite
+        self._objective = CrossEntropy()
         self._batch: StepBatch | None = None
-        self._passes: dict[str, MicrobatchBackward] = {}
+        self._run: BatchRun | None = None
         self._began = time.perf_counter()
 
     @staticmethod
@@ -88,9 +85,19 @@ class RunningJob:
         return self._adapter.nbytes + self._optimizer.nbytes
 
     @property
+    def sequences(self) -> list[TrainingSequence]:
+        """Of the step under way."""
+        return self._run.sequences if self._run is not None else []
+
+    @property
+    def microbatches(self) -> dict[str, Microbatch]:
+        """Of the step under way, by sequence id."""
+        return self._run.microbatches if self._run is not None else {}
+
+    @property
     def workspace_bytes(self) -> int:
         """What the microbatches under way hold beside their activations."""
-        return sum(microbatch.workspace_bytes for microbatch in self.microbatches.values())
+        return self._run.workspace_bytes if self._run is not None else 0
 
     @property
     def kept(self) -> str:
@@ -120,68 +127,34 @@ class RunningJob:
         self._adapter.zero_gradients()
         self._began = time.perf_counter()
         self.device_seconds = 0.0
-        for index, examples in enumerate(self._batch.microbatches):
-            dropout = LoraDropout(self.spec.lora.lora_dropout, self.spec.seed, self.step + 1, examples)
-            microbatch = Microbatch([self._dataset[i] for i in examples], self._decoder.device, dropout)
-            units = backward_units(
-                microbatch.num_tokens,
-                microbatch.num_trained,
-                self._decoder.config.num_layers,
-                self._adapter.lowest_layer,
-                self.spec.training.window_tokens,
-            )
-            sizes = MicrobatchActivations.level_bytes(*self._activation_shape(microbatch))
-            sequence = TrainingSequence(
-                f"{self.spec.job_id}/{self.step + 1}/{index}",
-                self.spec.job_id,
-                index,
-                microbatch.num_tokens,
-                units,
-                adapter=self.spec.job_id,
-                level_slabs=tuple(kv.slabs_for(size) for size in sizes),
-                window_tokens=self.spec.training.window_tokens,
-            )
-            if sequence.level_slabs[0] > kv.num_blocks:
-                needed = sequence.level_slabs[0] * kv.slab_bytes
-                raise FailedPrecondition(
-                    f"{microbatch.num_tokens} tokens in training need {needed} bytes of the pool, which has "
-                    f"{kv.nbytes}; raise --kv-cache-memory-bytes or set max_length",
-                    code="out_of_memory",
-                )
-            self.sequences.append(sequence)
-            self.microbatches[sequence.sequence_id] = microbatch
+        microbatches, rate = self._batch.microbatches, self.spec.lora.lora_dropout
+        self._run = BatchRun(
+            self._decoder,
+            self._objective,
+            [[self._dataset[i] for i in examples] for examples in microbatches],
+            name=f"{self.spec.job_id}/{self.step + 1}",
+            job_id=self.spec.job_id,
+            policy=self.spec.job_id,
+            trainee=Trainee(self._adapter, self._pool, self._rows),
+            dropout=[LoraDropout(rate, self.spec.seed, self.step + 1, examples) for examples in microbatches],
+            window_tokens=self.spec.training.window_tokens,
+            kv=kv,
+        )
 
     def place(self, sequence_id: str, extent: torch.Tensor, level: int) -> None:
         """Give a microbatch memory for its activations, uint8 of the `level`'s size."""
-        microbatch = self.microbatches[sequence_id]
-        microbatch.activations = MicrobatchActivations(
-            extent, *self._activation_shape(microbatch), level
-        )
+        assert self._run is not None
+        self._run.place(sequence_id, extent, level)
 
-    def run_backward_unit(self, sequence_id: str) -> None:
-        """Run the microbatch's next backward unit; its memory is given up after the last."""
-        current = self._passes.get(sequence_id)
-        if current is None:
-            assert self._batch is not None
-            current = self._passes[sequence_id] = MicrobatchBackward(
-                self._decoder,
-                self.microbatches[sequence_id],
-                self._adapter,
-                self._pool,
-                self._rows,
-                grad_scale=1.0 / self._batch.trained_tokens,
-                window_tokens=self.spec.training.window_tokens,
-            )
-        current.run_next()
-        if current.done:
-            del self._passes[sequence_id]
-            self.microbatches[sequence_id].activations = None
+    def run_unit(self, sequence: TrainingSequence) -> None:
+        """Run the microbatch's next unit; its memory is given up after the last."""
+        assert self._run is not None
+        self._run.run_unit(sequence)
 
     def forget_activations(self, sequence_ids: set[str]) -> None:
         """Memory was taken away. When all microbatches lost theirs, half-made gradients start over."""
-        for sequence_id in sequence_ids:
-            self.microbatches[sequence_id].activations = None
-            self._passes.pop(sequence_id, None)
+        assert self._run is not None
+        self._run.forget(sequence_ids)
         if sequence_ids == self.microbatches.keys():
             self._adapter.zero_gradients()
 
@@ -191,13 +164,13 @@ class RunningJob:
         Raises Diverged, with adapter and optimizer as they were, when the loss or the gradient isn't finite;
         FailedPrecondition when the weights aren't after the update.
         """
-        assert self._batch is not None
-        batch = self._batch
-        sums = [microbatch.loss_sum() for microbatch in self.microbatches.values()]
-        for examples, loss_sum in zip(batch.microbatches, sums, strict=True):
-            if not math.isfinite(loss_sum):
+        assert self._batch is not None and self._run is not None
+        batch, parts = self._batch, self._run.sums()
+        for examples, part in zip(batch.microbatches, parts, strict=True):
+            if not math.isfinite(part.loss):
                 raise Diverged(f"the loss of {_numbered(examples)} is not finite")
-        loss = math.fsum(sums) / batch.trained_tokens
+        sums = LossSums.total(parts)
+        loss = sums.loss / sums.count
         self._adapter.finish_gradients()
         learning_rate = self._schedule.learning_rate(batch.step)
         norm = self._optimizer.step(learning_rate)
@@ -215,6 +188,7 @@ class RunningJob:
             grad_norm=norm,
             trained_tokens=batch.trained_tokens,
             tokens=batch.tokens,
+            accuracy=sums.correct / sums.count,
             tokens_per_second=batch.tokens / seconds,
             share=min(1.0, self.device_seconds / seconds),
             time=time.time(),
@@ -228,14 +202,8 @@ class RunningJob:
 
     def drop_step(self) -> None:
         """Forget the step under way; `begin_step` makes it again."""
-        self.sequences = []
-        self.microbatches = {}
-        self._passes = {}
+        self._run = None
         self._batch = None
-
-    def _activation_shape(self, microbatch: Microbatch) -> tuple[ModelConfig, int, int, torch.dtype, int]:
-        config, dtype = self._decoder.config, self._decoder.dtype
-        return config, config.num_layers, microbatch.num_tokens, dtype, self._adapter.lowest_layer
 
     # ------------------------------------------------------------------ files
 

@@ -62,7 +62,11 @@ def build_forward_batch(
         ids_T.append(microbatch.token_ids_T[span.start : span.start + span.length])
         positions_T.append(microbatch.positions_T[span.start : span.start + span.length])
         row += span.length
-    dropped = [window.dropout for window in windows]
+    # A pass that only scores sees the whole of its inputs, whatever its microbatch drops in training.
+    dropped = [
+        window.dropout if span.sequence.trains else None
+        for window, span in zip(windows, plan.training_forward, strict=True)
+    ]
     lora = _lora_batch(plan.inference, plan.training_forward, dropped, pool, slots, device)
     return ForwardBatch(torch.cat(ids_T), torch.cat(positions_T), inference, windows, lora)
 

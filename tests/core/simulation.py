@@ -11,7 +11,7 @@ from coserve.core.sampling_params import SamplingParams
 from coserve.core.scheduler import Scheduler, SchedulerLimits
 from coserve.core.slo import LatencyTargets
 from coserve.core.step_plan import StepPlan
-from coserve.core.training_sequence import BackwardUnit, TrainingSequence
+from coserve.core.training_sequence import TrainingPass, TrainingSequence, TrainingUnit
 
 STEP_FLOOR, PER_TOKEN, PER_UNIT_TOKEN = 3e-3, 1e-4, 1e-5
 
@@ -80,17 +80,22 @@ class Simulation:
         slabs: int | tuple[int, ...] = 8,
         window: int = 0,
         priority: int = 0,
+        reference: bool = False,
     ):
-        """A job's optimizer step: microbatches of so many tokens, two layers each; slabs by level."""
+        """A job's optimizer step: microbatches of so many tokens, two layers each; slabs by level;
+        `reference`: the base scores each first."""
         level_slabs = (slabs,) * 5 if isinstance(slabs, int) else slabs
         sequences = []
         for index, tokens in enumerate(microbatches):
             widths = [min(64, tokens - start) for start in range(0, tokens, 64)]
-            units = [BackwardUnit("loss", w) for w in widths]
-            units += [BackwardUnit("layer", w, height) for height in (1, 0) for w in widths]
+            units = [TrainingUnit("loss", w) for w in widths]
+            units += [TrainingUnit("layer", w, height) for height in (1, 0) for w in widths]
+            passes = [TrainingPass(name, tuple(units), trains=True)]
+            if reference:
+                passes.insert(0, TrainingPass(None, tuple(TrainingUnit("score", w) for w in widths)))
             sequences.append(
                 TrainingSequence(
-                    f"{name}/{index}", name, index, tokens, tuple(units), adapter=name,
+                    f"{name}/{index}", name, index, tokens, tuple(passes),
                     level_slabs=level_slabs, window_tokens=window,
                 )
             )
@@ -117,12 +122,13 @@ class Simulation:
             self.scheduler.training.charge(span.sequence.job_id, PER_TOKEN * span.length)
         for span in plan.training_backward:
             for index in range(span.start, span.start + span.length):
-                unit, kind = span.sequence.backward_units[index], span.sequence.unit_kind(index)
+                unit, kind = span.sequence.units[index], span.sequence.unit_kind(index)
                 cost = PER_UNIT_TOKEN * unit.tokens * (2.0 if kind == "layer_c" else 1.0)
                 self.model.observe_unit(kind, unit.tokens, cost)
                 self.scheduler.training.charge(span.sequence.job_id, cost)
                 seconds += cost
-            span.sequence.backward_cursor += span.length
+            for _ in range(span.length):
+                span.sequence.pay_unit()
             if span.sequence.done:
                 self.scheduler.training.release(span.sequence)
         self.now += seconds

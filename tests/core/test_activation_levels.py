@@ -81,7 +81,7 @@ def test_what_no_backward_will_read_is_taken_first() -> None:
         sequence.extent, sequence.level = sim.pool.reserve_extent(20), 4
         sequence.cursor = 64
     assert first.level_in_use == 4
-    first.backward_cursor = 2
+    first.unit_cursor = 2
     assert (first.level_in_use, second.level_in_use) == (3, 4)
     assert queue.downgrade(3) == [first] and first.level == 3
     assert queue.downgrade(3) == [second], "nothing unused is left, so the newest gives"

@@ -171,6 +171,37 @@ def test_requests_take_memory_back_from_training() -> None:
     assert sequences[0].done
 
 
+def test_a_microbatch_is_scored_by_the_reference_before_it_trains() -> None:
+    sim = Simulation(max_tokens=64)
+    sequences = sim.job("job", [130, 64, 200], reference=True)
+    adapters: dict[int, list[str | None]] = {}
+    seen = 0
+    while not all(s.done for s in sequences):
+        before = {s.index: s.adapter for s in sequences}
+        plan = sim.step()
+        for span in plan.training_forward:
+            adapters.setdefault(span.sequence.index, []).append(before[span.sequence.index])
+            seen += span.length
+    assert seen == 2 * (130 + 64 + 200)
+    assert [sorted(set(a), key=a.index) for _, a in sorted(adapters.items())] == [[None, "job"]] * 3
+    begun = [s.sequence.index for p in sim.plans for s in p.training_backward if s.start == 0]
+    assert sorted(begun) == [0, 0, 1, 1, 2, 2] and sim.pool.num_extent_slabs == 0
+
+
+def test_a_pass_whose_memory_is_taken_starts_over_and_earlier_scores_stay() -> None:
+    sim = Simulation(blocks=40, max_tokens=64)
+    (sequence,) = sim.job("job", [640], slabs=20, reference=True)
+    while sequence.pass_index == 0:
+        sim.step()
+    sim.step()
+    assert sequence.adapter == "job" and sequence.cursor > 0
+    while sequence.extent is not None:
+        assert sim.scheduler.training.evict_one() == [sequence]
+    assert (sequence.pass_index, sequence.cursor, sequence.adapter) == (1, 0, "job")
+    sim.run()
+    assert sequence.done
+
+
 def test_jobs_share_the_device_fairly() -> None:
     sim = Simulation(blocks=400)
     a, b = sim.job("a", [64] * 40, slabs=2), sim.job("b", [256] * 10, slabs=4)

@@ -4,56 +4,70 @@ import pytest
 import torch
 
 from coserve.kernels.adamw import adamw_
-from coserve.kernels.linear import PackedLinear
-from coserve.kernels.linear_cross_entropy import cross_entropy_, linear_cross_entropy
+from coserve.kernels.cross_entropy import logit_gradient_, token_scores
 from tests.kernels.oracle import DTYPES, check, error
 
 
 @pytest.mark.parametrize(("C", "V"), [(1, 1), (1, 7), (4, 50), (9, 3000)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_cross_entropy(isa: str, C: int, V: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+def test_scores_and_gradient(isa: str, C: int, V: int, dtype: torch.dtype, softcap: float) -> None:
     logits, targets = (5 * torch.randn(C, V)).to(dtype), torch.randint(0, V, (C,))
-    if C > 2:
-        targets[1] = -100
+    weight, uniform = torch.randn(C), torch.rand(C) * (torch.arange(C) % 2)
+    if softcap:
+        logits = (softcap * torch.tanh(logits / softcap)).to(dtype)
 
     def run(logits):  # type: ignore[no-untyped-def]
-        losses = cross_entropy_(logits, targets, 0.5)
-        return losses, logits
+        scores = token_scores(logits, targets)
+        logit_gradient_(logits, targets, scores.lse_C, weight, uniform, softcap)
+        return *(score.float() for score in scores), logits
 
     check(run, logits)
 
 
-def test_cross_entropy_of_extreme_logits(isa: str) -> None:
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_the_gradient_is_that_of_signed_weights_and_smoothed_labels(isa: str, softcap: float) -> None:
+    raw, targets = 4 * torch.randn(7, 90), torch.randint(0, 90, (7,))
+    weight, uniform = torch.tensor([1.0, -2.0, 0.0, 0.5, -0.1, 0.0, 3.0]), torch.rand(7)
+    uniform[2] = 0.0
+    with torch.enable_grad():
+        leaf = raw.double().requires_grad_()
+        z = softcap * torch.tanh(leaf / softcap) if softcap else leaf
+        logp = z.log_softmax(-1)
+        own = logp.gather(1, targets[:, None]).squeeze(1)
+        (want,) = torch.autograd.grad(-(weight * own + uniform * logp.mean(-1)).sum(), leaf)
+    logits = (softcap * torch.tanh(raw / softcap) if softcap else raw).clone()
+    scores = token_scores(logits, targets)
+    assert error(scores.logprob_C, own.detach()) < 2e-6
+    assert error(scores.mean_logprob_C, logp.detach().mean(-1)) < 2e-6
+    logit_gradient_(logits, targets, scores.lse_C, weight, uniform, softcap)
+    assert error(logits, want) < 2e-6
+    assert not logits[2].any()
+
+
+def test_scores_of_extreme_logits(isa: str) -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0], [-1e30, 3.0, float("-inf")]])
-    losses = cross_entropy_(logits, torch.tensor([1, 1]), 1.0)
-    assert torch.equal(losses, torch.tensor([2e4, 0.0]))
+    targets = torch.tensor([1, 1])
+    scores = token_scores(logits, targets)
+    assert torch.equal(scores.logprob_C, torch.tensor([-2e4, 0.0]))
+    logit_gradient_(logits, targets, scores.lse_C, torch.ones(2), torch.zeros(2))
     assert torch.equal(logits, torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]]))
 
 
-def test_cross_entropy_refuses_targets_outside_the_vocabulary() -> None:
-    with pytest.raises(ValueError, match="vocabulary of 3"):
-        cross_entropy_(torch.zeros(1, 3), torch.tensor([3]), 1.0)
+def test_greedy_is_the_first_of_the_largest(isa: str) -> None:
+    logits = torch.zeros(4, 40)
+    logits[1, 30] = logits[1, 31] = 2.0
+    logits[2, 3] = float("nan")
+    targets = torch.tensor([0, 31, 3, 7])
+    assert token_scores(logits, targets).greedy_C[[0, 1, 3]].tolist() == [True, False, False]
+    assert token_scores(logits[1:2], torch.tensor([30])).greedy_C.tolist() == [True]
+    assert token_scores(logits, targets).logprob_C.isnan().tolist() == [False, False, True, False]
 
 
-@pytest.mark.parametrize("chunk", (1, 5, 64))
-def test_linear_cross_entropy_matches_autograd(isa: str, chunk: int) -> None:
-    h, weight, targets = torch.randn(20, 24), torch.randn(90, 24), torch.randint(0, 90, (20,))
-    targets[[0, 7, 19]] = -100
-    with torch.enable_grad():
-        leaf = h.double().requires_grad_()
-        wants = torch.nn.functional.cross_entropy(leaf @ weight.double().t(), targets, reduction="none")
-        (dh_want,) = torch.autograd.grad(wants.sum() / 17, leaf)
-    losses, dh = linear_cross_entropy(h, PackedLinear(weight), targets, 1 / 17, chunk)
-    assert error(losses, wants.detach()) < 2e-6
-    assert error(dh, dh_want) < 2e-6
-    assert not dh[[0, 7, 19]].any() and not losses[[0, 7, 19]].any()
-
-
-def test_linear_cross_entropy_does_not_depend_on_chunks(isa: str) -> None:
-    h, head, targets = torch.randn(70, 24), PackedLinear(torch.randn(90, 24)), torch.randint(0, 90, (70,))
-    losses, dh = linear_cross_entropy(h, head, targets, 1.0, 64)
-    again, dh_again = linear_cross_entropy(h, head, targets, 1.0, 7)
-    assert torch.equal(losses, again) and torch.equal(dh, dh_again)
+def test_targets_outside_the_vocabulary_are_refused() -> None:
+    for target in (3, -100):
+        with pytest.raises(ValueError, match="vocabulary of 3"):
+            token_scores(torch.zeros(1, 3), torch.tensor([target]))
 
 
 @pytest.mark.parametrize("size", (1, 37, 20000))

@@ -19,9 +19,11 @@ from coserve.lora.adapter_pool import AdapterPool
 from coserve.models.decoder import Decoder
 from coserve.training.activations import MicrobatchActivations
 from coserve.training.backward import MicrobatchBackward
+from coserve.training.batch_run import BatchRun
 from coserve.training.batching import pack
 from coserve.training.microbatch import LoraDropout, Microbatch, Sample
 from coserve.training.trainable_adapter import TrainableAdapter
+from coserve.worker.kv_tensors import KVTensors
 
 
 @dataclass
@@ -111,9 +113,42 @@ class Trainer:
                 if before_unit is not None:
                     before_unit(backward.cursor, microbatch)
                 backward.run_next()
-            losses.append(microbatch.loss_sum())
+            losses.append(backward.objective.sums(microbatch).loss)
         adapter.finish_gradients()
         return sum(losses) / trained
+
+
+@torch.no_grad()
+def drive(
+    run: BatchRun,
+    decoder: Decoder,
+    pool: AdapterPool,
+    rows: dict[str, list[int]],
+    kv: KVTensors,
+    window_tokens: int = 64,
+) -> None:
+    """All passes of a batch, one microbatch after the other. `rows` are the pool's by adapter."""
+    for sequence in run.sequences:
+        sequence.level = len(sequence.level_slabs) - 1
+        extent = torch.full((sequence.slabs * kv.slab_bytes,), 255, dtype=torch.uint8)
+        run.place(sequence.sequence_id, extent, sequence.level)
+        microbatch = run.microbatches[sequence.sequence_id]
+        while not sequence.done:
+            if sequence.forward_done:
+                run.run_unit(sequence)
+                sequence.pay_unit()
+                continue
+            start, length = sequence.cursor, min(window_tokens, sequence.forward_owed)
+            key, span = sequence.adapter, slice(start, start + length)
+            lora = None
+            if key is not None:
+                values = [0], [length], [0], rows[key]
+                segments = LoraSegments(*(torch.tensor(v, dtype=torch.int32) for v in values))
+                lora = LoraBatch(segments, pool.ranks(rows[key])[..., None].contiguous(), pool)
+            window = microbatch.window(0, start, length)
+            ids_T, positions_T = microbatch.token_ids_T[span], microbatch.positions_T[span]
+            decoder.forward(ForwardBatch(ids_T, positions_T, None, [window], lora))
+            sequence.cursor += length
 
 
 def gradient_tensors(adapter: TrainableAdapter) -> dict[str, torch.Tensor]:

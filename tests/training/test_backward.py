@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coserve.core.training_sequence import BackwardUnit
+from coserve.core.training_sequence import TrainingUnit
 from coserve.kernels.dispatch import native, use_backend
 from coserve.models.config import ModelConfig
 from coserve.models.loader import random_weights
@@ -13,6 +13,7 @@ from coserve.training.activations import MicrobatchActivations
 from coserve.training.backward import MicrobatchBackward, backward_units, window_bounds
 from coserve.training.job import LoraSpec
 from coserve.training.microbatch import Microbatch
+from coserve.training.objectives import CrossEntropy
 from coserve.training.trainable_adapter import TrainableAdapter
 from tests.parity.training_harness import Trainer, fill_b, make_samples
 
@@ -39,8 +40,10 @@ def trainer() -> Trainer:
 
 
 def test_units_are_loss_chunks_then_windows_of_each_layer_last_to_first() -> None:
-    units = backward_units(278, 262, num_layers=3, lowest_layer=1, window_tokens=128)
-    assert units[:2] == (BackwardUnit("loss", 256), BackwardUnit("loss", 6))
+    ids = list(range(278))
+    microbatch = Microbatch([(ids, [-100] * 16 + ids[16:])])
+    units = backward_units(microbatch, CrossEntropy(), num_layers=3, lowest_layer=1, window_tokens=128)
+    assert units[:2] == (TrainingUnit("loss", 256), TrainingUnit("loss", 6))
     assert [u.tokens for u in units[2:]] == [22, 128, 128] * 2
     assert {u.kind for u in units[2:]} == {"layer"}
 
@@ -52,7 +55,7 @@ def test_windows_cover_the_stream() -> None:
 
 def test_no_backward_without_trained_tokens() -> None:
     with pytest.raises(ValueError, match="without trained tokens"):
-        backward_units(10, 0, 2, 0)
+        backward_units(Microbatch([([1, 2], [-100, -100])]), CrossEntropy(), 2, 0)
 
 
 @pytest.mark.skipif(native is None, reason="the compiled kernels are missing: bits hold for them only")

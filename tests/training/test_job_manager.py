@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from coserve.engine.local import LocalEngine
 from coserve.training.backward import MicrobatchBackward
 from coserve.training.job import StepMetrics
 from coserve.training.microbatch import Microbatch
+from coserve.training.objectives import CrossEntropy, LossSums
 from coserve.training.running_job import RunningJob
 from tests.invariants import world
 
@@ -45,7 +47,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int, times: int, where: str) -
         if self.step + 1 == step and len(struck) < times:
             struck.append(step)
             if where == "loss":
-                list(self.microbatches.values())[-1].losses_T[0] = float("nan")
+                last = list(self.microbatches.values())[-1]
+                last.logprobs_T[last.trained_rows[0]] = float("nan")
             else:
                 self._adapter.gradients[5] = float("inf")
         return plain(self)
@@ -109,8 +112,13 @@ def test_an_update_that_overflows_the_weights_is_never_saved(model, data, tmp_pa
 
 
 def test_an_exploding_loss_is_told_and_the_job_goes_on(model, data, tmp_path, monkeypatch) -> None:
-    plain = Microbatch.loss_sum
-    monkeypatch.setattr(Microbatch, "loss_sum", lambda self: plain(self) * (9.0 if job.step == 2 else 1.0))
+    plain = CrossEntropy.sums
+
+    def sums(self: CrossEntropy, microbatch: Microbatch) -> LossSums:
+        found = plain(self, microbatch)
+        return replace(found, loss=found.loss * (9.0 if job.step == 2 else 1.0))
+
+    monkeypatch.setattr(CrossEntropy, "sums", sums)
     local, spec = world.make_engine(model), world.make_job(data, tmp_path)
     world.submit(local, spec)
     job = local.engine.jobs._jobs[spec.job_id]

@@ -11,7 +11,7 @@ from coserve.core.request import Request
 from coserve.core.sampling_params import SamplingParams
 from coserve.core.span import InferenceSpan, SpanKind, TrainingSpan
 from coserve.core.step_plan import StepPlan
-from coserve.core.training_sequence import TrainingSequence
+from coserve.core.training_sequence import TrainingPass, TrainingSequence
 from coserve.kernels.dispatch import native
 from coserve.kernels.dropout import row_keys
 from coserve.lora.adapter import load_adapter
@@ -44,7 +44,8 @@ class Bench:
         self.microbatch = Microbatch([(sample, sample) for sample in SAMPLES])
         tokens = self.microbatch.num_tokens
         place(self)
-        self.sequence = TrainingSequence("mb", "job", 0, tokens, (), adapter="all", level_slabs=(1,))
+        passes = (TrainingPass("all", (), trains=True),)
+        self.sequence = TrainingSequence("mb", "job", 0, tokens, passes, level_slabs=(1,))
 
     def request(self, name, prompt, blocks, adapter=None):
         params = SamplingParams(temperature=0.0)

@@ -1,0 +1,168 @@
+"""The microbatches of one optimizer step or one evaluation, from the first forward token to the last unit.
+
+    run = BatchRun(decoder, objective, samples, ...)    sequences for the scheduler, microbatches to run
+    run.place(sequence_id, extent, level)               before a microbatch's first forward window
+    run.run_unit(sequence)                              whenever the scheduler says so
+    run.sums()                                          loss, count, correct of each, once all are done
+
+With a `Trainee` the last pass of each microbatch adds the gradients of the objective to its adapter; without
+one nothing but scores is computed, and only keys, values and the last output are kept of the forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from coserve.core.training_sequence import TrainingPass, TrainingSequence
+from coserve.errors import FailedPrecondition
+from coserve.layers.batch import LoraPool
+from coserve.models.config import ModelConfig
+from coserve.models.decoder import Decoder
+from coserve.training.activations import MicrobatchActivations
+from coserve.training.backward import MicrobatchBackward, backward_units
+from coserve.training.loss import MicrobatchScoring, score_units
+from coserve.training.microbatch import LoraDropout, Microbatch, Sample
+from coserve.training.objectives import LossSums, Objective
+from coserve.training.trainable_adapter import TrainableAdapter
+from coserve.worker.kv_tensors import KVTensors
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """The adapter in training and the pool rows of its compute weights."""
+
+    adapter: TrainableAdapter
+    pool: LoraPool
+    rows: Sequence[int]
+
+
+class BatchRun:
+    """`samples` holds each microbatch's. `sequences` and `microbatches` go by f"{name}/{index}".
+
+    `policy` is the adapter whose objective is taken (None: the base), `reference` the one that an objective
+    with `needs_reference` compares it to (None: the base). `dropout` holds each microbatch's. Raises
+    FailedPrecondition when a microbatch needs more of the pool `kv` than there is even where every layer
+    keeps the least, and ValueError when one has no trained token.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        objective: Objective,
+        samples: Sequence[Sequence[Sample]],
+        *,
+        name: str,
+        job_id: str,
+        policy: str | None,
+        reference: str | None = None,
+        trainee: Trainee | None = None,
+        dropout: Sequence[LoraDropout] | None = None,
+        window_tokens: int = 0,
+        kv: KVTensors,
+    ) -> None:
+        self._decoder, self._objective, self._trainee = decoder, objective, trainee
+        self._window_tokens = window_tokens
+        self._runners: dict[str, MicrobatchBackward | MicrobatchScoring] = {}
+        layers = decoder.config.num_layers
+        self._lowest_layer = layers if trainee is None else trainee.adapter.lowest_layer
+        self.sequences: list[TrainingSequence] = []
+        self.microbatches: dict[str, Microbatch] = {}
+        for index, packed in enumerate(samples):
+            microbatch = Microbatch(packed, decoder.device, dropout[index] if dropout else None)
+            sizes = MicrobatchActivations.level_bytes(*self._shape(microbatch))
+            sequence = TrainingSequence(
+                f"{name}/{index}",
+                job_id,
+                index,
+                microbatch.num_tokens,
+                self._passes(microbatch, policy, reference),
+                level_slabs=tuple(kv.slabs_for(size) for size in sizes),
+                window_tokens=window_tokens,
+            )
+            if sequence.level_slabs[0] > kv.num_blocks:
+                needed = sequence.level_slabs[0] * kv.slab_bytes
+                raise FailedPrecondition(
+                    f"{microbatch.num_tokens} tokens in training need {needed} bytes of the pool, which has "
+                    f"{kv.nbytes}; raise --kv-cache-memory-bytes or set max_length",
+                    code="out_of_memory",
+                )
+            self.sequences.append(sequence)
+            self.microbatches[sequence.sequence_id] = microbatch
+        self.count = sum(objective.count(microbatch) for microbatch in self.microbatches.values())
+
+    def _passes(
+        self, microbatch: Microbatch, policy: str | None, reference: str | None
+    ) -> tuple[TrainingPass, ...]:
+        scores = score_units(microbatch, self._objective)
+        first = (TrainingPass(reference, scores),) if self._objective.needs_reference else ()
+        if self._trainee is None:
+            return (*first, TrainingPass(policy, scores))
+        units = backward_units(
+            microbatch,
+            self._objective,
+            self._decoder.config.num_layers,
+            self._lowest_layer,
+            self._window_tokens,
+        )
+        return (*first, TrainingPass(policy, units, trains=True))
+
+    @property
+    def done(self) -> bool:
+        """Every microbatch has run its last unit."""
+        return all(sequence.done for sequence in self.sequences)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What the microbatches hold beside their activations."""
+        return sum(microbatch.workspace_bytes for microbatch in self.microbatches.values())
+
+    def place(self, sequence_id: str, extent: torch.Tensor, level: int) -> None:
+        """Give a microbatch memory for its activations, uint8 of the `level`'s size."""
+        microbatch = self.microbatches[sequence_id]
+        microbatch.activations = MicrobatchActivations(extent, *self._shape(microbatch), level)
+
+    def run_unit(self, sequence: TrainingSequence) -> None:
+        """Run the next unit of the pass under way; the memory is given up after the last pass's last. The
+        caller then moves the cursor (`pay_unit`)."""
+        key = sequence.sequence_id
+        runner = self._runners.get(key)
+        if runner is None:
+            runner = self._runners[key] = self._runner(sequence)
+        runner.run_next()
+        if runner.done:
+            del self._runners[key]
+            if sequence.pass_index == len(sequence.passes) - 1:
+                self.microbatches[key].activations = None
+
+    def forget(self, sequence_ids: set[str]) -> None:
+        """Memory was taken away: the passes under way start over."""
+        for sequence_id in sequence_ids:
+            self.microbatches[sequence_id].activations = None
+            self._runners.pop(sequence_id, None)
+
+    def sums(self) -> list[LossSums]:
+        """Of each microbatch, in index order, once `done`; `LossSums.total` adds them up."""
+        return [self._objective.sums(microbatch) for microbatch in self.microbatches.values()]
+
+    def _runner(self, sequence: TrainingSequence) -> MicrobatchBackward | MicrobatchScoring:
+        microbatch, trainee = self.microbatches[sequence.sequence_id], self._trainee
+        if not sequence.trains or trainee is None:
+            reference = self._objective.needs_reference and sequence.pass_index == 0
+            return MicrobatchScoring(self._decoder, microbatch, self._objective, reference=reference)
+        return MicrobatchBackward(
+            self._decoder,
+            microbatch,
+            trainee.adapter,
+            trainee.pool,
+            trainee.rows,
+            grad_scale=1.0 / self.count,
+            window_tokens=self._window_tokens,
+            objective=self._objective,
+        )
+
+    def _shape(self, microbatch: Microbatch) -> tuple[ModelConfig, int, int, torch.dtype, int]:
+        config = self._decoder.config
+        return config, config.num_layers, microbatch.num_tokens, self._decoder.dtype, self._lowest_layer
