@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -20,11 +21,28 @@ class KV(Protocol):
         ...
 
 
+class HeadAdapter(NamedTuple):
+    """One adapter's own tensors for the head, in the compute dtype: a_RK [r, H], b_RN [r, V], which is B
+    transposed times the scale."""
+
+    a_RK: torch.Tensor
+    b_RN: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.a_RK.nbytes + self.b_RN.nbytes
+
+
 class LoraPool(Protocol):
     """All adapters' weights on the device, as rows."""
 
     def rows(self, module: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(a_RK, b_RN) of a module by its number in `linear_modules`; b is B transposed times the scale."""
+        ...
+
+    def head(self, rows: Sequence[int]) -> HeadAdapter | None:
+        """What the adapter in `rows` adds to the head; None where it leaves the head alone."""
         ...
 
 

@@ -16,20 +16,7 @@ import torch
 from coserve.kernels.dropout import Dropout
 from coserve.kernels.linear import PackedLinear
 from coserve.kernels.lora import LoraSegments, lora_backward, lora_forward_
-from coserve.layers.batch import ModuleGradient
-
-
-class HeadAdapter(NamedTuple):
-    """One adapter's own tensors for the head, in the compute dtype: a_RK [r, H], b_RN [r, V], which is B
-    transposed times the scale."""
-
-    a_RK: torch.Tensor
-    b_RN: torch.Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both."""
-        return self.a_RK.nbytes + self.b_RN.nbytes
+from coserve.layers.batch import HeadAdapter, ModuleGradient
 
 
 class HeadRun(NamedTuple):
@@ -58,22 +45,19 @@ class LMHead(PackedLinear):
             lora_forward_(logits_SV[rows], h_SH[rows], a_RK, b_RN, segments, ranks, run.dropout)
         return logits_SV
 
-    def backward(
+    def add_gradient(
         self,
         dlogits_CV: torch.Tensor,
         h_CH: torch.Tensor,
-        gradient: ModuleGradient | None,
+        gradient: ModuleGradient,
         token_offset: int,
-        needs_input: bool = True,
-    ) -> torch.Tensor | None:
-        """dh [C, H], None unless `needs_input`; adds the adapter's gradients. `token_offset` is the place of
-        the first row among those of its microbatch that come here."""
-        dh_CH = self.backward_input(dlogits_CV) if needs_input else None
-        if gradient is not None:
-            g, dx_CH = gradient, torch.zeros_like(h_CH) if dh_CH is None else dh_CH
-            sums = g.da_rK, g.db_rN
-            lora_backward(dlogits_CV, h_CH, g.a_RK, g.b_RN, g.rows, dx_CH, *sums, token_offset, g.dropout)
-        return dh_CH
+        dh_CH: torch.Tensor | None,
+    ) -> None:
+        """The adapter's gradients into its sums, and its part of dh into `dh` [C, H] where that is wanted.
+        `token_offset` is the place of the first row among those of its microbatch that come here."""
+        g, dx_CH = gradient, torch.zeros_like(h_CH) if dh_CH is None else dh_CH
+        sums = g.da_rK, g.db_rN
+        lora_backward(dlogits_CV, h_CH, g.a_RK, g.b_RN, g.rows, dx_CH, *sums, token_offset, g.dropout)
 
     def logits(self, h_SH: torch.Tensor, runs: Sequence[HeadRun] = ()) -> torch.Tensor:
         """fp32 [S, V] of final hidden states [S, H]."""

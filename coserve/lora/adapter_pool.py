@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from coserve.layers.lm_head import HeadAdapter
+from coserve.layers.batch import HeadAdapter
 from coserve.lora.adapter import HostAdapter, ModuleWeights
 from coserve.lora.peft_files import LinearShapes
 from coserve.models.config import HEAD_MODULE

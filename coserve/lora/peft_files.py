@@ -31,6 +31,7 @@ TENSOR_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 _FLOATS = ("F32", "F16", "BF16")
 _PREFIX = "base_model.model."
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # torch.compile's, FSDP's
 BASE_HEAD_KEY = f"{_PREFIX}lm_head.base_layer.weight"  # PEFT saves the base's head beside its adapter
 
 
@@ -164,8 +165,11 @@ def _check_keys(entries: Mapping[str, TensorEntry], expected: set[str]) -> None:
             _refuse("embedding adapters are not supported")
         if "lm_head" in key and "lora_" not in key:
             _refuse(f"{key!r} is a full copy of the head; only LoRA on lm_head is supported")
+        wrapper = next((name for name in _WRAPPERS if f"{name}." in key), None)
+        if wrapper is not None:
+            _refuse(f"unexpected key {key!r}: {wrapper!r} is a wrapper's; save the model that it wraps")
         if not key.startswith(_PREFIX):
-            _refuse(f"unexpected key {key!r}: keys must begin with {_PREFIX!r}")
+            _refuse(f"unexpected key {key!r}: keys must begin with {_PREFIX!r}, as PEFT saves them")
     unexpected = sorted(entries.keys() - expected)
     missing = sorted(expected - entries.keys())
     if unexpected:

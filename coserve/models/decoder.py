@@ -14,7 +14,7 @@ import torch
 from coserve.kernels.soft_cap import soft_cap_
 from coserve.layers.activations import LayerActivations
 from coserve.layers.attention import Attention
-from coserve.layers.batch import BackwardWindow, ForwardBatch
+from coserve.layers.batch import BackwardWindow, ForwardBatch, ModuleGradient
 from coserve.layers.embedding import Embedding
 from coserve.layers.lm_head import HeadRun, LMHead
 from coserve.layers.mlp import MLP
@@ -187,14 +187,25 @@ class Decoder:
         """What the head reads; rows stand alone, so only those that need logits have to be given."""
         return self.norm.forward(x_TH)
 
-    def head_forward(self, x_CH: torch.Tensor) -> torch.Tensor:
+    def head_forward(self, x_CH: torch.Tensor, runs: Sequence[HeadRun] = ()) -> torch.Tensor:
         """Logits [C, V], capped where the model caps them, in its dtype, of the last layer's output."""
-        logits_CV, cap = self.head.forward(self.final_norm(x_CH)), self.config.logit_cap
+        logits_CV, cap = self.head.forward(self.final_norm(x_CH), runs), self.config.logit_cap
         return soft_cap_(logits_CV, cap) if cap else logits_CV
 
-    def head_backward(self, dlogits_CV: torch.Tensor, x_CH: torch.Tensor) -> torch.Tensor:
-        """Gradient w.r.t. the last layer's output `x` [C, H] of that w.r.t. the logits before the cap."""
-        return self.norm.backward(self.head.backward_input(dlogits_CV), x_CH)
+    def head_backward(
+        self,
+        dlogits_CV: torch.Tensor,
+        x_CH: torch.Tensor,
+        gradient: ModuleGradient | None = None,
+        token_offset: int = 0,
+        needs_input: bool = True,
+    ) -> torch.Tensor | None:
+        """Gradient w.r.t. the last layer's output `x` [C, H] of that w.r.t. the logits before the cap, None
+        unless `needs_input`; adds that of the head's adapter, see `LMHead.add_gradient`."""
+        dh_CH = self.head.backward_input(dlogits_CV) if needs_input else None
+        if gradient is not None:
+            self.head.add_gradient(dlogits_CV, self.final_norm(x_CH), gradient, token_offset, dh_CH)
+        return None if dh_CH is None else self.norm.backward(dh_CH, x_CH)
 
     def logits(self, h_SH: torch.Tensor, runs: Sequence[HeadRun] = ()) -> torch.Tensor:
         """fp32 [S, V] of normed hidden states [S, H]; `runs` of them have an adapter on the head."""

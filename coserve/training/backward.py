@@ -16,11 +16,11 @@ import torch
 from coserve.core.training_sequence import TrainingUnit
 from coserve.kernels.dropout import Dropout
 from coserve.kernels.lora import LoraSegments
-from coserve.layers.batch import BackwardWindow, LoraBatch, LoraPool
+from coserve.layers.batch import BackwardWindow, HeadAdapter, LoraBatch, LoraPool, ModuleGradient
 from coserve.models.decoder import Decoder
 from coserve.training.loss import loss_chunk, score_chunk
 from coserve.training.microbatch import Microbatch
-from coserve.training.objectives import CrossEntropy, Objective
+from coserve.training.objectives import Chunk, CrossEntropy, Objective
 from coserve.training.trainable_adapter import TrainableAdapter
 
 DEFAULT_WINDOW = 256  # tokens; see bench/LOG.md
@@ -78,12 +78,11 @@ class MicrobatchBackward:
         self.grad_scale = grad_scale
         self.cursor = 0
         device = microbatch.token_ids_T.device
+        self._pool_rows = rows
         self._rows = torch.tensor(list(rows), dtype=torch.int32, device=device)
         self._windows = window_bounds(microbatch.num_tokens, window_tokens)[::-1]
         layers = decoder.config.num_layers
-        self.units = backward_units(
-            microbatch, self.objective, layers, adapter.lowest_layer, window_tokens
-        )
+        self.units = backward_units(microbatch, self.objective, layers, adapter.lowest_layer, window_tokens)
         self._lora_by_width: dict[int, LoraBatch] = {}
         self._chunks = self.objective.chunks(microbatch)
         self._ahead = [chunk for chunk in self._chunks if chunk.ahead]
@@ -104,14 +103,30 @@ class MicrobatchBackward:
         if self.done:
             raise IndexError("all units of the microbatch have run")
         if self.cursor < len(self._ahead):
-            score_chunk(self.decoder, self.microbatch, self._ahead[self.cursor])
+            chunk = self._ahead[self.cursor]
+            g = self._head_gradient(chunk)
+            head, dropout = (None, None) if g is None else (HeadAdapter(g.a_RK, g.b_RN), g.dropout)
+            score_chunk(self.decoder, self.microbatch, chunk, head=head, dropout=dropout)
         elif self.cursor < self._num_head_units:
             chunk = self._chunks[self.cursor - len(self._ahead)]
-            loss_chunk(self.decoder, self.microbatch, chunk, self.objective, self.grad_scale)
+            loss_chunk(
+                self.decoder,
+                self.microbatch,
+                chunk,
+                self.objective,
+                self.grad_scale,
+                head=self._head_gradient(chunk),
+                needs_input=self.adapter.lowest_layer < self.decoder.config.num_layers,
+            )
         else:
             depth, window = divmod(self.cursor - self._num_head_units, len(self._windows))
             self._run_window(self.decoder.config.num_layers - 1 - depth, window)
         self.cursor += 1
+
+    def _head_gradient(self, chunk: Chunk) -> ModuleGradient | None:
+        microbatch = self.microbatch
+        rows = microbatch.trained_rows[chunk.start : chunk.end]
+        return self.adapter.head_gradient(self.pool, self._pool_rows, microbatch.dropout_of(rows))
 
     def _run_window(self, layer: int, window: int) -> None:
         microbatch, saved = self.microbatch, self.microbatch.saved

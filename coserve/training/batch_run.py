@@ -11,7 +11,7 @@ one nothing but scores is computed, and only keys, values and the last output ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,8 @@ class BatchRun:
     """`samples` holds each microbatch's. `sequences` and `microbatches` go by f"{name}/{index}".
 
     `policy` is the adapter whose objective is taken (None: the base), `reference` the one that an objective
-    with `needs_reference` compares it to (None: the base). `dropout` holds each microbatch's. Raises
+    with `needs_reference` compares it to (None: the base); `rows` are theirs in the `pool`. `dropout` holds
+    each microbatch's and acts in the passes that train. Raises
     FailedPrecondition when a microbatch needs more of the pool `kv` than there is even where every layer
     keeps the least, and ValueError when one has no trained token.
     """
@@ -58,12 +59,15 @@ class BatchRun:
         job_id: str,
         policy: str | None,
         reference: str | None = None,
+        pool: LoraPool,
+        rows: Mapping[str, Sequence[int]],
         trainee: Trainee | None = None,
         dropout: Sequence[LoraDropout] | None = None,
         window_tokens: int = 0,
         kv: KVTensors,
     ) -> None:
         self._decoder, self._objective, self._trainee = decoder, objective, trainee
+        self._pool, self._rows = pool, rows
         self._window_tokens = window_tokens
         self._runners: dict[str, MicrobatchBackward | MicrobatchScoring] = {}
         layers = decoder.config.num_layers
@@ -151,7 +155,11 @@ class BatchRun:
         microbatch, trainee = self.microbatches[sequence.sequence_id], self._trainee
         if not sequence.trains or trainee is None:
             reference = self._objective.needs_reference and sequence.pass_index == 0
-            return MicrobatchScoring(self._decoder, microbatch, self._objective, reference=reference)
+            key = sequence.adapter
+            head = None if key is None else self._pool.head(self._rows[key])
+            return MicrobatchScoring(
+                self._decoder, microbatch, self._objective, reference=reference, head=head
+            )
         return MicrobatchBackward(
             self._decoder,
             microbatch,

@@ -34,7 +34,7 @@ def peft_config(spec: LoraSpec, config: ModelConfig, base_model_name: str = "") 
 def resolve_lora(spec: LoraSpec, config: ModelConfig) -> PeftConfig:
     """The settings checked against the model.
 
-    Raises InvalidRequest for target modules that are unknown or not supported (lm_head, embeddings), for
+    Raises InvalidRequest for target modules that are unknown or not supported (embeddings), for
     layers, exclusions and pattern keys that match nothing, a rank outside 1 to 256, a dropout outside [0, 1)
     and an unknown start.
     """
@@ -57,11 +57,7 @@ def resolve_lora(spec: LoraSpec, config: ModelConfig) -> PeftConfig:
             f"layers_to_transform has {beyond[0]}; the model's layers are 0 to {config.num_layers - 1}",
             param="lora.layers_to_transform",
         )
-    paths = {
-        config.module_path(layer, name): layer
-        for layer in range(config.num_layers)
-        for name in config.linear_modules
-    }
+    paths = {path: layer for path, (layer, _) in config.adapter_places.items()}
     try:
         resolved = PeftConfig.parse(peft_config(spec, config))
         wanted = {path: layer for path, layer in paths.items() if resolved.targets(path, layer)}

@@ -1,7 +1,7 @@
 """The head's units, a chunk of trained tokens at a time: no T x V logits, and dL/dx left behind.
 
-    score:  logp = log softmax(head(norm(x)))[target]
-    loss:   the same, then dx = norm'(dlogits W) with dlogits from the objective's weights
+score:  logp = log softmax(head(norm(x)))[target]
+loss:   the same, then dx = norm'(dlogits W) with dlogits from the objective's weights
 """
 
 from __future__ import annotations
@@ -10,15 +10,28 @@ import torch
 
 from coserve.core.training_sequence import TrainingUnit
 from coserve.kernels.cross_entropy import TokenScores, logit_gradient_, token_scores
+from coserve.kernels.dropout import Dropout
+from coserve.layers.batch import HeadAdapter, ModuleGradient
+from coserve.layers.lm_head import HeadRun
 from coserve.models.decoder import Decoder
 from coserve.training.microbatch import Microbatch
 from coserve.training.objectives import Chunk, Objective
 
 
-def score_chunk(decoder: Decoder, microbatch: Microbatch, chunk: Chunk, *, reference: bool = False) -> None:
-    """Log-probabilities of a chunk into the microbatch: those of the reference, or those of the policy."""
+def score_chunk(
+    decoder: Decoder,
+    microbatch: Microbatch,
+    chunk: Chunk,
+    *,
+    reference: bool = False,
+    head: HeadAdapter | None = None,
+    dropout: Dropout | None = None,
+) -> None:
+    """Log-probabilities of a chunk into the microbatch: those of the reference, or those of the policy.
+    `head` is the adapter's part of the head, `dropout` that of the chunk's tokens there."""
     rows = microbatch.trained_rows[chunk.start : chunk.end]
-    logits_CV = decoder.head_forward(microbatch.saved.x_out_TH[rows])
+    runs = () if head is None else (HeadRun(0, len(rows), head, dropout),)
+    logits_CV = decoder.head_forward(microbatch.saved.x_out_TH[rows], runs)
     scores = token_scores(logits_CV, microbatch.targets_T[rows])
     if reference:
         microbatch.reference_T[rows] = scores.logprob_C
@@ -27,16 +40,25 @@ def score_chunk(decoder: Decoder, microbatch: Microbatch, chunk: Chunk, *, refer
 
 
 def loss_chunk(
-    decoder: Decoder, microbatch: Microbatch, chunk: Chunk, objective: Objective, grad_scale: float
+    decoder: Decoder,
+    microbatch: Microbatch,
+    chunk: Chunk,
+    objective: Objective,
+    grad_scale: float,
+    *,
+    head: ModuleGradient | None = None,
+    needs_input: bool = True,
 ) -> None:
     """Scores of a chunk, and the gradient w.r.t. the last layer's output, times `grad_scale`, into `dh_TH`,
-    whose other rows the first chunk sets to zero."""
+    whose other rows the first chunk sets to zero; unless only the head is trained (not `needs_input`). The
+    gradients of the adapter's part of the `head` are added to its sums."""
     saved = microbatch.saved
     if chunk.start == 0:
         saved.dh_TH.zero_()
     rows = microbatch.trained_rows[chunk.start : chunk.end]
     x_CH, targets_C = saved.x_out_TH[rows], microbatch.targets_T[rows]
-    logits_CV = decoder.head_forward(x_CH)
+    runs = () if head is None else (HeadRun(0, len(rows), HeadAdapter(head.a_RK, head.b_RN), head.dropout),)
+    logits_CV = decoder.head_forward(x_CH, runs)
     scores = token_scores(logits_CV, targets_C)
     _keep(microbatch, rows, scores)
     weight_C, uniform_C = objective.weights(microbatch, rows)
@@ -48,7 +70,9 @@ def loss_chunk(
         uniform_C * grad_scale,
         decoder.config.logit_cap,
     )
-    saved.dh_TH[rows] = decoder.head_backward(logits_CV, x_CH)
+    dx_CH = decoder.head_backward(logits_CV, x_CH, head, chunk.start, needs_input)
+    if dx_CH is not None:
+        saved.dh_TH[rows] = dx_CH
 
 
 def _keep(microbatch: Microbatch, rows: torch.Tensor, scores: TokenScores) -> None:
@@ -65,12 +89,20 @@ def score_units(microbatch: Microbatch, objective: Objective) -> tuple[TrainingU
 
 
 class MicrobatchScoring:
-    """Runs the units of a scoring pass, one after the other. `reference`: the forward was the reference's."""
+    """Runs the units of a scoring pass, one after the other. `reference`: the forward was the reference's.
+    `head` is the pass's adapter's part of the head."""
 
     def __init__(
-        self, decoder: Decoder, microbatch: Microbatch, objective: Objective, *, reference: bool = False
+        self,
+        decoder: Decoder,
+        microbatch: Microbatch,
+        objective: Objective,
+        *,
+        reference: bool = False,
+        head: HeadAdapter | None = None,
     ) -> None:
         self._decoder, self._microbatch, self._reference = decoder, microbatch, reference
+        self._head = head
         self._chunks = objective.chunks(microbatch)
         self.cursor = 0
 
@@ -83,7 +115,6 @@ class MicrobatchScoring:
         """Run one unit. IndexError when none is left."""
         if self.done:
             raise IndexError("all units of the pass have run")
-        score_chunk(
-            self._decoder, self._microbatch, self._chunks[self.cursor], reference=self._reference
-        )
+        chunk = self._chunks[self.cursor]
+        score_chunk(self._decoder, self._microbatch, chunk, reference=self._reference, head=self._head)
         self.cursor += 1

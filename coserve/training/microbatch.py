@@ -109,3 +109,9 @@ class Microbatch:
         if self.dropout_keys_T is None:
             return None
         return Dropout(self.dropout_keys_T[start : start + length], self.dropout_rates_S)
+
+    def dropout_of(self, rows: torch.Tensor) -> Dropout | None:
+        """Keys and rate of the tokens `rows`; None where nothing is dropped."""
+        if self.dropout_keys_T is None:
+            return None
+        return Dropout(self.dropout_keys_T[rows], self.dropout_rates_S)

@@ -135,6 +135,8 @@ class RunningJob:
             name=f"{self.spec.job_id}/{self.step + 1}",
             job_id=self.spec.job_id,
             policy=self.spec.job_id,
+            pool=self._pool,
+            rows={self.spec.job_id: self._rows},
             trainee=Trainee(self._adapter, self._pool, self._rows),
             dropout=[LoraDropout(rate, self.spec.seed, self.step + 1, examples) for examples in microbatches],
             window_tokens=self.spec.training.window_tokens,
@@ -224,7 +226,9 @@ class RunningJob:
             self.restored_path = str(found.path)
             self.last_loss = self.restored_events[-1].loss if self.restored_events else math.nan
         elif self.spec.init_path is not None:
-            self._adapter.start_from(self.spec.init_path, self._decoder.config)
+            self._adapter.start_from(
+                self.spec.init_path, self._decoder.config, self._decoder.head.weight
+            )
 
 
 def _numbered(examples: Sequence[int]) -> str:

@@ -6,6 +6,8 @@ as PEFT starts it (Kaiming-uniform with a = sqrt 5; "gaussian": A from N(0, 1/r^
 buffer, as the pool's rows do. The pool's rows carry s B, so a gradient found there is that of B once
 multiplied by s (`finish_gradients`). With `freeze_a` (LoRA-FA, Zhang et al. 2023) A stays as it started: it
 lies outside the buffers and has no gradient and no moments.
+
+The head counts as module 0 of a layer above the last.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from coserve.kernels.dropout import Dropout, module_salt
 from coserve.layers.batch import LoraPool, ModuleGradient
 from coserve.lora.adapter import load_adapter
 from coserve.lora.peft_files import tensor_key, write_adapter
-from coserve.models.config import ModelConfig
+from coserve.models.config import HEAD_MODULE, ModelConfig
 from coserve.training.job import LoraSpec
 from coserve.training.lora_settings import peft_config, resolve_lora
 
@@ -35,6 +37,8 @@ class WritablePool(LoraPool, Protocol):
     def write_module(
         self, rows: Sequence[int], module: int, layer: int, a_RK: torch.Tensor, scaled_b_RN: torch.Tensor
     ) -> None: ...
+
+    def write_head(self, rows: Sequence[int], a_RK: torch.Tensor, scaled_b_RN: torch.Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,11 @@ class TrainableAdapter:
         """A new adapter drawn from `seed`. Raises InvalidRequest as `resolve_lora` does."""
         resolved = resolve_lora(spec, config)
         self.config = peft_config(spec, config, base_model_name)
+        numbers = {HEAD_MODULE: 0, **{name: number for number, name in enumerate(config.linear_modules)}}
         places = [
-            (layer, module, config.module_path(layer, name), config.module_shape(name))
-            for layer in range(config.num_layers)
-            for module, name in enumerate(config.linear_modules)
-            if resolved.targets(config.module_path(layer, name), layer)
+            (layer, numbers[name], path, config.module_shape(name))
+            for path, (layer, name) in config.adapter_places.items()
+            if resolved.targets(path, layer)
         ]
         a_sizes = [resolved.rank(path) * into for _, _, path, (_, into) in places]
         b_sizes = [resolved.rank(path) * out for _, _, path, (out, _) in places]
@@ -103,7 +107,8 @@ class TrainableAdapter:
         for layer, module, path, (out, into) in places:
             rank = resolved.rank(path)
             masters = frozen_a if spec.freeze_a else parameters
-            self.ranks_LM[layer, module] = rank
+            if layer < config.num_layers:
+                self.ranks_LM[layer, module] = rank
             self.modules.append(
                 TrainableModule(
                     layer,
@@ -120,6 +125,7 @@ class TrainableAdapter:
         self._by_layer: dict[int, list[TrainableModule]] = {}
         for trainable in self.modules:
             self._by_layer.setdefault(trainable.layer, []).append(trainable)
+        self._head = next(iter(self._by_layer.get(config.num_layers, ())), None)
         self._draw(seed, spec.init_lora_weights)
 
     @property
@@ -129,7 +135,8 @@ class TrainableAdapter:
 
     @property
     def lowest_layer(self) -> int:
-        """The lowest layer with an adapter; no backward goes below it."""
+        """The lowest layer with an adapter; no backward goes below it. The number of layers where only the
+        head has one."""
         return min(self._by_layer)
 
     @property
@@ -176,6 +183,18 @@ class TrainableAdapter:
             for m in self._by_layer.get(layer, ())
         }
 
+    def head_gradient(
+        self, pool: LoraPool, rows: Sequence[int], dropout: Dropout | None = None
+    ) -> ModuleGradient | None:
+        """Weights and sums of the head's adapter, None where there is none; `dropout` is that of the tokens
+        at hand."""
+        m, head = self._head, pool.head(rows)
+        if m is None or head is None:
+            return None
+        own = torch.arange(m.rank, dtype=torch.int32, device=head.a_RK.device)
+        drop = dropout and dropout.salted(module_salt(m.layer, m.module))
+        return ModuleGradient(*head, own, m.da_RK, m.db_RN, drop)
+
     def finish_gradients(self) -> None:
         """After the last backward unit of an optimizer step, once: from the scaled B's gradient to B's."""
         for module in self.modules:
@@ -191,7 +210,11 @@ class TrainableAdapter:
     def write_rows(self, pool: WritablePool, rows: Sequence[int]) -> None:
         """Masters -> the pool's rows in the compute dtype, after each optimizer step."""
         for m in self.modules:
-            pool.write_module(rows, m.module, m.layer, m.a_RK, m.b_RN * m.scale)
+            scaled_b_RN = m.b_RN * m.scale
+            if m is self._head:
+                pool.write_head(rows, m.a_RK, scaled_b_RN)
+            else:
+                pool.write_module(rows, m.module, m.layer, m.a_RK, scaled_b_RN)
 
     # ------------------------------------------------------------------ files
 
@@ -206,27 +229,35 @@ class TrainableAdapter:
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set the masters from PEFT's tensors. Raises InvalidRequest when names or shapes differ."""
         own = self.tensors()
-        wrong = sorted(own.keys() ^ tensors.keys())
-        wrong += [key for key in own if key in tensors and own[key].shape != tensors[key].shape]
-        if wrong:
+        reasons = [f"it has no {key}" for key in sorted(own.keys() - tensors.keys())]
+        reasons += [f"it has {key}" for key in sorted(tensors.keys() - own.keys())]
+        reasons += [
+            f"its {key} has shape {list(tensors[key].shape)}, not {list(master.shape)}"
+            for key, master in own.items()
+            if key in tensors and master.shape != tensors[key].shape
+        ]
+        if reasons:
+            more = f" (and {len(reasons) - 1} more tensors)" if len(reasons) > 1 else ""
             raise InvalidRequest(
-                f"the adapter to start from differs from the job's in {wrong[0]} ({len(wrong)} tensors)",
+                f"the adapter to start from differs from the job's modules and ranks: {reasons[0]}{more}",
                 param="init_from",
             )
         for key, master in own.items():
             master.copy_(tensors[key])
 
-    def start_from(self, directory: str | Path, model: ModelConfig) -> None:
+    def start_from(
+        self, directory: str | Path, model: ModelConfig, base_head_VH: torch.Tensor | None = None
+    ) -> None:
         """Set the masters from a PEFT directory so that the adapter computes the same, whatever its scale.
 
         Raises InvalidRequest when its modules or ranks differ, NotFound when there is none.
         """
-        given = load_adapter(directory, model, param="init_from")
+        given = load_adapter(directory, model, base_head_VH=base_head_VH, param="init_from")
         tensors = {}
-        scales = {(m.layer, model.linear_modules[m.module]): m.scale for m in self.modules}
+        scales = {m.path: m.scale for m in self.modules}
         for place, weights in given.modules.items():
             path = model.module_path(*place)
-            ratio = weights.scale / scales.get(place, weights.scale)
+            ratio = weights.scale / scales.get(path, weights.scale)
             tensors[tensor_key(path, "A")] = weights.a_RK
             tensors[tensor_key(path, "B")] = weights.b_NR if ratio == 1.0 else weights.b_NR * ratio
         self.load(tensors)

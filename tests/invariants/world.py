@@ -55,6 +55,11 @@ def make_adapter(model: Path, folder: Path, rank: int, seed: int) -> m.AdapterRe
         if "lora_B" in name:
             parameter.data.normal_(0.0, 1.0)
     peft.save_pretrained(folder)
+    return ref(folder)
+
+
+def ref(folder: Path) -> m.AdapterRef:
+    """A PEFT directory as requests name it."""
     digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
     return m.AdapterRef(folder.name, 1, f"sha256:{digest}", str(folder))
 

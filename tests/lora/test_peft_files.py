@@ -158,7 +158,9 @@ def test_settings_we_cannot_honour_are_refused_by_name(save_adapter, config, cha
     ("change", "reason"),
     [
         (no_key, r"missing key '.*layers\.1\.mlp\.up_proj\.lora_B\.weight'"),
-        (renamed("base_model.model.", "base_model.model._orig_mod."), "unexpected key"),
+        (renamed("base_model.model.", "base_model.model._orig_mod."), "'_orig_mod' is a wrapper's"),
+        (renamed("layers.1.", "layers.1._fsdp_wrapped_module."), "'_fsdp_wrapped_module' is a wrapper's"),
+        (renamed("base_model.model.model", "base_model.model.language_model.model"), "unexpected key"),
         (renamed("base_model.model.", ""), "keys must begin with"),
         (renamed("lora_A.weight", "lora_A.default.weight"), "unexpected key"),
         (renamed("layers.2", "layers.3"), "unexpected key"),

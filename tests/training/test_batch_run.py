@@ -37,7 +37,13 @@ def setting(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untype
 def score(setting, samples, *, policy: str | None = "job", window: int = 64, **more) -> BatchRun:  # type: ignore[no-untyped-def]
     _, decoder, _, pool, kv = setting
     run = BatchRun(
-        decoder, CrossEntropy(), samples, name="e", job_id="job", policy=policy, **{"kv": kv, **more}
+        decoder,
+        CrossEntropy(),
+        samples,
+        name="e",
+        job_id="job",
+        policy=policy,
+        **{"kv": kv, "pool": pool, "rows": ROWS, **more},
     )
     drive(run, decoder, pool, ROWS, kv, window)
     return run
@@ -105,7 +111,9 @@ def test_nothing_to_score_is_an_error(setting) -> None:
 def test_a_pass_that_starts_over_gives_the_same(setting) -> None:
     _, decoder, _, pool, kv = setting
     samples = [make_samples((300, 300), 97)]
-    run = BatchRun(decoder, CrossEntropy(), samples, name="e", job_id="job", policy="job", kv=kv)
+    run = BatchRun(
+        decoder, CrossEntropy(), samples, name="e", job_id="job", policy="job", pool=pool, rows=ROWS, kv=kv
+    )
     (sequence,) = run.sequences
     extent = torch.zeros(sequence.slabs * kv.slab_bytes, dtype=torch.uint8)
     run.place(sequence.sequence_id, extent, sequence.level)

@@ -85,7 +85,6 @@ def test_ranks_and_scales_are_those_of_peft(spec: LoraSpec) -> None:
     "spec,named",
     [
         (LoraSpec(target_modules=("q_proj", "c_attn")), "c_attn"),
-        (LoraSpec(target_modules=("lm_head",)), "lm_head"),
         (LoraSpec(target_modules=("embed_tokens",)), "embedding"),
         (LoraSpec(rank_pattern={"nothing": 4}), "nothing"),
         (LoraSpec(target_modules=("q_proj",), alpha_pattern={"v_proj": 4.0}), "v_proj"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from coserve.errors import InvalidRequest
 from coserve.lora.peft_config import PeftConfig
-from coserve.models.config import ModelConfig
+from coserve.models.config import HEAD_MODULE, ModelConfig
 from coserve.server.fields import Fields, shown
 from coserve.training.job import LoraSpec
 from coserve.training.lora_settings import resolve_lora
@@ -101,12 +101,13 @@ def _target_modules(fields: Fields, modules: tuple[str, ...]) -> tuple[str, ...]
     if raw is None or raw in ([], ALL_LINEAR, [ALL_LINEAR]):
         return modules
     names = [raw] if isinstance(raw, str) else fields.strings("target_modules") or []
+    known = (*modules, HEAD_MODULE)
     for name in names:
-        if name not in modules:
+        if name not in known:
             raise fields.fail(
-                "target_modules", f"has {shown(name)}; this model's modules are {', '.join(modules)}."
+                "target_modules", f"has {shown(name)}; this model's modules are {', '.join(known)}."
             )
-    return tuple(name for name in modules if name in names)
+    return tuple(name for name in known if name in names)
 
 
 def _excluded(fields: Fields) -> tuple[str, ...]:
@@ -154,11 +155,8 @@ def _layers(fields: Fields, num_layers: int) -> tuple[int, ...]:
 def lora_of(config: Mapping[str, Any], model: ModelConfig) -> LoraSpec:
     """The shape that a checked adapter_config.json describes."""
     parsed = PeftConfig.parse(config)
-    targets = tuple(
-        name
-        for name in model.linear_modules
-        if any(parsed.targets(model.module_path(layer, name), layer) for layer in range(model.num_layers))
-    )
+    names = {name for path, (layer, name) in model.adapter_places.items() if parsed.targets(path, layer)}
+    targets = tuple(name for name in (*model.linear_modules, HEAD_MODULE) if name in names)
     layers, excluded = config.get("layers_to_transform"), config.get("exclude_modules")
     if isinstance(excluded, str):
         raise InvalidRequest(
