@@ -125,6 +125,44 @@ def test_gemma_reads_its_caps_and_its_query_scale() -> None:
     )
 
 
+PUBLISHED = {
+    "Gemma-2-2b": (
+        "Gemma2ForCausalLM",
+        {"head_dim": 256, "sliding_window": 4096},
+        (256000, 2304, 9216, 26, 8, 4),
+        2614099968,
+    ),
+    "Gemma-3-1b": (
+        "Gemma3ForCausalLM",
+        {"head_dim": 256, "sliding_window": 512, "sliding_window_pattern": 6, "rope_theta": 1e6},
+        (262144, 1152, 6912, 26, 4, 1),
+        999751680,
+    ),
+    "Phi-4-mini": (
+        "Phi3ForCausalLM",
+        {"partial_rotary_factor": 0.75, "sliding_window": 262144, "tie_word_embeddings": True},
+        (200064, 3072, 8192, 32, 24, 8),
+        3835822080,
+    ),
+    "OLMo-2-7B": ("Olmo2ForCausalLM", {"rope_theta": 5e5}, (100352, 4096, 11008, 32, 32, 32), 7298088960),
+    "SmolLM2-135M": (
+        "LlamaForCausalLM",
+        {"tie_word_embeddings": True, "rope_theta": 1e5},
+        (49152, 576, 1536, 30, 9, 3),
+        134479872,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_shapes_have_their_number_of_weights(name: str) -> None:
+    architecture, more, sizes, weights = PUBLISHED[name]
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    raw = dict(zip((*keys, "num_key_value_heads"), sizes, strict=True))
+    config = ModelConfig.from_dict({"architectures": [architecture], **raw, **more})
+    assert config.num_parameters == weights
+
+
 def test_phi_names_its_fused_modules() -> None:
     config = parse(architectures=["Phi3ForCausalLM"], partial_rotary_factor=0.75)
     assert config.linear_modules == ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
