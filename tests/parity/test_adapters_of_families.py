@@ -1,4 +1,4 @@
-"""Adapters as PEFT makes them on every family's own modules: served like PEFT, exported so that PEFT loads them."""
+"""Adapters as PEFT makes them, on the modules of every family: served like PEFT, and exported for PEFT."""
 
 from __future__ import annotations
 
