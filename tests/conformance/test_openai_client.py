@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -27,21 +26,6 @@ ROWS = [
     for i in range(48)
 ]
 DATA = "\n".join(json.dumps(row) for row in ROWS).encode()
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with Served(tmp_path_factory.mktemp("conformance") / "state") as server:
-        yield server
-        server.process.terminate()
-        assert server.process.wait(60) == 0
-    log = server.state_dir.with_suffix(".log").read_text() + (server.state_dir / "engine.log").read_text()
-    assert "Traceback" not in log and "captain!" not in log and "What is" not in log
-
-
-@pytest.fixture(scope="module")
-def client(served: Served) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60)
 
 
 def test_streamed_and_whole_answers_agree(client: openai.OpenAI, served: Served) -> None:
