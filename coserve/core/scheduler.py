@@ -170,7 +170,8 @@ class Scheduler:
             plan.training_budget, max(token_budget, TILE), self.limits.headroom, mixed=bool(plan.inference)
         )
         plan.training_forward, plan.training_backward = forward, backward
-        for span in forward:
+        plan.apart = bool(forward) and (not plan.inference or forward == self.training.resting)
+        for span in () if plan.apart else forward:
             plan.predicted += self.model.predict_unit("forward", span.length)
 
     def _oldest_wait(self, now: float) -> float | None:

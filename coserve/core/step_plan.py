@@ -15,12 +15,14 @@ class StepPlan:
 
     Predictions are seconds, 0 while the latency model can't tell: `inference_alone` for the inference rows,
     `predicted` for the whole forward. `training_budget` is what training may take in this step. To make room,
-    microbatches in `downgraded` now keep less, those in `evicted` nothing.
+    microbatches in `downgraded` now keep less, those in `evicted` nothing. `apart`: the forward windows are a
+    batch of their own that runs after the requests', layer by layer, and may rest.
     """
 
     inference: list[InferenceSpan] = field(default_factory=list)
     training_forward: list[TrainingSpan] = field(default_factory=list)
     training_backward: list[TrainingSpan] = field(default_factory=list)
+    apart: bool = False
     preempted: list[Request] = field(default_factory=list)
     evicted: list[TrainingSequence] = field(default_factory=list)
     downgraded: list[TrainingSequence] = field(default_factory=list)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from coserve.core.block_pool import BlockPool
 from coserve.core.latency_model import LatencyModel
+from coserve.core.slo import IDLE_WINDOW
 from coserve.core.span import SpanKind, TrainingSpan
 from coserve.core.training_sequence import TILE, TrainingSequence
 
@@ -53,6 +54,9 @@ class TrainingQueue:
         self._model = model
         self._jobs: dict[str, JobQueue] = {}
         self.credit = 0.0
+        self._resting: list[TrainingSpan] = []
+        self._rested_seconds = 0.0
+        self._layer_seconds = 0.0
         self.num_downgrades = 0
         self.num_evictions = 0
 
@@ -133,6 +137,30 @@ class TrainingQueue:
             self._blocks.shrink_extent(sequence.extent, sequence.slabs)
         return freed
 
+    @property
+    def resting(self) -> list[TrainingSpan]:
+        """Forward windows that stopped between two layers and can go on: they still have their memory, and
+        nothing moved them since."""
+        there = self.sequences
+        for span in self._resting:
+            sequence = span.sequence
+            if sequence not in there or sequence.extent is None or sequence.cursor != span.start:
+                self._resting, self._rested_seconds = [], 0.0
+                break
+        return self._resting
+
+    def rest(self, spans: list[TrainingSpan], seconds: float, layer_seconds: float) -> None:
+        """The forward windows stopped after `seconds`; a layer of them takes `layer_seconds`."""
+        self._resting = list(spans)
+        self._rested_seconds += seconds
+        self._layer_seconds = layer_seconds
+
+    def awake(self) -> float:
+        """The windows that ran apart are done: the seconds they took before they last rested."""
+        seconds = self._rested_seconds
+        self._resting, self._rested_seconds = [], 0.0
+        return seconds
+
     def evict_one(self) -> list[TrainingSequence]:
         """Take activation memory from training for inference (I5). Returns the microbatches that lost theirs.
 
@@ -163,7 +191,13 @@ class TrainingQueue:
         `budget` is in seconds, `max_tokens` bounds the forward windows, `kv_headroom` slabs stay free for
         requests. Where a target leaves less than one unit a step, the steps' shares are saved up in `credit`
         until they pay for it, so training keeps moving; a step without inference runs at least one unit.
+        Windows that rest go on before anything else begins, beside requests once a layer is paid for.
         """
+        resting = self.resting
+        if resting:
+            cost = self._layer_seconds
+            paid = not mixed or cost <= budget or self._afford(cost, budget)
+            return (resting if paid else []), []
         forward: dict[str, TrainingSpan] = {}
         backward: dict[str, TrainingSpan] = {}
         spent, tokens = 0.0, max_tokens
@@ -171,7 +205,7 @@ class TrainingQueue:
         blocked: set[str] = set()
         while len(blocked) < len(virtual):
             job = self._jobs[min((j for j in virtual if j not in blocked), key=lambda j: (virtual[j], j))]
-            choice = self._next_span(job, forward, backward, tokens, kv_headroom, budget - spent)
+            choice = self._next_span(job, forward, backward, tokens, kv_headroom, budget - spent, mixed)
             if choice is None:
                 blocked.add(job.job_id)
                 continue
@@ -209,13 +243,14 @@ class TrainingQueue:
         max_tokens: int,
         kv_headroom: int,
         seconds: float,
+        mixed: bool,
     ) -> tuple[TrainingSpan, float] | None:
         """The job's next unit and its predicted seconds: a forward window first when none is planned yet
         (so that it rides along with the step's other rows), then backward units."""
         sequence = job.forward_candidate()
         unplanned = sequence is not None and sequence.sequence_id not in forward
         if sequence is not None and unplanned and self._reserve(sequence, kv_headroom):
-            length = self._window_length(sequence, max_tokens, seconds)
+            length = self._window_length(sequence, max_tokens, seconds, mixed)
             if length:
                 span = TrainingSpan(SpanKind.TRAIN_FORWARD, sequence, sequence.cursor, length)
                 return span, self._model.predict_unit("forward", length)
@@ -229,9 +264,13 @@ class TrainingQueue:
                 return span, self._model.predict_unit(kind, tokens)
         return None
 
-    def _window_length(self, sequence: TrainingSequence, max_tokens: int, seconds: float) -> int:
+    def _window_length(
+        self, sequence: TrainingSequence, max_tokens: int, seconds: float, mixed: bool
+    ) -> int:
         per_token = self._model.predict_unit("forward", 1)
         affordable = int(seconds / per_token) if per_token > 0.0 else TILE
+        if not mixed:
+            affordable = max(affordable, IDLE_WINDOW)
         return sequence.window(max_tokens, affordable) if max_tokens > 0 else 0
 
     def _reserve(self, sequence: TrainingSequence, kv_headroom: int) -> bool:

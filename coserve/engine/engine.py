@@ -101,14 +101,28 @@ class Engine:
             result = self.runner.run(plan, self.jobs.microbatches)
             seconds = time.perf_counter() - started
             self._commit_inference(plan, result)
-            if not plan.training_forward:
+            if plan.apart or not plan.training_forward:
                 self.model.observe_inference(plan.inference_tokens, plan.context_tokens, seconds)
-            self.jobs.commit_forward(plan, plan.inference_alone, seconds)
-            # Answers are on their way: what is left of the budget belongs to the backward units.
+            # Answers are on their way: what is left of the budget belongs to training's own units.
             deadline = started + plan.inference_alone + plan.training_budget
+            if plan.apart:
+                self._forward_apart(plan, deadline)
+            else:
+                self.jobs.commit_forward(plan, plan.inference_alone, seconds)
             self.jobs.run_backward(plan, deadline, arrivals=None if plan.inference else self.arrivals)
         self.jobs.advance()
         self.stats.step_done(plan, time.perf_counter() - started)
+
+    def _forward_apart(self, plan: StepPlan, deadline: float) -> None:
+        """Windows in a batch of their own: until the deadline beside requests, else until one arrives."""
+        began = time.perf_counter()
+        stop = (lambda: time.perf_counter() >= deadline) if plan.inference else self.arrivals
+        layers = self.runner.run_apart(plan, self.jobs.microbatches, stop)
+        seconds = time.perf_counter() - began
+        if self.runner.is_resting:
+            self.jobs.rest_forward(plan, seconds, seconds / layers)
+        else:
+            self.jobs.commit_forward(plan, 0.0, seconds)
 
     def _commit_inference(self, plan: StepPlan, result: StepResult) -> None:
         self.scheduler.commit(plan)

@@ -172,12 +172,23 @@ class JobManager:
         if not rows:
             return
         training = max(seconds - alone, 1e-6)
-        self.step_seconds += training
+        self._charge_forward(plan, training)
         self._forward_tokens += rows
-        self._model.observe_unit("forward", rows, training)
+        earlier = self._queue.awake() if plan.apart else 0.0
+        self._model.observe_unit("forward", rows, training + earlier)
         for span in plan.training_forward:
             span.sequence.cursor += span.length
-            self._charge(span.sequence.job_id, training * span.length / rows)
+
+    def rest_forward(self, plan: StepPlan, seconds: float, layer_seconds: float) -> None:
+        """The plan's forward windows stopped between two layers after `seconds`, a layer's time each."""
+        self._charge_forward(plan, seconds)
+        self._queue.rest(plan.training_forward, seconds, layer_seconds)
+
+    def _charge_forward(self, plan: StepPlan, seconds: float) -> None:
+        rows = sum(span.length for span in plan.training_forward)
+        self.step_seconds += seconds
+        for span in plan.training_forward:
+            self._charge(span.sequence.job_id, seconds * span.length / rows)
 
     def run_backward(self, plan: StepPlan, deadline: float, arrivals: Callable[[], bool] | None) -> None:
         """Run the planned backward units until `deadline` (time.perf_counter()), at least one; with

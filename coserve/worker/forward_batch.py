@@ -12,7 +12,7 @@ from coserve.core.span import InferenceSpan, TrainingSpan
 from coserve.core.step_plan import StepPlan
 from coserve.kernels.dropout import Dropout
 from coserve.kernels.lora import LoraSegments
-from coserve.layers.batch import ForwardBatch, InferenceRows, LoraBatch, TrainingWindow
+from coserve.layers.batch import ForwardBatch, InferenceRows, LayerSaver, LoraBatch, TrainingWindow
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.worker.kv_tensors import KVTensors
 
@@ -22,6 +22,11 @@ class WindowSource(Protocol):
 
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
+
+    @property
+    def saved(self) -> LayerSaver:
+        """The activations."""
+        ...
 
     def window(self, row_start: int, start: int, length: int) -> TrainingWindow:
         """Tokens [start, start + length) as rows of a batch from `row_start` on."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from coserve.core.request import Request
 from coserve.core.span import InferenceSpan
 from coserve.core.step_plan import StepPlan
+from coserve.layers.batch import ForwardBatch, LayerSaver
 from coserve.layers.lm_head import HeadRun
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.models.decoder import Decoder
@@ -36,6 +37,17 @@ class StepResult:
     sampled: dict[str, Sampled] = field(default_factory=dict)
 
 
+@dataclass
+class RestingForward:
+    """Training windows between two layers. `key` says whose: activations, first token and length of each;
+    `layer` is the next to run, on `x_TH`."""
+
+    key: list[tuple[LayerSaver, int, int]]
+    batch: ForwardBatch
+    x_TH: torch.Tensor
+    layer: int = 0
+
+
 class ModelRunner:
     """The decoder, the KV cache and the adapter rows, joined."""
 
@@ -45,13 +57,16 @@ class ModelRunner:
         self._pool = pool
         self._slots = slots
         self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}
+        self._resting: RestingForward | None = None
 
     def run(self, plan: StepPlan, microbatches: Mapping[str, WindowSource]) -> StepResult:
-        """Forward all of the plan's inference spans and training windows, and sample.
+        """Forward all of the plan's inference spans and training windows (but those apart), and sample.
 
         `microbatches` holds those of `plan.training_forward` by sequence id; their activations are written.
         Nothing of the plan is committed: cursors and tokens are the caller's.
         """
+        if plan.apart:
+            plan = replace(plan, training_forward=[])
         if not plan.inference and not plan.training_forward:
             return StepResult()
         with torch.inference_mode():
@@ -59,6 +74,36 @@ class ModelRunner:
             x_TH = self._decoder.forward(batch)
             self._score_prompts(plan, x_TH)
             return self._sample(plan, x_TH)
+
+    def run_apart(
+        self, plan: StepPlan, microbatches: Mapping[str, WindowSource], stop: Callable[[], bool]
+    ) -> int:
+        """Forward the plan's training windows alone, layer by layer, and rest after one when `stop()`.
+
+        Goes on where the same windows rested, else from the first layer; returns how many layers ran.
+        """
+        saved = [microbatches[span.sequence.sequence_id].saved for span in plan.training_forward]
+        key = [(s, span.start, span.length) for s, span in zip(saved, plan.training_forward, strict=True)]
+        layers = len(self._decoder.layers)
+        with torch.inference_mode():
+            work = self._resting
+            if work is None or work.key != key:
+                alone = replace(plan, inference=[])
+                batch = build_forward_batch(alone, microbatches, self._kv, self._pool, self._slots)
+                work = RestingForward(key, batch, self._decoder.embed(batch.token_ids_T))
+            self._resting, first = None, work.layer
+            while work.layer < layers:
+                work.x_TH = self._decoder.forward_layers(work.x_TH, work.batch, work.layer, work.layer + 1)
+                work.layer += 1
+                if work.layer < layers and stop():
+                    self._resting = work
+                    break
+        return work.layer - first
+
+    @property
+    def is_resting(self) -> bool:
+        """Windows that ran apart stopped before the last layer."""
+        return self._resting is not None
 
     def take_prompt_logprobs(self, request: Request) -> list[TokenLogprob | None] | None:
         """The prompt's log-probabilities, one entry a token (None for the first), once; None when the request

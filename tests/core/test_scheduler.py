@@ -131,6 +131,49 @@ def test_windows_are_cut_at_tiles() -> None:
     assert sum(s.length for p in sim.plans for s in p.training_forward) == 500
 
 
+def test_without_requests_windows_are_long_and_apart() -> None:
+    sim = Simulation(max_tokens=1000)
+    sim.job("job", [700])
+    sim.model.observe_unit("forward", 100, 100.0)
+    plan = sim.scheduler.schedule(0.0)
+    assert [s.length for s in plan.training_forward] == [256] and plan.apart
+
+
+def test_a_window_that_rests_goes_on_before_anything_else() -> None:
+    sim = Simulation(max_tokens=1000, tpot=50e-3, blocks=400)
+    first, second = sim.job("a", [300], slabs=20) + sim.job("b", [300], slabs=20)
+    queue = sim.scheduler.training
+    plan = sim.scheduler.schedule(0.0)
+    queue.rest(plan.training_forward, 0.1, layer_seconds=10e-3)
+    queue.charge("a", 5.0)
+    assert sim.scheduler.schedule(0.0).training_forward == plan.training_forward
+    for _ in range(20):
+        sim.model.observe_inference(8, 8, 5e-3)
+    sim.request("r", 8, 20)
+    beside = sim.scheduler.schedule(0.0)
+    assert beside.inference and beside.apart and beside.training_forward == plan.training_forward
+    assert not beside.training_backward
+    assert queue.awake() == 0.1 and not queue.resting
+    queue.rest(plan.training_forward, 0.1, layer_seconds=10e-3)
+    moved = plan.training_forward[0].sequence
+    assert moved in (first, second)
+    moved.cursor += 64
+    assert not queue.resting and queue.awake() == 0.0
+
+
+def test_a_layer_of_a_resting_window_is_saved_up_for() -> None:
+    sim = Simulation(max_tokens=1000, tpot=20e-3, blocks=400)
+    sim.job("a", [300], slabs=20)
+    for _ in range(20):
+        sim.model.observe_inference(1, 8, 5e-3)
+    plan = sim.scheduler.schedule(0.0)
+    sim.request("r", 1, 50)
+    sim.scheduler.training.rest(plan.training_forward, 0.1, layer_seconds=40e-3)
+    beside = [sim.scheduler.schedule(0.0) for _ in range(8)]
+    paid = [p for p in beside if p.training_forward]
+    assert 0 < len(paid) < len(beside) and all(p.apart for p in paid)
+
+
 def test_a_job_may_set_its_window() -> None:
     sim = Simulation()
     sim.job("job", [50], window=7)

@@ -88,6 +88,25 @@ def test_windows_leave_what_transformers_computes(bench, models):
             begin += len(sample)
 
 
+def test_windows_apart_rest_between_layers_and_go_on(bench):
+    """The same bits as in one go; other windows than those that rest begin anew."""
+    plan = StepPlan(training_forward=[bench.window(0, 64)], apart=True)
+    microbatches = {"mb": bench.microbatch}
+    layers, runner = len(bench.decoder.layers), bench.runner
+    assert runner.run(plan, microbatches).sampled == {}
+    assert runner.run_apart(plan, microbatches, lambda: False) == layers and not runner.is_resting
+    whole = bench.microbatch.activations.x_out_TH[:64].clone()
+    bench.microbatch.activations.x_out_TH.zero_()
+    ran = []
+    while not ran or runner.is_resting:
+        ran.append(runner.run_apart(plan, microbatches, lambda: True))
+    assert ran == [1] * layers
+    assert torch.equal(bench.microbatch.activations.x_out_TH[:64], whole)
+    runner.run_apart(plan, microbatches, lambda: True)
+    other = StepPlan(training_forward=[bench.window(0, 13)], apart=True)
+    assert runner.run_apart(other, microbatches, lambda: False) == layers
+
+
 def test_inference_and_training_do_not_disturb_each_other(bench, models):
     """Same tokens and same activations as when each runs alone."""
     prompts = {"a": ([5, 17, 3], None, [3]), "b": ([9, 9, 31, 44, 2, 7], "all", [0, 1])}
