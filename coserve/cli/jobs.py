@@ -13,9 +13,11 @@ from coserve.cli.failure import CommandFailed
 app = typer.Typer(help="List, follow and steer fine-tuning jobs.", no_args_is_help=False)
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id (ftjob-...).")]
 _DETAILS = (
-    "id", "status", "model", "adapter", "fine_tuned_model", "training_file", "step", "total_steps",
-    "trained_tokens", "seed",
+    "id", "status", "method", "model", "adapter", "fine_tuned_model", "init_from", "training_file",
+    "validation_file", "step", "total_steps", "epoch", "loss", "valid_loss", "tokens_per_second", "share",
+    "trained_tokens", "seed", "priority",
 )  # fmt: skip
+_TIMES = ("created_at", "started_at", "estimated_finish", "finished_at")
 
 
 @app.command("list")
@@ -26,8 +28,12 @@ def list_jobs(grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_cert: 
     with channel(grpc_address, ca_cert) as opened:
         pb, stub = fine_tuning(opened)
         answer = stub.ListJobs(pb.ListJobsRequest(), metadata=metadata(api_key))
-    rows = [(job.id, job.status, job.adapter, _steps(job), _time(job.created_at)) for job in answer.jobs]
-    print_table(("JOB", "STATUS", "ADAPTER", "STEP", "CREATED"), rows)
+    rows = [
+        (job.id, job.status, job.adapter, _steps(job), _loss(job, "loss"), _loss(job, "valid_loss"),
+         job.method, _time(job.created_at))
+        for job in answer.jobs
+    ]  # fmt: skip
+    print_table(("JOB", "STATUS", "ADAPTER", "STEP", "LOSS", "VALID", "METHOD", "CREATED"), rows)
 
 
 @app.command("get")
@@ -39,9 +45,14 @@ def get(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_
         pb, stub = fine_tuning(opened)
         found = stub.GetJob(pb.GetJobRequest(job_id=job), metadata=metadata(api_key))
     for name in _DETAILS:
-        print(f"{name:17} {getattr(found, name)}")
-    for name in ("created_at", "started_at", "finished_at"):
+        print(f"{name:17} {_shown(found, name)}")
+    for name in _TIMES:
         print(f"{name:17} {_time(getattr(found, name))}")
+    for name in ("lora", "training"):
+        for field, value in getattr(found, name).ListFields():
+            print(f"{name:17} {field.name}: {_plain(value)}")
+    for key, value in sorted(found.metadata.items()):
+        print(f"{'metadata':17} {key}: {value}")
     if found.error.message:
         print(f"{'error':17} {found.error.message}")
 
@@ -115,6 +126,26 @@ def _control(call: str, job_id: str, address: str, api_key: str, ca_cert: str) -
 
 def _steps(job: Any) -> str:
     return f"{job.step}/{job.total_steps}" if job.total_steps else "-"
+
+
+def _loss(job: Any, name: str) -> str:
+    return f"{getattr(job, name):.4f}" if job.HasField(name) else "-"
+
+
+def _shown(job: Any, name: str) -> Any:
+    """A detail's value, `-` for what isn't known; numbers as people read them."""
+    value = getattr(job, name)
+    if name in ("loss", "valid_loss"):
+        return _loss(job, name)
+    return f"{value:.3g}" if isinstance(value, float) else "-" if value == "" else value
+
+
+def _plain(value: Any) -> str:
+    """A setting on one line."""
+    if isinstance(value, str | bool | int | float):
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    pairs = getattr(value, "items", None)
+    return ", ".join(f"{k}={v}" for k, v in pairs()) if pairs else ", ".join(map(str, value))
 
 
 def _time(seconds: float) -> str:

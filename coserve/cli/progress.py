@@ -1,4 +1,5 @@
-"""Following a job: a live line with bar, loss and tokens/s on a terminal, one plain line a step elsewhere."""
+"""Following a job: a live line with bar, losses, tokens/s and the time left on a terminal, one plain line a
+step elsewhere."""
 
 from __future__ import annotations
 
@@ -7,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 RECONNECT_SECONDS = 30.0
+PACE = 0.1  # weight of a new step's duration in the running mean
 ENDED = ("succeeded", "failed", "cancelled")
 
 
@@ -22,13 +24,13 @@ class JobView:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[rate]} tok/s"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[news]}"),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task(name, total=None, loss="-", rate="-")
+        self._task = self._progress.add_task(name, total=None, news="")
+        self._valid_loss: float | None = None
+        self._seconds = 0.0
 
     def __enter__(self) -> JobView:
         self._progress.start()
@@ -47,16 +49,34 @@ class JobView:
             self._say(event.message)
 
     def _metrics(self, event: Any) -> None:
-        rate = f"{event.tokens_per_second:.0f}"
+        news = self._news(event)
         if self._console.is_terminal:
-            self._progress.update(
-                self._task, completed=event.step, total=event.total_steps, loss=f"{event.loss:.4f}", rate=rate
-            )
+            self._progress.update(self._task, completed=event.step, total=event.total_steps, news=news)
         else:
-            self._say(f"step {event.step}/{event.total_steps} loss {event.loss:.4f} {rate} tok/s")
+            self._say(f"step {event.step}/{event.total_steps} {news}")
+
+    def _news(self, event: Any) -> str:
+        """Loss, the last validation loss, tokens/s, and how long the rest takes at the pace of late."""
+        if event.HasField("valid_loss"):
+            self._valid_loss = event.valid_loss
+        self._seconds += (event.seconds - self._seconds) * (PACE if self._seconds else 1.0)
+        words = [f"loss {event.loss:.4f}"]
+        if self._valid_loss is not None:
+            words.append(f"valid {self._valid_loss:.4f}")
+        words.append(f"{event.tokens_per_second:.0f} tok/s")
+        if event.step < event.total_steps:
+            words.append(f"eta {duration(self._seconds * (event.total_steps - event.step))}")
+        return " ".join(words)
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """As a clock shows it: 0:07, 12:30, 3:05:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def events(stub: Any, request_type: Any, job_id: str, metadata: list[tuple[str, str]]) -> Iterator[Any]:

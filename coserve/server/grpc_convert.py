@@ -118,6 +118,7 @@ def event_message(event: JobEvent) -> fine_tuning_pb2.JobEvent:
         valid_loss=event.valid_loss,
         valid_accuracy=event.valid_accuracy,
         trained_tokens=event.trained_tokens,
+        seconds=event.seconds,
     )
 
 

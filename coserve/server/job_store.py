@@ -92,6 +92,7 @@ class JobEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tokens_per_second: float = 0.0
     share: float = 0.0
     trained_tokens: int = 0
+    seconds: float = 0.0
     checkpoint: str = ""
 
     @property

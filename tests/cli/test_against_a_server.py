@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -59,7 +60,8 @@ def test_finetune_follows_the_job_to_its_end(tuned: Ran) -> None:
     assert (tuned.code, tuned.err) == (0, "")
     steps = [line for line in tuned.out.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in steps] == ["1/4", "2/4", "3/4", "4/4"]
-    assert all(" loss " in line and line.endswith("tok/s") for line in steps)
+    assert all(re.search(r" loss \d+\.\d{4} \d+ tok/s", line) for line in steps)
+    assert [bool(re.search(r" eta \d+:\d\d$", line)) for line in steps] == [True, True, True, False]
     assert "model=mate" in tuned.out
 
 
@@ -70,6 +72,8 @@ def test_jobs_list_get_and_watch(server: Address, tuned: Ran) -> None:
     assert listed[1].split()[:4] == [job, "succeeded", "mate", "4/4"]
     found = coserve(server, "jobs", "get", job)
     assert found.code == 0 and "fine_tuned_model  mate" in found.out
+    assert "training          n_epochs: 2" in found.out
+    assert "lora              target_modules: q_proj, v_proj" in found.out
     watched = coserve(server, "jobs", "watch", job)
     assert watched.code == 0
     assert [line for line in watched.out.splitlines() if line.startswith("step ")] == [

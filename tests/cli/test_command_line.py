@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from coserve.cli import finetune_flags as flags
 from coserve.cli import main as command
 from coserve.cli import serve
 from coserve.cli.finetune import settings
+from coserve.cli.progress import JobView, duration
 from coserve.cli.values import pairs, size_in_bytes
 from coserve.config import DEMO_MODEL_DIR, DEMO_MODEL_NAME, ServerConfig
 from coserve.errors import ConfigError
@@ -151,23 +157,83 @@ def test_the_server_s_exit_code_is_the_command_s(served: list[ServerConfig]) -> 
     assert command.run(["serve"]) == 2
 
 
-def test_settings_not_given_stay_absent() -> None:
-    given: dict[str, Any] = dict.fromkeys(
-        [
-            "rank", "lora_alpha", "epochs", "max_steps", "batch_size", "learning_rate", "lr_scheduler_type",
-            "warmup_ratio", "weight_decay", "max_grad_norm", "max_length", "checkpoint_steps", "seed",
-        ]
-    )  # fmt: skip
-    given |= {"target_modules": "", "model": "", "adapter": "a", "init_from": "", "priority": 0, "tag": None}
-    lora, training, rest = settings(given)
+Parts = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Parts]:
+    """What `coserve finetune` with these flags would ask of a server."""
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(sys.modules["coserve.cli.finetune"], "_run", seen.append)
+
+    def ask(line: str) -> Parts:
+        assert command.run(["finetune", __file__, "--adapter", "a", *line.split()]) == 0
+        return settings(seen[-1])
+
+    return ask
+
+
+def test_settings_not_given_stay_absent(asked: Callable[[str], Parts]) -> None:
+    lora, training, rest = asked("")
     assert (lora, training) == ({}, {})
     assert rest == {"model": "", "adapter": "a", "init_from": "", "priority": 0, "metadata": {}}
-
-    given |= {"rank": 8, "target_modules": "q_proj, v_proj", "epochs": 2, "max_grad_norm": 0.0, "seed": 0}
-    lora, training, rest = settings(given | {"tag": ["team=red"]})
+    line = "--rank 8 --target-modules q_proj,v_proj --epochs 2 --max-grad-norm 0 --seed 0 --tag team=red"
+    lora, training, rest = asked(line)
     assert lora == {"r": 8, "target_modules": ["q_proj", "v_proj"]}
     assert training == {"n_epochs": 2, "max_grad_norm": 0.0}
     assert (rest["seed"], rest["metadata"]) == (0, {"team": "red"})
+
+
+def test_switches_and_what_is_left_to_the_server(asked: Callable[[str], Parts]) -> None:
+    lora, training, _ = asked("--freeze-a --use-rslora --exclude-modules q_proj --packing --auto --epochs 2")
+    assert lora == {"freeze_a": True, "use_rslora": True, "exclude_modules": ["q_proj"]}
+    auto = ["batch_size", "learning_rate_multiplier"]
+    assert training == {"packing": True, "n_epochs": 2, "auto": auto}
+    assert asked("--auto")[1] == {"auto": ["n_epochs", *auto]}
+
+
+def test_every_flag_sets_a_field_of_the_request() -> None:
+    from coserve.server.grpc_gen import fine_tuning_pb2 as pb
+
+    for names, message in (
+        ([*flags.LORA_FIELDS.values(), *flags.MODULE_FIELDS], pb.LoraConfig),
+        ([*flags.TRAINING_FIELDS.values(), "auto"], pb.TrainingConfig),
+        ([*flags.JOB_FIELDS, "seed", "metadata"], pb.CreateJobRequest),
+    ):
+        assert set(names) <= set(message.DESCRIPTOR.fields_by_name)
+
+
+@dataclass
+class Step:
+    """As much of a metrics event as the progress reads."""
+
+    step: int
+    seconds: float
+    valid_loss: float | None = None
+    total_steps: int = 3
+    loss: float = 2.0
+    tokens_per_second: float = 250.4
+    type: str = "metrics"
+
+    def HasField(self, name: str) -> bool:
+        return getattr(self, name) is not None
+
+
+def test_progress_tells_losses_pace_and_what_is_left() -> None:
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with JobView("job", console) as view:
+        for event in (Step(1, 100.0), Step(2, 200.0, valid_loss=1.5), Step(3, 100.0)):
+            view.show(event)
+    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        "step 1/3 loss 2.0000 250 tok/s eta 3:20",
+        "step 2/3 loss 2.0000 valid 1.5000 250 tok/s eta 1:50",
+        "step 3/3 loss 2.0000 valid 1.5000 250 tok/s",
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0:00"), (75, "1:15"), (11_100, "3:05:00")])
+def test_durations(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
 
 
 def test_help_and_version_import_nothing_heavy() -> None:

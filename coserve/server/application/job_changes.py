@@ -87,11 +87,11 @@ def _chosen(training: TrainingSpec, names: Sequence[str]) -> str:
     return ", ".join(f"{shown[name]} {getattr(training, shown[name]):g}" for name in names)
 
 
-def progressed(job: JobRecord, event: JobEvent, seconds: float) -> JobRecord:
-    """The job after a step that is counted for the first time and took `seconds` (0: not known)."""
+def progressed(job: JobRecord, event: JobEvent) -> JobRecord:
+    """The job after a step that is counted for the first time."""
     now = time.time()
     started = job.started_at or int(now)
-    pace = job.step_seconds + (seconds - job.step_seconds) * (PACE if job.step_seconds else 1.0)
+    pace = job.step_seconds + (event.seconds - job.step_seconds) * (PACE if job.step_seconds else 1.0)
     return change(
         job,
         started_at=started,
@@ -150,4 +150,5 @@ def step_event(job_id: str, metrics: StepMetrics) -> JobEvent:
         tokens_per_second=metrics.tokens_per_second,
         share=metrics.share,
         trained_tokens=metrics.trained_tokens,
+        seconds=metrics.tokens / metrics.tokens_per_second if metrics.tokens_per_second else 0.0,
     )

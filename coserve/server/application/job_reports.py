@@ -78,7 +78,6 @@ class JobReports:
     async def _on_progress(self, progress: JobProgress) -> None:
         metrics = progress.metrics
         event = job_changes.step_event(progress.job_id, metrics)
-        seconds = metrics.tokens / metrics.tokens_per_second if metrics.tokens_per_second else 0.0
 
         def record(db: Connection) -> bool:
             job = job_store.get(db, progress.job_id)
@@ -91,7 +90,7 @@ class JobReports:
                     job_store.add_event(db, job_changes.event_of(job, "message", warning, level="warn"))
                 return False
             job_store.add_event(db, event)
-            job_store.save(db, job_changes.progressed(job, event, seconds))
+            job_store.save(db, job_changes.progressed(job, event))
             return True
 
         if await self._database.run(record):

@@ -155,6 +155,7 @@ def event_body(event: JobEvent) -> dict[str, Any]:
             "trained_tokens": event.trained_tokens,
             "tokens_per_second": event.tokens_per_second,
             "share": event.share,
+            "seconds": event.seconds,
         }
     return {
         "id": event.id,
