@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from coserve.cli import finetune_flags as flags
 from coserve.cli.connection import DEFAULT_GRPC, ApiKey, CaCert, Grpc, channel, chunks, metadata
 from coserve.cli.jobs import follow_job
+from coserve.cli.preview import preview_file
 from coserve.cli.values import existing_file, pairs
-
-PREVIEW_ROWS = 3
-PREVIEW_LINES = 100  # of the file; enough to show, and small enough for one message
+from coserve.errors import ConfigError
 
 
 def finetune(
     data: flags.Data,
-    adapter: flags.Adapter,
+    adapter: flags.Adapter = "",
     model: flags.Model = "",
     rank: flags.Rank = None,
     lora_alpha: flags.LoraAlpha = None,
@@ -49,6 +47,7 @@ def finetune(
     priority: flags.Priority = 0,
     tag: flags.Tag = None,
     preview: flags.Preview = False,
+    limit: flags.Limit = 3,
     follow: flags.Follow = True,
     grpc_address: Grpc = DEFAULT_GRPC,
     api_key: ApiKey = "",
@@ -59,20 +58,21 @@ def finetune(
 
 
 def _run(given: Mapping[str, Any]) -> None:
+    if not given["adapter"] and not given["preview"]:
+        raise ConfigError(
+            "--adapter NAME is missing: the name to publish the adapter under.", param="--adapter"
+        )
     path = existing_file(given["data"], "DATA")
     lora, training, rest = settings(given)
+    if given["preview"]:
+        preview_file(given, path, training)
+        return
     api_key = given["api_key"]
     from coserve.cli.stubs import fine_tuning
 
     with channel(given["grpc_address"], given["ca_cert"]) as opened:
         pb, stub = fine_tuning(opened)
         config = pb.TrainingConfig(**training)
-        if given["preview"]:
-            request = pb.PreviewDatasetRequest(
-                data=first_lines(path), model=given["model"], training=config, limit=PREVIEW_ROWS
-            )
-            _print_preview(stub.PreviewDataset(request, metadata=metadata(api_key)))
-            return
         file = stub.UploadFile(upload(pb.UploadFileRequest, path), metadata=metadata(api_key))
         job = stub.CreateJob(
             pb.CreateJobRequest(training_file=file.id, lora=pb.LoraConfig(**lora), training=config, **rest),
@@ -107,16 +107,3 @@ def upload(request: Any, path: Path) -> Iterator[Any]:
     yield request(info={"filename": path.name, "purpose": "fine-tune"})
     for piece in chunks(path):
         yield request(data=piece)
-
-
-def first_lines(path: Path) -> bytes:
-    """The file's first `PREVIEW_LINES` lines."""
-    with path.open("rb") as file:
-        return b"".join(islice(file, PREVIEW_LINES))
-
-
-def _print_preview(answer: Any) -> None:
-    for number, row in enumerate(answer.rows, 1):
-        trained = sum(label != -100 for label in row.labels)
-        print(f"--- example {number}: {len(row.token_ids)} tokens, {trained} of them trained on")
-        print(row.text)

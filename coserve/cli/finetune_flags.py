@@ -86,5 +86,10 @@ Seed = Annotated[int | None, typer.Option(min=0, help="Drawn by the server when 
 InitFrom = Annotated[str, typer.Option(metavar="NAME", help="Start from an adapter or checkpoint.")]
 Priority = Annotated[int, typer.Option(help="Lower goes first.")]
 Tag = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Metadata; repeatable.")]
-Preview = Annotated[bool, typer.Option("--preview", help="Only show what would be trained on.")]
+Preview = Annotated[
+    bool, typer.Option("--preview", help="Only show which tokens would be trained on (asks the server).")
+]
+Limit = Annotated[
+    int, typer.Option(min=1, max=1000, metavar="N", help="Lines of DATA that --preview shows.")
+]
 Follow = Annotated[bool, typer.Option(help="Stay until the job ends.")]

@@ -9,6 +9,7 @@ from google.protobuf.message import Message
 
 from coserve.server.adapter_store import AdapterRow
 from coserve.server.application.job_changes import checkpoint_names
+from coserve.server.application.preview import Preview
 from coserve.server.file_store import FileRow
 from coserve.server.grpc_gen import adapters_pb2, fine_tuning_pb2
 from coserve.server.job_store import CheckpointRow, JobEvent, JobRecord
@@ -144,6 +145,25 @@ def file_message(file: FileRow) -> fine_tuning_pb2.File:
     return fine_tuning_pb2.File(
         id=file.id, filename=file.filename, bytes=file.bytes, purpose=file.purpose, created_at=file.created_at
     )
+
+
+def preview_message(found: Preview) -> fine_tuning_pb2.PreviewDatasetResponse:
+    """A preview."""
+    rows = [
+        fine_tuning_pb2.PreviewRow(
+            text=shown.example.text,
+            token_ids=shown.example.token_ids,
+            labels=shown.example.labels,
+            line=shown.row.line,
+            answer=shown.answer,
+            spans=[fine_tuning_pb2.PreviewSpan(text=text, trained=trained) for text, trained in shown.spans],
+            cut_tokens=shown.row.cut_tokens,
+            dropped=shown.row.dropped,
+        )
+        for shown in found.shown
+    ]
+    counts = fine_tuning_pb2.PreviewCounts(**vars(found.counts))
+    return fine_tuning_pb2.PreviewDatasetResponse(rows=rows, counts=counts, kind=found.kind)
 
 
 def adapter_message(row: AdapterRow, tier: str) -> adapters_pb2.Adapter:

@@ -13,7 +13,14 @@ from coserve.server.application.files import UploadWriter, page
 from coserve.server.application.preview import DEFAULT_ROWS, MAX_ROWS, preview
 from coserve.server.context import Context
 from coserve.server.fields import Fields
-from coserve.server.grpc_convert import checkpoint_message, event_message, file_message, job_message, plain
+from coserve.server.grpc_convert import (
+    checkpoint_message,
+    event_message,
+    file_message,
+    job_message,
+    plain,
+    preview_message,
+)
 from coserve.server.grpc_gen import fine_tuning_pb2 as pb
 from coserve.server.grpc_gen import fine_tuning_pb2_grpc
 from coserve.server.grpc_uploads import receive
@@ -96,11 +103,9 @@ class FineTuning(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         else:
             data = request.data
         limit = request.limit or DEFAULT_ROWS
-        rows = await asyncio.to_thread(
-            preview, data, self._context.tokenizer, max_length or self._context.base.max_model_len, limit
-        )
-        return pb.PreviewDatasetResponse(
-            rows=[pb.PreviewRow(text=row.text, token_ids=row.token_ids, labels=row.labels) for row in rows]
+        max_length = max_length or self._context.base.max_model_len
+        return preview_message(
+            await asyncio.to_thread(preview, data, self._context.tokenizer, max_length, limit)
         )
 
     async def UploadFile(

@@ -267,9 +267,37 @@ def test_preview(stubs: Stubs) -> None:
         trained = [label for label in row.labels if label != -100]
         assert TOKENIZER.decode(trained, skip_special_tokens=False) == f"{number}!<|im_end|>"
         assert all(label in (-100, token) for token, label in zip(row.token_ids, row.labels))
+        assert (row.line, row.answer, row.cut_tokens, row.dropped) == (number + 1, "", 0, "")
+        assert [(span.text, span.trained) for span in row.spans if span.trained] == [
+            (f"{number}!<|im_end|>", True)
+        ]
+        assert "".join(span.text for span in row.spans) == row.text
+    counts = by_data.counts
+    assert (counts.rows, counts.examples, by_data.kind) == (3, 3, "chat")
+    assert counts.tokens == sum(len(row.token_ids) for row in by_data.rows)
     bad = fine_tuning_pb2.PreviewDatasetRequest(data=DATA + b"\nnot json", limit=100)
     assert failure(stubs.tuning.PreviewDataset, bad)[1] == "invalid_training_file"
     assert failure(stubs.tuning.PreviewDataset, fine_tuning_pb2.PreviewDatasetRequest())[2] == "file_id"
+
+
+def test_preview_of_other_rows(stubs: Stubs) -> None:
+    def of(*rows: object, **training: int) -> fine_tuning_pb2.PreviewDatasetResponse:
+        data = "\n".join(json.dumps(row) for row in rows).encode()
+        config = fine_tuning_pb2.TrainingConfig(**training)
+        return stubs.tuning.PreviewDataset(
+            fine_tuning_pb2.PreviewDatasetRequest(data=data, training=config)
+        )
+
+    pair = of({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"})
+    assert [row.answer for row in pair.rows] == ["chosen", "rejected"] and pair.kind == "preference"
+    assert [row.spans[-1].text for row in pair.rows] == [" 4<|im_end|>", " 5<|im_end|>"]
+    ids = TOKENIZER.encode("What is 7 + 5?", add_special_tokens=False)
+    (row,) = of({"token_ids": ids}).rows
+    assert row.text == "What is 7 + 5?" and not row.spans[0].trained
+    cut = of({"text": "What is 7 + 5?"}, max_length=3)
+    assert cut.rows[0].cut_tokens == cut.counts.cut_tokens > 0 and len(cut.rows[0].token_ids) == 3
+    dropped = of({"prompt": "What is 7 + 5?", "completion": "12"}, max_length=3)
+    assert dropped.rows[0].dropped in dropped.counts.dropped and dropped.counts.examples == 0
 
 
 def test_upload_order_is_checked(stubs: Stubs) -> None:
