@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 from safetensors.numpy import save_file
 
-from coserve.errors import Conflict, InvalidRequest, NotFound
+from coserve.errors import InvalidRequest, NotFound
 from coserve.lora.peft_config import PeftConfig
 from coserve.lora.safetensors_header import BadSafetensors, TensorEntry, read_header
 from coserve.models.config import HEAD_MODULE
@@ -256,29 +255,12 @@ def make_config(
     }
 
 
-def write_adapter(directory: str | Path, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Write a PEFT directory that appears whole or not at all.
+def write_adapter(directory: Path, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Both files, synced to disk, into `directory`, which whoever puts it together renames when it is whole.
 
-    `tensors` maps PEFT's keys (`tensor_key`) to fp32 numpy arrays or torch tensors. Raises Conflict when the
-    directory exists.
+    `tensors` maps PEFT's keys (`tensor_key`) to numpy arrays or torch tensors; they are written in fp32.
     """
-    target = Path(directory)
-    if target.exists():
-        raise Conflict(f"an adapter directory {target.name!r} exists already")
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        write_adapter_files(temporary, tensors, config)
-        os.rename(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _sync(target.parent)
-
-
-def write_adapter_files(directory: Path, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """The two files, synced to disk, into a directory that exists (a checkpoint being put together)."""
+    directory.mkdir(parents=True, exist_ok=True)
     save_file(
         {key: _as_numpy(tensor) for key, tensor in tensors.items()}, directory / TENSOR_FILE, {"format": "pt"}
     )

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from coserve.errors import Conflict, FailedPrecondition, InvalidRequest, ModelNotFound, NotFound
 
 _NAME = re.compile(r"[A-Za-z0-9_:-][A-Za-z0-9._:-]{0,127}")
-STATUSES = ("loading", "ready", "failed")
 
 
 @dataclass(frozen=True)
 class AdapterVersion:
     """One immutable version. `path` is its PEFT directory, `digest` names its content (peft_files.py).
 
-    `job_id` is the job that trained it, "" for one that was loaded. `pinned` asks to keep it on the device.
+    `job_id` is the job that trained it, "" for a loaded one. `status` is "loading", "ready" or "failed".
+    `pinned` asks to keep it on the device.
     """
 
     name: str
@@ -138,16 +138,6 @@ class AdapterRegistry:
             wanted = self.get(name, version)
             self._swap(name, replace(self._entries[name], current=wanted.version))
             return wanted
-
-    def set_status(self, name: str, version: int, status: str) -> AdapterVersion:
-        """ "loading" -> "ready" or "failed". Raises NotFound."""
-        if status not in STATUSES:
-            raise ValueError(f"status {status!r}")
-        with self._lock:
-            changed = replace(self.get(name, version), status=status)
-            entry = self._entries[name]
-            self._swap(name, replace(entry, versions={**entry.versions, changed.version: changed}))
-            return changed
 
     def remove(self, name: str, version: int = 0) -> list[AdapterVersion]:
         """Forget a version, or with 0 the whole name; returns what was removed. Raises NotFound.

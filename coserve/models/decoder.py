@@ -146,11 +146,6 @@ class Decoder:
         return self.embedding.weight.device
 
     @property
-    def lora_shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every linear that an adapter may sit on."""
-        return {name: self.config.module_shape(name) for name in self.config.linear_modules}
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the weights and their packed copies; a shared table counts once."""
         total = self.head.nbytes

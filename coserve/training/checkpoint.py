@@ -25,7 +25,7 @@ import msgspec
 from safetensors.torch import load_file, save_file
 
 from coserve.errors import FailedPrecondition
-from coserve.lora.peft_files import CONFIG_FILE, TENSOR_FILE, write_adapter_files
+from coserve.lora.peft_files import CONFIG_FILE, TENSOR_FILE, write_adapter
 from coserve.training.job import JobSpec, StepMetrics
 from coserve.training.optimizer import Optimizer
 from coserve.training.trainable_adapter import TrainableAdapter
@@ -79,7 +79,7 @@ def write(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        write_adapter_files(temporary, adapter.tensors(), adapter.config)
+        write_adapter(temporary, adapter.tensors(), adapter.config)
         state = {name: tensor.cpu() for name, tensor in optimizer.state().items()}
         save_file(state, temporary / OPTIMIZER_FILE)
         files = (TENSOR_FILE, CONFIG_FILE, OPTIMIZER_FILE)

@@ -23,7 +23,7 @@ from coserve.errors import InvalidRequest
 from coserve.kernels.dropout import Dropout, module_salt
 from coserve.layers.batch import LoraPool, ModuleGradient
 from coserve.lora.adapter import load_adapter
-from coserve.lora.peft_files import tensor_key, write_adapter
+from coserve.lora.peft_files import tensor_key
 from coserve.models.config import HEAD_MODULE, ModelConfig
 from coserve.training.job import LoraSpec
 from coserve.training.lora_settings import peft_config, resolve_lora
@@ -261,7 +261,3 @@ class TrainableAdapter:
             tensors[tensor_key(path, "A")] = weights.a_RK
             tensors[tensor_key(path, "B")] = weights.b_NR if ratio == 1.0 else weights.b_NR * ratio
         self.load(tensors)
-
-    def export(self, directory: str | Path) -> None:
-        """Write the fp32 masters as a PEFT directory; Conflict when it exists."""
-        write_adapter(directory, self.tensors(), self.config)

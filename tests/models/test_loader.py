@@ -100,5 +100,4 @@ def test_random_weights_follow_the_seed() -> None:
     assert torch.equal(logits, Sequences(same, 1).run(tokens))
     assert not torch.equal(logits, Sequences(other, 1).run(tokens))
     assert "model.layers.1.self_attn.v_proj.bias" in tensor_shapes(config)
-    assert first.lora_shapes["k_proj"] == (16, 32)
     assert first.nbytes >= 4 * config.num_parameters

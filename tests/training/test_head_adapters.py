@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from coserve.kernels.dispatch import use_backend
 from coserve.lora.adapter_pool import AdapterPool
+from coserve.lora.peft_files import write_adapter
 from coserve.models.loader import load_model
 from coserve.training.batch_run import BatchRun
 from coserve.training.job import LoraSpec
@@ -161,7 +162,7 @@ def test_a_job_trains_serves_and_exports_the_head(tmp_path: Path) -> None:
 
 def test_goes_on_from_an_adapter_with_a_head(tmp_path: Path) -> None:
     _, trainer = make_trainer("qwen2-tied", tmp_path / "base", SPECS["patterns"])
-    trainer.adapter.export(tmp_path / "given")
+    write_adapter(tmp_path / "given", trainer.adapter.tensors(), trainer.adapter.config)
     decoder = trainer.decoder
     again = TrainableAdapter(SPECS["patterns"], decoder.config, seed=1)
     again.start_from(tmp_path / "given", decoder.config, decoder.head.weight)

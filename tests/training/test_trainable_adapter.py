@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from coserve.errors import InvalidRequest, NotFound
 from coserve.lora.adapter import load_adapter
 from coserve.lora.adapter_pool import AdapterPool
+from coserve.lora.peft_files import write_adapter
 from coserve.models.config import LINEAR_MODULES, ModelConfig
 from coserve.models.loader import load_model
 from coserve.training.job import LoraSpec
@@ -125,7 +126,7 @@ def test_peft_loads_the_export_and_computes_the_same_logits(tmp_path: Path) -> N
     spec = LoraSpec(r=6, lora_alpha=5.0, rank_pattern={"v_proj": 2}, use_rslora=True)
     adapter = TrainableAdapter(spec, decoder.config, seed=0, base_model_name="base")
     fill_b(adapter)
-    adapter.export(tmp_path / "adapter")
+    write_adapter(tmp_path / "adapter", adapter.tensors(), adapter.config)
     model = PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
     tokens = list(range(5, 30))
     with torch.no_grad():
@@ -141,7 +142,7 @@ def test_peft_loads_the_export_and_computes_the_same_logits(tmp_path: Path) -> N
 
 def test_export_holds_the_fp32_masters(tmp_path: Path) -> None:
     adapter = TrainableAdapter(LoraSpec(r=3), CONFIG, seed=0)
-    adapter.export(tmp_path / "adapter")
+    write_adapter(tmp_path / "adapter", adapter.tensors(), adapter.config)
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert stored.keys() == adapter.tensors().keys()
     assert all(torch.equal(stored[key], master) for key, master in adapter.tensors().items())
@@ -150,7 +151,7 @@ def test_export_holds_the_fp32_masters(tmp_path: Path) -> None:
 def test_starts_from_another_adapter_whatever_its_scale(tmp_path: Path) -> None:
     given = TrainableAdapter(LoraSpec(r=3, lora_alpha=3.0), CONFIG, seed=0)
     fill_b(given)
-    given.export(tmp_path / "given")
+    write_adapter(tmp_path / "given", given.tensors(), given.config)
     adapter = TrainableAdapter(LoraSpec(r=3, lora_alpha=12.0), CONFIG, seed=9)
     adapter.start_from(tmp_path / "given", CONFIG)
     for ours, theirs in zip(adapter.modules, given.modules, strict=True):
