@@ -147,12 +147,14 @@ class JobProgress(Message):
 
 
 class JobCheckpoint(Message):
-    """A checkpoint is durable on disk under `path` (a directory named by its step)."""
+    """A checkpoint is durable on disk under `path` (a directory named by its step). `kept` are the steps
+    that have one now; the engine has removed the others."""
 
     job_id: str
     step: int
     path: str
     train_loss: float
+    kept: list[int]
 
 
 class JobMessage(Message):
@@ -166,7 +168,8 @@ class JobMessage(Message):
 class JobStatus(Message):
     """A job's state in the engine changed: "running", "paused", "succeeded", "failed", "cancelled".
 
-    "succeeded" comes after the `JobCheckpoint` of the last step, whose directory holds the final adapter.
+    "succeeded" comes after the `JobCheckpoint` of the last step, with the directory of the checkpoint to be
+    published.
     """
 
     job_id: str
@@ -174,6 +177,7 @@ class JobStatus(Message):
     message: str = ""
     error_code: str | None = None
     error_param: str | None = None
+    result_path: str = ""
 
 
 class EngineReady(Message):

@@ -46,18 +46,20 @@ class Outbox:
         """An optimizer step was committed."""
         self.send(m.JobProgress(job_id=job_id, metrics=metrics))
 
-    def checkpoint(self, job_id: str, step: int, path: str, train_loss: float) -> None:
+    def checkpoint(self, job_id: str, step: int, path: str, train_loss: float, kept: list[int]) -> None:
         """A checkpoint is on disk."""
-        self.send(m.JobCheckpoint(job_id=job_id, step=step, path=path, train_loss=train_loss))
+        self.send(m.JobCheckpoint(job_id=job_id, step=step, path=path, train_loss=train_loss, kept=kept))
 
     def message(self, job_id: str, level: str, text: str) -> None:
         """Something to know about a job."""
         self.send(m.JobMessage(job_id=job_id, level=level, text=text))
 
-    def status(self, job_id: str, status: str, error: CoserveError | None = None) -> None:
+    def status(
+        self, job_id: str, status: str, error: CoserveError | None = None, result_path: str = ""
+    ) -> None:
         """A job changed its state."""
         if error is None:
-            self.send(m.JobStatus(job_id=job_id, status=status))
+            self.send(m.JobStatus(job_id=job_id, status=status, result_path=result_path))
         else:
             self.send(
                 m.JobStatus(

@@ -3,7 +3,8 @@
     step-000012/
         adapter_model.safetensors, adapter_config.json   the fp32 masters, a PEFT directory
         optimizer.safetensors                            the optimizer's state, whichever it is
-        state.json                                       step, events, settings fingerprint, sha256 of files
+        state.json                                       step, events, evaluation, settings' fingerprint,
+                                                     sha256 of the other files
 
 A checkpoint is put together under a name ending in .tmp, synced, renamed, and its parent synced: it is there
 whole or not at all. Its events are those of the steps since the checkpoint before it.
@@ -26,24 +27,26 @@ from safetensors.torch import load_file, save_file
 
 from coserve.errors import FailedPrecondition
 from coserve.lora.peft_files import CONFIG_FILE, TENSOR_FILE, write_adapter
-from coserve.training.job import JobSpec, StepMetrics
+from coserve.training.early_stopping import EvaluationState
+from coserve.training.job import JobSpec, LoraSpec, StepMetrics, TrainingSpec
 from coserve.training.optimizer import Optimizer
 from coserve.training.trainable_adapter import TrainableAdapter
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
-FORMAT = 1
-KEPT = 3
+FORMAT = 2
+KEPT = 3  # beside the best by validation loss
 _NAME = re.compile(r"step-(\d{6,})")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One on disk that was checked against its sums. `events` are `StepMetrics` as plain dicts."""
+    """One on disk that was checked against its sums. `events` are the steps since the one before it."""
 
     path: Path
     step: int
-    events: list[dict[str, Any]]
+    events: list[StepMetrics]
+    evaluation: EvaluationState
 
     def load_into(self, adapter: TrainableAdapter, optimizer: Optimizer) -> None:
         """Set masters, the optimizer's state and its step count."""
@@ -52,9 +55,22 @@ class Checkpoint:
 
 
 def fingerprint(spec: JobSpec) -> str:
-    """sha256 (hex) over the settings that decide what is computed."""
-    fields = {"seed": spec.seed, "lora": spec.lora, "training": spec.training, "init": bool(spec.init_path)}
+    """sha256 (hex) over the settings that decide what is computed. Those at their default are left out, so
+    that one which a later version adds changes nothing."""
+    fields = {
+        "seed": spec.seed,
+        "lora": _chosen(spec.lora),
+        "training": _chosen(spec.training),
+        "init": bool(spec.init_path),
+        "method": spec.method,
+    }
     return hashlib.sha256(msgspec.json.encode(fields, order="deterministic")).hexdigest()
+
+
+def _chosen(settings: LoraSpec | TrainingSpec) -> dict[str, Any]:
+    default = type(settings)()
+    values = ((name, getattr(settings, name)) for name in settings.__struct_fields__)
+    return {name: value for name, value in values if value != getattr(default, name)}
 
 
 def write(
@@ -64,13 +80,14 @@ def write(
     optimizer: Optimizer,
     events: Sequence[StepMetrics],
     spec: JobSpec,
+    evaluation: EvaluationState,
 ) -> Path:
-    """Make the state after optimizer step `step` durable, and forget all but the newest `KEPT`.
+    """Make the state after optimizer step `step` durable, and forget all but the newest `KEPT` and the best.
 
     Returns the checkpoint's directory. A whole one of the same step is left as it is: replay makes the same.
     """
     parent = Path(directory)
-    target = parent / f"step-{step:06d}"
+    target = place(directory, step)
     if target.exists():
         if _read_state(target) is not None:
             return target
@@ -89,6 +106,7 @@ def write(
             "fingerprint": fingerprint(spec),
             "sha256": {name: _sha256(temporary / name) for name in files},
             "events": msgspec.to_builtins(list(events)),
+            "evaluation": msgspec.to_builtins(evaluation),
         }
         (temporary / STATE_FILE).write_text(json.dumps(manifest), encoding="utf-8")
         for path in (temporary / OPTIMIZER_FILE, temporary / STATE_FILE, temporary):
@@ -98,34 +116,58 @@ def write(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(parent)
-    prune(parent)
+    prune(parent, evaluation.best_step)
     return target
 
 
 def newest_whole(directory: str | Path, spec: JobSpec) -> Checkpoint | None:
     """The latest checkpoint whose files are all there and match their sums; None when there is none.
 
-    Raises FailedPrecondition when it was made under other settings than `spec`.
+    Raises FailedPrecondition when it was made under other settings than `spec` or by another version.
     """
     for path in sorted(_checkpoints(Path(directory)), key=_step, reverse=True):
         state = _read_state(path)
         if state is None:
             continue
+        if state["format"] != FORMAT:
+            raise FailedPrecondition(
+                f"the checkpoint {path.name} has format {state['format']}, this version reads {FORMAT}; "
+                "start a new job from it (init_from)",
+                code="checkpoint_mismatch",
+            )
         if state["fingerprint"] != fingerprint(spec):
             raise FailedPrecondition(
                 f"the checkpoint {path.name} was made with other settings; start a new job",
                 code="checkpoint_mismatch",
             )
-        return Checkpoint(path, state["step"], state["events"])
+        events = msgspec.convert(state["events"], list[StepMetrics])
+        return Checkpoint(path, state["step"], events, msgspec.convert(state["evaluation"], EvaluationState))
     return None
 
 
-def prune(directory: str | Path, keep: int = KEPT) -> None:
-    """Remove all but the `keep` latest checkpoints, and what was left half made."""
+def place(directory: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return Path(directory) / f"step-{step:06d}"
+
+
+def whole(directory: str | Path, step: int) -> Path | None:
+    """The checkpoint of a step, if it is there and matches its sums."""
+    path = place(directory, step)
+    return path if _read_state(path) is not None else None
+
+
+def kept_steps(directory: str | Path) -> list[int]:
+    """The steps that have a checkpoint, ascending."""
+    return sorted(_step(path) for path in _checkpoints(Path(directory)))
+
+
+def prune(directory: str | Path, best_step: int = 0) -> None:
+    """Remove all but the `KEPT` latest checkpoints and the best, and what was left half made."""
     parent = Path(directory)
     for path in parent.glob("step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in sorted(_checkpoints(parent), key=_step)[:-keep]:
+    old = sorted(_checkpoints(parent), key=_step)[:-KEPT]
+    for path in (path for path in old if _step(path) != best_step):
         # Renamed first, so that a kill in between leaves no half checkpoint under its name.
         doomed = path.with_name(path.name + ".tmp")
         os.rename(path, doomed)
@@ -145,7 +187,7 @@ def _read_state(path: Path) -> dict[str, Any] | None:
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         whole = (
-            state["format"] == FORMAT
+            isinstance(state["format"], int)
             and state["step"] == _step(path)
             and isinstance(state["events"], list)
             and isinstance(state["fingerprint"], str)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from msgspec.structs import replace
@@ -37,14 +38,16 @@ class JobListener(Protocol):
     def progress(self, job_id: str, metrics: StepMetrics) -> None:
         """An optimizer step was committed (or is told again after a restart)."""
 
-    def checkpoint(self, job_id: str, step: int, path: str, train_loss: float) -> None:
-        """A checkpoint is on disk."""
+    def checkpoint(self, job_id: str, step: int, path: str, train_loss: float, kept: list[int]) -> None:
+        """A checkpoint is on disk; those of the steps `kept` are all there are now."""
 
     def message(self, job_id: str, level: str, text: str) -> None:
         """Something to know about a job; `level` is "info" or "warn"."""
 
-    def status(self, job_id: str, status: str, error: CoserveError | None = None) -> None:
-        """A job changed its state."""
+    def status(
+        self, job_id: str, status: str, error: CoserveError | None = None, result_path: str = ""
+    ) -> None:
+        """A job changed its state; one that succeeded ends with the checkpoint at `result_path`."""
 
 
 class JobManager:
@@ -60,7 +63,6 @@ class JobManager:
         model: LatencyModel,
         listener: JobListener,
     ) -> None:
-        self.microbatches: dict[str, Microbatch] = {}
         self.step_seconds = 0.0
         self._decoder, self._pool, self._slots, self._kv = decoder, pool, slots, kv
         self._queue, self._model, self._listener = queue, model, listener
@@ -75,6 +77,11 @@ class JobManager:
     def has_work(self) -> bool:
         """Some job could use device time now."""
         return self._queue.has_work
+
+    @property
+    def microbatches(self) -> Mapping[str, Microbatch]:
+        """Those under way by sequence id."""
+        return ChainMap(*(job.microbatches for job in self._jobs.values()))
 
     @property
     def optimizer_bytes(self) -> int:
@@ -116,12 +123,12 @@ class JobManager:
         elif action == "pause" and not job.paused:
             self._drop_step(job)
             job.paused = True
-            self._checkpoint(job)
-            self._listener.status(job_id, "paused")
+            if not job.unsaved or self._checkpoint(job):
+                self._listener.status(job_id, "paused")
         elif action == "resume" and job.paused:
             job.paused = False
             self._listener.status(job_id, "running")
-            self._begin_step(job)
+            self._begin(job)
         else:
             raise FailedPrecondition(f"job {job_id} can't {action} in its state", param="job_id")
 
@@ -141,8 +148,9 @@ class JobManager:
 
     def checkpoint_all(self) -> None:
         """Make every job's last committed step durable (before the engine stops)."""
-        for job in self._jobs.values():
-            self._checkpoint(job)
+        for job in list(self._jobs.values()):
+            if job.unsaved:
+                self._checkpoint(job)
 
     # ------------------------------------------------------------------ inside a step
 
@@ -152,14 +160,15 @@ class JobManager:
         self.step_seconds = 0.0
         if plan.evicted:
             self._forget_evicted(plan.evicted)
+        microbatches = self.microbatches
         for sequence in plan.downgraded:
-            activations = self.microbatches[sequence.sequence_id].activations
+            activations = microbatches[sequence.sequence_id].activations
             if activations is not None:
                 activations.downgrade(sequence.level)
                 logger.info("%s keeps only %s", sequence.sequence_id, _policies(sequence))
         for span in plan.training_forward:
             sequence = span.sequence
-            if self.microbatches[sequence.sequence_id].activations is None:
+            if microbatches[sequence.sequence_id].activations is None:
                 assert sequence.extent is not None
                 extent = self._kv.extent(sequence.extent, sequence.slabs)
                 self._jobs[sequence.job_id].place(sequence.sequence_id, extent, sequence.level)
@@ -209,7 +218,7 @@ class JobManager:
         for job in list(self._jobs.values()):
             if not job.paused and job.sequences and all(s.done for s in job.sequences):
                 began = time.perf_counter()
-                self._commit_step(job)
+                self._complete(job)
                 seconds = time.perf_counter() - began
                 self.step_seconds += seconds
                 self._charge(job.spec.job_id, seconds)
@@ -259,42 +268,42 @@ class JobManager:
             for metrics in job.restored_events:
                 self._listener.progress(spec.job_id, metrics)
             if job.restored_path is not None:
-                self._listener.checkpoint(spec.job_id, job.step, job.restored_path, job.last_loss)
+                self._tell_checkpoint(job, job.restored_path)
             if job.finished:
                 self._end(job, "succeeded")
             else:
                 self._listener.status(spec.job_id, "running")
-                self._begin_step(job)
+                self._begin(job)
 
-    def _begin_step(self, job: RunningJob) -> None:
+    def _begin(self, job: RunningJob) -> None:
         try:
-            job.begin_step(self._kv)
+            job.begin(self._kv)
         except Exception as error:
             self._end(job, "failed", _as_error(job.spec.job_id, error))
             return
-        self.microbatches.update(job.microbatches)
         self._queue.submit(job.spec.job_id, job.sequences, job.spec.priority)
 
-    def _commit_step(self, job: RunningJob) -> None:
+    def _complete(self, job: RunningJob) -> None:
+        """All of a job's units have run: its step is committed or scored, and what follows begins."""
         try:
-            metrics = job.commit_step()
+            metrics = job.complete()
         except Diverged as fault:
             self._quarantine(job, fault.reason)
             return
         except Exception as error:
             self._end(job, "failed", _as_error(job.spec.job_id, error))
             return
-        self._drop_microbatches(job)
-        self._listener.progress(job.spec.job_id, metrics)
-        warning = job.loss_warning()
-        if warning is not None:
-            self._listener.message(job.spec.job_id, "warn", warning)
-        if job.checkpoint_due:
-            self._checkpoint(job)
+        job.drop_step()
+        if metrics is not None:
+            self._listener.progress(job.spec.job_id, metrics)
+            for level, text in job.remarks(metrics):
+                self._listener.message(job.spec.job_id, level, text)
+            if job.checkpoint_due and not self._checkpoint(job):
+                return
         if job.finished:
             self._end(job, "succeeded")
         else:
-            self._begin_step(job)
+            self._begin(job)
 
     def _quarantine(self, job: RunningJob, reason: str) -> None:
         """A step that isn't finite changes nothing. It runs once more, against a fault that passes; a second
@@ -306,20 +315,31 @@ class JobManager:
         job.diverged_step = step
         text = f"Step {step}: {reason}; the adapter is unchanged and the step runs once more."
         self._listener.message(job.spec.job_id, "warn", text)
-        self._drop_microbatches(job)
-        self._begin_step(job)
+        job.drop_step()
+        self._begin(job)
 
-    def _checkpoint(self, job: RunningJob) -> None:
-        if job.steps_since_checkpoint:
+    def _checkpoint(self, job: RunningJob) -> bool:
+        """Make the last committed step durable. A disk that refuses ends the job, not the engine; then
+        False."""
+        try:
             path = job.write_checkpoint()
-            self._listener.checkpoint(job.spec.job_id, job.step, path, job.last_loss)
+        except OSError as error:
+            reason = f"the checkpoint of step {job.step} can't be written: {error.strerror} ({job.kept})"
+            self._end(job, "failed", InternalError(reason, code="checkpoint_failed"))
+            return False
+        self._tell_checkpoint(job, path)
+        return True
+
+    def _tell_checkpoint(self, job: RunningJob, path: str) -> None:
+        self._listener.checkpoint(job.spec.job_id, job.step, path, job.last_loss, job.checkpoint_steps)
 
     def _end(self, job: RunningJob, status: str, error: CoserveError | None = None) -> None:
         job_id = job.spec.job_id
         self._drop_step(job)
         del self._jobs[job_id]
         self._free_rows(job_id)
-        self._listener.status(job_id, status, error)
+        result = job.result_path if status == "succeeded" else ""
+        self._listener.status(job_id, status, error, result)
 
     def _free_rows(self, job_id: str) -> None:
         rows = self._slots.rows(job_id)
@@ -330,11 +350,6 @@ class JobManager:
     def _drop_step(self, job: RunningJob) -> None:
         """Leave the optimizer step under way: its memory is free, its gradients are forgotten."""
         self._queue.remove(job.spec.job_id)
-        self._drop_microbatches(job)
-
-    def _drop_microbatches(self, job: RunningJob) -> None:
-        for sequence_id in job.microbatches:
-            self.microbatches.pop(sequence_id, None)
         job.drop_step()
 
     def _forget_evicted(self, evicted: list[TrainingSequence]) -> None:

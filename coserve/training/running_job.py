@@ -10,8 +10,8 @@ import math
 import time
 from collections.abc import Sequence
 
-import msgspec
 import torch
+from msgspec.structs import replace
 
 from coserve.core.training_sequence import TrainingSequence
 from coserve.lora.adapter_pool import AdapterPool
@@ -21,6 +21,8 @@ from coserve.training.batch_run import BatchRun, Trainee
 from coserve.training.batching import BatchPlan, StepBatch
 from coserve.training.dataset import TokenDataset
 from coserve.training.divergence import Diverged, LossWatch, diverged
+from coserve.training.early_stopping import EvaluationState
+from coserve.training.evaluation import Evaluation
 from coserve.training.job import JobSpec, StepMetrics
 from coserve.training.microbatch import LoraDropout, Microbatch
 from coserve.training.objectives import CrossEntropy, LossSums
@@ -47,6 +49,10 @@ class RunningJob:
             dataset, spec.training, spec.seed, max_length=decoder.config.max_position_embeddings
         )
         self._schedule = Schedule(spec.training, self._plan.total_steps)
+        self._objective = CrossEntropy()
+        self._evaluation = (
+            Evaluation(spec, spec.validation_path, decoder, self._objective) if spec.validation_path else None
+        )
         self._adapter = TrainableAdapter(
             spec.lora,
             decoder.config,
@@ -58,13 +64,14 @@ class RunningJob:
         self._watch = LossWatch(decoder.config.vocab_size)
         self.step = 0
         self.last_loss = math.nan
-        self._events: list[StepMetrics] = []
+        self._saved_step = 0
+        self._events: list[StepMetrics] = []  # of the steps since then
+        self._unscored: StepMetrics | None = None  # of a committed step that waits for its validation scores
         self.restored_events: list[StepMetrics] = []
         self.restored_path: str | None = None
         self._restore()
         self._adapter.place(pool, rows)
         self.diverged_step = 0  # the last one that came out non-finite
-        self._objective = CrossEntropy()
         self._batch: StepBatch | None = None
         self._run: BatchRun | None = None
         self._began = time.perf_counter()
@@ -76,8 +83,14 @@ class RunningJob:
 
     @property
     def finished(self) -> bool:
-        """All optimizer steps are done."""
-        return self.step >= self._plan.total_steps
+        """All optimizer steps are done, or enough by the validation loss."""
+        return self._unscored is None and (
+            self.step >= self._plan.total_steps or self._evaluation_state.stopped
+        )
+
+    @property
+    def _evaluation_state(self) -> EvaluationState:
+        return self._evaluation.state if self._evaluation is not None else EvaluationState()
 
     @property
     def state_bytes(self) -> int:
@@ -102,22 +115,77 @@ class RunningJob:
     @property
     def kept(self) -> str:
         """What a job that fails now leaves behind."""
-        saved = self.step - len(self._events)
+        saved = self._saved_step
         return f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
 
     @property
-    def steps_since_checkpoint(self) -> int:
-        return len(self._events)
+    def unsaved(self) -> bool:
+        """There are committed steps that no checkpoint holds."""
+        return self._saved_step < self.step
 
     @property
     def checkpoint_due(self) -> bool:
-        """By the job's rule: every `checkpoint_steps`, or at each epoch's end; and after the last step."""
+        """By the job's rule: every `checkpoint_steps`, or at each epoch's end; after the last step, and
+        after one whose validation loss is the best so far."""
         every = self.spec.training.checkpoint_steps or self._plan.steps_per_epoch
-        return self.finished or self.step % every == 0
+        best = self.step == self._evaluation_state.best_step
+        return self.unsaved and (self.finished or best or self.step % every == 0)
+
+    @property
+    def result_path(self) -> str:
+        """The checkpoint that the job ends with: its best where it may stop early, else its last."""
+        best = self._evaluation_state.best_step if self.spec.training.early_stopping_patience else 0
+        found = checkpoint.whole(self.spec.checkpoint_dir, best) if best else None
+        return str(found or checkpoint.place(self.spec.checkpoint_dir, self.step))
+
+    # ------------------------------------------------------------------ what runs next
+
+    def begin(self, kv: KVTensors) -> None:
+        """Make the next microbatches: of the validation set where scores are due, else of the next step.
+
+        Raises FailedPrecondition when one needs more of the pool `kv` than there is even where every layer
+        keeps the least (policy C).
+        """
+        if self._unscored is None:
+            self._begin_step(kv)
+        else:
+            assert self._evaluation is not None
+            self._run = self._evaluation.next_run(
+                self.step, self._pool, {self.spec.job_id: self._rows}, kv
+            )
+
+    def complete(self) -> StepMetrics | None:
+        """Everything under way has run. Returns the metrics of the optimizer step that is over now; None
+        while its validation set is still to be scored.
+
+        Raises Diverged, with adapter and optimizer as they were, when a loss or the gradient isn't finite;
+        FailedPrecondition when the weights aren't after the update.
+        """
+        metrics = self._unscored
+        if metrics is None:
+            metrics = self._commit_step()
+            if self._evaluation is not None and self._scores_due():
+                self._unscored = metrics
+                return None
+        else:
+            assert self._evaluation is not None and self._run is not None
+            self._evaluation.take(self._run)
+            if not self._evaluation.complete:
+                return None
+            scores = self._evaluation.conclude(self.step)
+            loss = scores.loss if math.isfinite(scores.loss) else None
+            metrics = replace(metrics, valid_loss=loss, valid_accuracy=scores.accuracy)
+            self._unscored = None
+        self._events.append(metrics)
+        return metrics
+
+    def _scores_due(self) -> bool:
+        steps = self._plan.steps_per_epoch, self._plan.total_steps
+        return self._evaluation is not None and self._evaluation.due(self.step, *steps)
 
     # ------------------------------------------------------------------ one optimizer step
 
-    def begin_step(self, kv: KVTensors) -> None:
+    def _begin_step(self, kv: KVTensors) -> None:
         """Make the next step's microbatches; they owe all their tokens.
 
         Raises FailedPrecondition when one needs more of the pool `kv` than there is even where every layer
@@ -160,12 +228,8 @@ class RunningJob:
         if sequence_ids == self.microbatches.keys():
             self._adapter.zero_gradients()
 
-    def commit_step(self) -> StepMetrics:
-        """Clip, update, write the compute rows.
-
-        Raises Diverged, with adapter and optimizer as they were, when the loss or the gradient isn't finite;
-        FailedPrecondition when the weights aren't after the update.
-        """
+    def _commit_step(self) -> StepMetrics:
+        """Clip, update, write the compute rows."""
         assert self._batch is not None and self._run is not None
         batch, parts = self._batch, self._run.sums()
         for examples, part in zip(batch.microbatches, parts, strict=True):
@@ -181,7 +245,7 @@ class RunningJob:
         self._adapter.write_rows(self._pool, self._rows)
         self.step, self.last_loss = batch.step, loss
         seconds = time.perf_counter() - self._began
-        metrics = StepMetrics(
+        return StepMetrics(
             step=batch.step,
             total_steps=self._plan.total_steps,
             epoch=batch.epoch,
@@ -195,15 +259,21 @@ class RunningJob:
             share=min(1.0, self.device_seconds / seconds),
             time=time.time(),
         )
-        self._events.append(metrics)
-        return metrics
 
-    def loss_warning(self) -> str | None:
-        """What is to be said of the last committed step's loss."""
-        return self._watch.warning(self.step, self.last_loss)
+    def remarks(self, metrics: StepMetrics) -> list[tuple[str, str]]:
+        """(level, text) of what is to be said of a step that is over; once for each."""
+        said = []
+        warning = self._watch.warning(metrics.step, metrics.loss)
+        if warning is not None:
+            said.append(("warn", warning))
+        if metrics.valid_accuracy is not None and metrics.valid_loss is None:
+            said.append(("warn", f"Step {metrics.step}: the validation loss is not finite."))
+        if self._evaluation is not None and self._evaluation.state.stopped:
+            said.append(("info", self._evaluation.verdict))
+        return said
 
     def drop_step(self) -> None:
-        """Forget the step under way; `begin_step` makes it again."""
+        """Forget what is under way; `begin` makes it again."""
         self._run = None
         self._batch = None
 
@@ -211,20 +281,37 @@ class RunningJob:
 
     def write_checkpoint(self) -> str:
         """Make the last committed step durable; returns the checkpoint's directory."""
+        waiting = [self._unscored] if self._unscored is not None else []
         path = checkpoint.write(
-            self.spec.checkpoint_dir, self.step, self._adapter, self._optimizer, self._events, self.spec
+            self.spec.checkpoint_dir,
+            self.step,
+            self._adapter,
+            self._optimizer,
+            [*self._events, *waiting],
+            self.spec,
+            self._evaluation_state,
         )
         self._events = []
+        self._saved_step = self.step
         return str(path)
+
+    @property
+    def checkpoint_steps(self) -> list[int]:
+        """The steps whose checkpoints are kept, ascending."""
+        return checkpoint.kept_steps(self.spec.checkpoint_dir)
 
     def _restore(self) -> None:
         found = checkpoint.newest_whole(self.spec.checkpoint_dir, self.spec)
         if found is not None:
             found.load_into(self._adapter, self._optimizer)
-            self.step = found.step
-            self.restored_events = [msgspec.convert(event, StepMetrics) for event in found.events]
+            self.step = self._saved_step = found.step
+            self.restored_events = found.events
             self.restored_path = str(found.path)
-            self.last_loss = self.restored_events[-1].loss if self.restored_events else math.nan
+            self.last_loss = found.events[-1].loss if found.events else math.nan
+            if self._evaluation is not None:
+                self._evaluation.state = found.evaluation
+                if self._scores_due():  # it was written before the scores were there
+                    self._unscored = self.restored_events.pop()
         elif self.spec.init_path is not None:
             self._adapter.start_from(
                 self.spec.init_path, self._decoder.config, self._decoder.head.weight

@@ -85,6 +85,7 @@ def make_engine(model: Path, **settings: Any) -> LocalEngine:
 def make_job(data: Path, folder: Path, job_id: str = "ftjob-1", **training: Any) -> JobSpec:
     """A job of six optimizer steps over two epochs."""
     priority = training.pop("priority", 0)
+    validation = training.pop("validation", None)
     defaults = {"n_epochs": 2, "batch_size": 4, "learning_rate": 5e-3, "checkpoint_steps": 2}
     return JobSpec(
         job_id=job_id,
@@ -94,6 +95,7 @@ def make_job(data: Path, folder: Path, job_id: str = "ftjob-1", **training: Any)
         lora=LoraSpec(r=4, lora_alpha=8.0, target_modules=TARGETS),
         training=TrainingSpec(**(defaults | training)),
         priority=priority,
+        validation_path=None if validation is None else str(validation),
     )
 
 
@@ -127,6 +129,18 @@ def final_adapter(spec: JobSpec) -> dict[str, torch.Tensor]:
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Both adapters hold the same tensors to the bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def published(local: LocalEngine, job_id: str) -> dict[str, torch.Tensor]:
+    """The adapter that the job said it ended with."""
+    paths = [s.result_path for s in local.sent if isinstance(s, m.JobStatus) and s.job_id == job_id]
+    return load_file(Path(paths[-1]) / "adapter_model.safetensors")
+
+
+def validations(local: LocalEngine, job_id: str) -> list[tuple[int, float, float]]:
+    """(step, valid_loss, valid_accuracy) of every step that was evaluated."""
+    news = [s.metrics for s in local.sent if isinstance(s, m.JobProgress) and s.job_id == job_id]
+    return [(n.step, n.valid_loss, n.valid_accuracy) for n in news if n.valid_accuracy is not None]
 
 
 def progress(local: LocalEngine, job_id: str) -> list[tuple[int, float, float]]:

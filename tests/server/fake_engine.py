@@ -196,14 +196,17 @@ class FakeEngine:
         path = Path(self.jobs[job_id].checkpoint_dir) / f"step-{step:06d}"
         if not path.exists():
             write_peft(path, seed=step, modules=LINEAR_MODULES)
-        await self.emit(m.JobCheckpoint(job_id=job_id, step=step, path=str(path), train_loss=2.0 / step))
+        kept = sorted(int(folder.name.removeprefix("step-")) for folder in path.parent.glob("step-*"))[-3:]
+        await self.emit(
+            m.JobCheckpoint(job_id=job_id, step=step, path=str(path), train_loss=2.0 / step, kept=kept)
+        )
         return path
 
     async def train(self, job_id: str, steps: int = 3) -> None:
         for step in range(1, steps + 1):
             await self.step(job_id, step, steps)
-        await self.checkpoint(job_id, steps)
-        await self.emit(m.JobStatus(job_id=job_id, status="succeeded"))
+        path = await self.checkpoint(job_id, steps)
+        await self.emit(m.JobStatus(job_id=job_id, status="succeeded", result_path=str(path)))
         self.jobs.pop(job_id, None)
 
     async def stats(self) -> m.EngineStats:

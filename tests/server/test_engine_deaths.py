@@ -67,8 +67,9 @@ def test_a_job_the_engine_keeps_dying_of_is_given_up(server: ServerThread) -> No
     assert poison not in server.engine.jobs
     assert server.openai().fine_tuning.jobs.list_events(poison, limit=1).data[0].level == "error"
     server.call(server.engine.step(healthy, 9, 9))
-    server.call(server.engine.checkpoint(healthy, 9))
-    server.call(server.engine.emit(m.JobStatus(job_id=healthy, status="succeeded")))
+    path = server.call(server.engine.checkpoint(healthy, 9))
+    done = m.JobStatus(job_id=healthy, status="succeeded", result_path=str(path))
+    server.call(server.engine.emit(done))
     assert job(server, healthy)["status"] == "succeeded"
 
 

@@ -141,7 +141,9 @@ def test_half_done_publication(home: Home, row_written: bool) -> None:
         assert list(home.state.rglob("*.tmp")) == []
         assert list((home.state / "adapters").glob("*/*")) == []
         wait_for(lambda: job in server.engine.jobs)
-        server.call(server.engine.emit(m.JobStatus(job_id=job, status="succeeded")))
+        server.call(
+            server.engine.emit(m.JobStatus(job_id=job, status="succeeded", result_path=str(path)))
+        )
     card = server.http().get("/v1/models/half").json()
     assert card["version"] == 1
     assert server.openai().fine_tuning.jobs.retrieve(job).fine_tuned_model == "half"

@@ -13,6 +13,7 @@ from coserve.errors import FailedPrecondition
 from coserve.models.config import ModelConfig
 from coserve.models.loader import random_weights
 from coserve.training import checkpoint
+from coserve.training.early_stopping import EvaluationState
 from coserve.training.job import JobSpec, LoraSpec, StepMetrics, TrainingSpec
 from coserve.training.optimizer import AdamW
 from coserve.training.schedule import Schedule
@@ -40,7 +41,7 @@ class Run:
         self.optimizer = AdamW(self.adapter, SPEC.training)
         self.schedule = Schedule(SPEC.training, STEPS)
         self.trainer = Trainer.make(random_weights(CONFIG, 0, torch.float32), self.adapter)
-        self.step, self.events = 0, []
+        self.step, self.events, self.evaluation = 0, [], EvaluationState()
         found = checkpoint.newest_whole(directory, SPEC)
         if found is not None:
             found.load_into(self.adapter, self.optimizer)
@@ -59,7 +60,9 @@ class Run:
         return figures
 
     def save(self) -> Path:
-        path = checkpoint.write(self.directory, self.step, self.adapter, self.optimizer, self.events, SPEC)
+        path = checkpoint.write(
+            self.directory, self.step, self.adapter, self.optimizer, self.events, SPEC, self.evaluation
+        )
         self.events = []
         return path
 
@@ -99,7 +102,7 @@ def test_events_come_back_exactly(tmp_path: Path) -> None:
     run.save()
     found = checkpoint.newest_whole(tmp_path, SPEC)
     assert found is not None
-    assert [msgspec.convert(e, StepMetrics) for e in found.events] == kept
+    assert found.events == kept
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int, times: int, where: str) -
                 self._adapter.gradients[5] = float("inf")
         return plain(self)
 
-    plain = RunningJob.commit_step
-    monkeypatch.setattr(RunningJob, "commit_step", commit)
+    plain = RunningJob._commit_step
+    monkeypatch.setattr(RunningJob, "_commit_step", commit)
     return struck
 
 

@@ -30,8 +30,6 @@ from coserve.server.job_store import CheckpointRow, JobError, JobRecord
 
 logger = logging.getLogger(__name__)
 
-KEPT_CHECKPOINTS = 3
-
 
 class JobReports:
     """Takes the engine's reports into the records, and publishes the adapters of jobs that succeed."""
@@ -115,7 +113,7 @@ class JobReports:
                     job, "checkpoint", text, step=event.step, checkpoint=checkpoint.id
                 )
                 job_store.add_event(db, noted)
-            old = job_store.checkpoints(db, job.id)[KEPT_CHECKPOINTS:]
+            old = [row for row in job_store.checkpoints(db, job.id) if row.step not in event.kept]
             for row in old:
                 job_store.drop_checkpoint(db, row.id)
             return old
@@ -152,7 +150,7 @@ class JobReports:
         self._deaths.report(event.job_id, event.status)
         job = await self._records.get(event.job_id)
         if event.status == "succeeded":
-            await self.publish(job)
+            await self.publish(job, event.result_path)
         elif event.status == "failed":
             error = JobError(event.error_code or "internal_error", event.message, event.error_param)
             await self._records.update(job.id, lambda now: job_changes.failed(now, error))
@@ -160,18 +158,17 @@ class JobReports:
             await self._records.update(job.id, lambda now: job_changes.moved(now, event.status))
         logger.info(line("job status", id=job.id, status=event.status))
 
-    async def publish(self, job: JobRecord) -> None:
-        """Publish the final checkpoint (once), then say so."""
+    async def publish(self, job: JobRecord, path: str = "") -> None:
+        """Publish the checkpoint at `path` (once), then say so."""
         if job.is_over:
             return
         try:
             row = await self._database.run(lambda db: adapter_store.of_job(db, job.id))
             if row is None:
-                newest = await self._database.run(lambda db: job_store.checkpoints(db, job.id))
-                if not newest:
+                if not path:
                     raise FailedPrecondition("The job ended without a checkpoint.")
                 row = await self._adapters.publish(
-                    job.publish_as, Path(newest[0].path), job_id=job.id, origin="job"
+                    job.publish_as, Path(path), job_id=job.id, origin="job"
                 )
             results = await self._results(job)
             await self._records.update(
