@@ -50,6 +50,8 @@ TARGETS: dict[str, dict[str, object]] = {
     "q-v": {"target_modules": ("q_proj", "v_proj")},
     "o-up-top": {"target_modules": ("o_proj", "up_proj"), "layers_to_transform": (1, 2)},
     "down-gap": {"target_modules": ("down_proj",), "layers_to_transform": (0, 2)},
+    "head": {"target_modules": ("lm_head",)},
+    "up-head": {"target_modules": ("up_proj", "lm_head")},
 }
 FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | {
     "gate_proj": "gate_up_proj",
@@ -102,9 +104,9 @@ class Case:
             names = (FUSED.get(name, name) for name in chosen["target_modules"])  # type: ignore[attr-defined]
             chosen["target_modules"] = tuple(dict.fromkeys(names))
         if self.scaling == "patterns":
-            first = next(iter(chosen.get("target_modules", ("o_proj",))))  # type: ignore[call-overload]
-            top = r"layers\.2\..*"
-            chosen |= {"rank_pattern": {first: self.rank // 2 + 1}, "alpha_pattern": {top: 5.0}}
+            names = tuple(chosen.get("target_modules", ("o_proj",)))  # type: ignore[arg-type]
+            other = "lm_head" if "lm_head" in names else r"layers\.2\..*"
+            chosen |= {"rank_pattern": {names[0]: self.rank // 2 + 1}, "alpha_pattern": {other: 5.0}}
         return LoraSpec(
             r=self.rank,
             lora_alpha=9.0,
