@@ -93,8 +93,8 @@ class ModelConfig:
         head_dim = _positive(raw, "head_dim", family.default_head_dim or hidden // heads)
         if heads % kv_heads:
             raise ConfigError(f"num_key_value_heads {kv_heads} doesn't divide {heads} heads.", param="model")
-        rotated = rotary_dim(raw, head_dim)
-        longest = _positive(raw, "max_position_embeddings", 2048)
+        rotated, longest = rotary_dim(raw, head_dim), _positive(raw, "max_position_embeddings", 2048)
+        scaling = parse_scaling(raw, rotated, longest, family.name)
         bias = bool(raw.get("attention_bias", False))
         tied = raw.get("tie_word_embeddings")
         return cls(
@@ -108,13 +108,13 @@ class ModelConfig:
             head_dim=head_dim,
             rms_norm_eps=float(raw.get("rms_norm_eps", family.default_eps)),
             rope_theta=_theta(rope_fields(raw), raw, "rope_theta", family.default_rope_theta),
-            rope_scaling=parse_scaling(raw, rotated, longest, family.name),
+            rope_scaling=scaling,
             tie_word_embeddings=family.tied_by_default if tied is None else bool(tied),
             attention_bias=bias if family.qkv_bias is None else family.qkv_bias,
             o_bias=bias if family.o_bias is None else family.o_bias,
             mlp_bias=family.mlp_bias and bool(raw.get("mlp_bias", False)),
             qk_norm=bool(family.qk_norm),
-            max_position_embeddings=longest,
+            max_position_embeddings=max(longest, scaling.context if scaling else 0),
             layer_windows=layer_windows(raw, family, layers),
             eos_token_ids=_eos_ids(generation or {}, raw),
             torch_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),

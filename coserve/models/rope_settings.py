@@ -31,6 +31,11 @@ class RopeScaling:
     short_factors: tuple[float, ...] = field(default=(), repr=False)
     long_factors: tuple[float, ...] = field(default=(), repr=False)
 
+    @property
+    def context(self) -> int:
+        """Positions that the stretching alone makes room for; files with "yarn" keep naming the original."""
+        return int(self.original_max_position_embeddings * self.factor) if self.kind == "yarn" else 0
+
 
 def rope_fields(raw: dict[str, Any], layer_type: str = "full_attention") -> dict[str, Any]:
     """The rotary settings of a layer type: transformers 5 nests them where they differ by layer."""

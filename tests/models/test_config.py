@@ -76,6 +76,15 @@ def test_families(architecture: str, qkv: bool, out: bool, qk_norm: bool) -> Non
     assert (config.attention_bias, config.o_bias, config.qk_norm) == (qkv, out, qk_norm)
 
 
+def test_yarn_widens_the_context_that_the_file_names() -> None:
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = parse(rope_scaling=yarn, max_position_embeddings=32768)
+    assert config.max_position_embeddings == 131072
+    assert config.rope_scaling is not None
+    assert config.rope_scaling.attention_factor == pytest.approx(1.1386294)
+    assert parse(rope_scaling=yarn, max_position_embeddings=200000).max_position_embeddings == 200000
+
+
 def windows(architecture: str, **changes: Any) -> list[int]:
     config = parse(architectures=[architecture], num_hidden_layers=6, **changes)
     assert config.max_position_embeddings == 131072

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -25,9 +27,25 @@ from tests.parity.training_harness import Trainer, fill_b, make_samples
 CONFIG = ModelConfig("qwen3", 101, 48, 88, 2, 6, 2, 10, qk_norm=True, max_position_embeddings=256)
 
 
-@pytest.fixture(scope="module")
-def decoder() -> Decoder:
-    return random_weights(CONFIG, 0, torch.float32)
+# Everything that a family may have beside Llama's parts.
+ODD = replace(
+    CONFIG,
+    family="gemma2",
+    layer_windows=(11, 0),
+    post_norms=True,
+    norm_offset=1.0,
+    wide_norms=True,
+    whole_qk_norm=True,
+    scaled_embeddings=True,
+    attention_cap=2.0,
+    logit_cap=3.0,
+    rotary_features=6,
+)
+
+
+@pytest.fixture(scope="module", params=[CONFIG, ODD], ids=["qwen3", "odd"])
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    return random_weights(request.param, 0, torch.float32)
 
 
 def test_llama3_frequencies_equal_transformers() -> None:
@@ -67,12 +85,12 @@ def test_prefill_in_pieces_and_decode_agree(decoder: Decoder) -> None:
 
 def test_training_beside_requests_changes_neither(decoder: Decoder) -> None:
     """Inference rows of two adapters' users and a training window in one batch."""
-    adapter = TrainableAdapter(LoraSpec(r=3), CONFIG, seed=2)
+    adapter = TrainableAdapter(LoraSpec(r=3), decoder.config, seed=2)
     fill_b(adapter)
     trainer = Trainer.make(decoder, adapter)
     samples = make_samples((30, 20), 101)
     alone = Sequences(decoder, 2).run({0: [5, 6, 7], 1: [8]})
-    microbatch, lonely = place(samples), place(samples)
+    microbatch, lonely = place(samples, decoder.config), place(samples, decoder.config)
     trainer.forward(lonely, 0)
     requests = Sequences(decoder, 2)
     batch = requests.batch({0: [5, 6, 7], 1: [8]})
@@ -97,9 +115,9 @@ def test_training_beside_requests_changes_neither(decoder: Decoder) -> None:
         assert torch.equal(microbatch.saved.x_out_TH, lonely.saved.x_out_TH)
 
 
-def place(samples: list) -> Microbatch:
+def place(samples: list, config: ModelConfig) -> Microbatch:
     microbatch = Microbatch(samples)
-    shape = (CONFIG, CONFIG.num_layers, microbatch.num_tokens, torch.float32, 0)
+    shape = (config, config.num_layers, microbatch.num_tokens, torch.float32, 0)
     extent = torch.empty(MicrobatchActivations.nbytes(*shape), dtype=torch.uint8)
     microbatch.activations = MicrobatchActivations(extent, *shape)
     return microbatch
@@ -107,7 +125,7 @@ def place(samples: list) -> Microbatch:
 
 def test_a_batch_without_adapted_rows_is_the_base(decoder: Decoder) -> None:
     segments = LoraSegments(*(torch.zeros(0, dtype=torch.int32) for _ in range(4)))
-    pool = AdapterPool(CONFIG, 2, torch.float32)
+    pool = AdapterPool(decoder.config, 2, torch.float32)
     lora = LoraBatch(segments, torch.zeros(2, 7, 0, dtype=torch.int32), pool)
     assert not lora.adapts(0, 1)
     base = Sequences(decoder, 1).run({0: [3, 4]})
