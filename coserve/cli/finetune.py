@@ -41,6 +41,11 @@ def finetune(
     weight_decay: flags.WeightDecay = None,
     max_grad_norm: flags.MaxGradNorm = None,
     checkpoint_steps: flags.CheckpointSteps = None,
+    validation_data: flags.ValidationData = "",
+    validation_split: flags.ValidationSplit = None,
+    eval_steps: flags.EvalSteps = None,
+    early_stopping_patience: flags.EarlyStoppingPatience = None,
+    early_stopping_threshold: flags.EarlyStoppingThreshold = None,
     auto: flags.Auto = False,
     seed: flags.Seed = None,
     init_from: flags.InitFrom = "",
@@ -63,6 +68,8 @@ def _run(given: Mapping[str, Any]) -> None:
             "--adapter NAME is missing: the name to publish the adapter under.", param="--adapter"
         )
     path = existing_file(given["data"], "DATA")
+    scored = given["validation_data"]
+    validation = existing_file(scored, "--validation-data") if scored else None
     lora, training, rest = settings(given)
     if given["preview"]:
         preview_file(given, path, training)
@@ -74,6 +81,9 @@ def _run(given: Mapping[str, Any]) -> None:
         pb, stub = fine_tuning(opened)
         config = pb.TrainingConfig(**training)
         file = stub.UploadFile(upload(pb.UploadFileRequest, path), metadata=metadata(api_key))
+        if validation is not None:
+            sent = stub.UploadFile(upload(pb.UploadFileRequest, validation), metadata=metadata(api_key))
+            rest["validation_file"] = sent.id
         job = stub.CreateJob(
             pb.CreateJobRequest(training_file=file.id, lora=pb.LoraConfig(**lora), training=config, **rest),
             metadata=metadata(api_key),

@@ -35,6 +35,10 @@ TRAINING_FIELDS = {
     "weight_decay": "weight_decay",
     "max_grad_norm": "max_grad_norm",
     "checkpoint_steps": "checkpoint_steps",
+    "validation_split": "validation_split",
+    "eval_steps": "eval_steps",
+    "early_stopping_patience": "early_stopping_patience",
+    "early_stopping_threshold": "early_stopping_threshold",
 }
 JOB_FIELDS = ("model", "adapter", "init_from", "priority")
 # What `--auto` leaves to the server -> the flags that settle it all the same.
@@ -76,6 +80,19 @@ LoraplusLrRatio = Annotated[
 WeightDecay = Annotated[float | None, typer.Option(min=0, help="Decoupled weight decay [0].")]
 MaxGradNorm = Annotated[float | None, typer.Option(min=0, help="Clip gradients here; 0 is off [1].")]
 CheckpointSteps = Annotated[int | None, typer.Option(min=0, help="Steps between checkpoints.")]
+ValidationData = Annotated[
+    str, typer.Option(metavar="FILE", help="Score the adapter on this while it trains.")
+]
+ValidationSplit = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Hold this share of DATA out to score it on.")
+]
+EvalSteps = Annotated[int | None, typer.Option(min=0, help="Steps between two scores [an epoch].")]
+EarlyStoppingPatience = Annotated[
+    int | None, typer.Option(min=0, help="End after so many scores without a better one; 0 is never [0].")
+]
+EarlyStoppingThreshold = Annotated[
+    float | None, typer.Option(min=0, help="By how much a score must be better [0].")
+]
 Auto = Annotated[
     bool,
     typer.Option(

@@ -127,6 +127,7 @@ def test_a_model_directory_names_itself(tmp_path: Path) -> None:
         ("finetune data.jsonl", 2, "--adapter"),
         ("finetune /no/such.jsonl --adapter a", 2, "/no/such.jsonl"),
         (f"finetune {__file__} --adapter a --rank 0", 2, "--rank"),
+        (f"finetune {__file__} --adapter a --validation-data /no/such", 2, "--validation-data /no/such"),
         (f"finetune {__file__} --adapter a --grpc {NOWHERE}", 1, "coserve serve"),
         (f"jobs list --grpc {NOWHERE}", 1, NOWHERE),
         (f"jobs get ftjob-1 --grpc {NOWHERE}", 1, NOWHERE),

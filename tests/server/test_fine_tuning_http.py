@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from coserve.engine.messages import JobMessage
+from coserve.training.dataset import TokenDataset
 from tests.server.running import BASE, ServerThread, wait_for
 
 ROWS = [
@@ -159,7 +160,7 @@ REFUSED = [
     ({"training_file": None}, "training_file", 400),
     ({"model": "other"}, "model", 404),
     ({"surprise": 1}, "surprise", 400),
-    ({"validation_file": "file-x"}, "validation_file", 400),
+    ({"validation_file": "file-x"}, "validation_file", 404),
     ({"method": {"type": "dpo"}}, "method", 400),
     (
         {"method": {"type": "supervised", "supervised": {"hyperparameters": {"epochs": 1}}}},
@@ -197,6 +198,13 @@ REFUSED = [
     ({"training": {"optimizer": "sgd", "adam_beta1": 0.5}}, "training.adam_beta1", 400),
     ({"training": {"loraplus_lr_ratio": 0}}, "training.loraplus_lr_ratio", 400),
     ({"training": {"eval_steps": 5}}, "training.eval_steps", 400),
+    ({"training": {"early_stopping_patience": 1}}, "training.early_stopping_patience", 400),
+    ({"training": {"validation_split": 1.0}}, "training.validation_split", 400),
+    (
+        {"training": {"validation_split": 0.5, "early_stopping_threshold": 0.1}},
+        "training.early_stopping_threshold",
+        400,
+    ),
     ({"training": {"adam_beta2": 1.0}}, "training.adam_beta2", 400),
     ({"training": {"max_length": 100000}}, "training.max_length", 400),
     ({"training": {"unknown": 1}}, "training.unknown", 400),
@@ -284,6 +292,45 @@ def test_settings_reach_the_engine_and_are_reported(server: ServerThread, http: 
     assert (spec.lora_dropout, spec.freeze_a, spec.init_lora_weights) == (0.1, True, "gaussian")
     assert job["lora"] == json.loads(msgspec.json.encode(spec))
     assert spec.exclude_modules == ("q_proj",) and job["peft"]["exclude_modules"] == ["q_proj"]
+
+
+def test_validation_data_of_its_own_and_held_out(server: ServerThread, http: httpx.Client) -> None:
+    server.engine.auto_train = False
+    train, valid = upload(server.openai()), upload(server.openai(), b"\n".join(DATA.splitlines()[:4]))
+    settings = {"eval_steps": 2, "early_stopping_patience": 3, "early_stopping_threshold": 0.01}
+    body = {"model": BASE, "training_file": train, "validation_file": valid, "training": settings}
+    job = http.post("/v1/fine_tuning/jobs", json=body).json()
+    assert job["validation_file"] == valid
+    wait_for(lambda: job["id"] in server.engine.jobs)
+    spec = server.engine.jobs[job["id"]]
+    assert spec.validation_path is not None and len(TokenDataset.open(spec.validation_path)) == 4
+    assert len(TokenDataset.open(spec.data_path)) == 20
+    assert {name: getattr(spec.training, name) for name in settings} == settings
+    refused = http.post(
+        "/v1/fine_tuning/jobs", json={**body, "training": {"validation_split": 0.1}}
+    ).json()["error"]
+    assert refused["param"] == "training.validation_split"
+
+    same = {"model": BASE, "training_file": train, "validation_file": train}
+    job = http.post("/v1/fine_tuning/jobs", json=same).json()
+    wait_for(lambda: job["id"] in server.engine.jobs)
+    events = http.get(f"/v1/fine_tuning/jobs/{job['id']}/events").json()["data"]
+    assert ["says little" in event["message"] for event in events if event["level"] == "warn"] == [True]
+
+    split = {"model": BASE, "training_file": train, "training": {"validation_split": 0.25}}
+    job = http.post("/v1/fine_tuning/jobs", json=split).json()
+    wait_for(lambda: job["id"] in server.engine.jobs)
+    spec = server.engine.jobs[job["id"]]
+    assert spec.validation_path is not None and len(TokenDataset.open(spec.validation_path)) == 5
+    assert http.get(f"/v1/fine_tuning/jobs/{job['id']}").json()["progress"]["total_steps"] == 6
+
+
+def test_a_bad_validation_file_is_named(server: ServerThread, http: httpx.Client) -> None:
+    train, bad = upload(server.openai()), upload(server.openai(), DATA.splitlines()[0] + b"\nnonsense")
+    body = {"model": BASE, "training_file": train, "validation_file": bad}
+    failed = until_over(server.openai(), http.post("/v1/fine_tuning/jobs", json=body).json()["id"])
+    assert failed.error is not None and failed.error.param == "validation_file"
+    assert "line 2" in failed.error.message
 
 
 def test_idempotency(server: ServerThread, http: httpx.Client) -> None:

@@ -73,6 +73,8 @@ def after_validation(
     if job.auto:
         remarks.append(("info", f"Chosen for {prepared.examples} examples: {_chosen(training, job.auto)}"))
     remarks += [("warn", text) for text in settings_warnings(training)]
+    if job.validation_file == job.training_file:
+        remarks.append(("warn", "The validation file is the training file: its loss says little."))
     events = [event_of(job, "message", text, level=level) for level, text in remarks]
     after = change(job, training=training, auto=(), total_steps=total_steps)
     if job.status == "paused":

@@ -51,6 +51,8 @@ class JobFactory:
         init_from, source = self._source(request)
         lora = await self._lora(request, source)
         await self._files.get(request.training_file, param="training_file")
+        if request.validation_file:
+            await self._files.get(request.validation_file, param="validation_file")
         job = self._record(request, lora, init_from)
         if source is not None:
             await asyncio.to_thread(copy_directory, source, self._state.job(job.id) / "init")
@@ -92,6 +94,7 @@ class JobFactory:
             publish_as=request.adapter or f"ft:{base[:40]}:coserve:{suffix}:{identity[:8]}",
             suffix=request.suffix,
             training_file=request.training_file,
+            validation_file=request.validation_file,
             method=request.method,
             lora=lora,
             training=request.training,

@@ -31,6 +31,7 @@ class JobRequest:
 
     model: str
     training_file: str
+    validation_file: str
     adapter: str
     suffix: str
     method: str
@@ -49,13 +50,10 @@ def parse_job_request(body: object, max_model_len: int) -> JobRequest:
     """Check a request; InvalidRequest names the field, unknown ones too."""
     fields = Fields(body)
     fields.only(REQUEST_FIELDS, "the job")
-    if fields.string("validation_file"):
-        raise fields.fail(
-            "validation_file", "is not supported: this server doesn't evaluate while it trains."
-        )
     method = fields.string("method") or "supervised"
     if method not in METHODS:
         raise fields.fail("method", f"must be {' or '.join(METHODS)}; {shown(method)} is not supported.")
+    validation_file = fields.string("validation_file") or ""
     training = fields.object("training") or Fields({}, "training.")
     seed = fields.integer("seed", None, 0, MAX_SEED)
     return JobRequest(
@@ -65,7 +63,8 @@ def parse_job_request(body: object, max_model_len: int) -> JobRequest:
         suffix=fields.string("suffix", "", 64) or "",
         method=method,
         lora=fields.object("lora") or Fields({}, "lora."),
-        training=parse_training(training, max_model_len),
+        validation_file=validation_file,
+        training=parse_training(training, max_model_len, bool(validation_file)),
         auto=parse_auto(training),
         seed=seed if seed is not None else secrets.randbelow(MAX_SEED),
         init_from=fields.string("init_from") or "",

@@ -21,10 +21,15 @@ TRAINING_FIELDS = frozenset(_WORDS.split())
 AUTO = ("n_epochs", "batch_size", "learning_rate_multiplier")
 
 
-def parse_training(fields: Fields, max_model_len: int) -> TrainingSpec:
-    """Optimisation settings with defaults resolved; those that `auto` names keep theirs for now."""
+def parse_training(fields: Fields, max_model_len: int, validation_file: bool) -> TrainingSpec:
+    """Optimisation settings with defaults resolved; those that `auto` names keep theirs for now.
+
+    `validation_file` says whether the job has one.
+    """
     fields.only(TRAINING_FIELDS, "training")
-    _refuse_pending(fields)
+    for name in ("beta", "label_smoothing", "kl_coef"):
+        if fields.number(name):
+            raise fields.fail(name, "is not supported.")
     schedule = fields.choice("lr_scheduler_type", tuple(SCHEDULES), DEFAULTS.lr_scheduler_type)
     rate = _learning_rate(fields)
     if schedule == "polynomial" and rate <= POLYNOMIAL_END:
@@ -50,8 +55,12 @@ def parse_training(fields: Fields, max_model_len: int) -> TrainingSpec:
         loraplus_lr_ratio=_above_zero(fields, "loraplus_lr_ratio", DEFAULTS.loraplus_lr_ratio),
         checkpoint_steps=fields.integer("checkpoint_steps", 0, 0),
         window_tokens=fields.integer("window_tokens", 0, 0),
+        validation_split=_below_one(fields, "validation_split", DEFAULTS.validation_split),
+        eval_steps=fields.integer("eval_steps", DEFAULTS.eval_steps, 0),
+        early_stopping_patience=fields.integer("early_stopping_patience", 0, 0, 10**6),
+        early_stopping_threshold=fields.number("early_stopping_threshold", 0.0, 0.0),
     )
-    _refuse_without_effect(fields, training)
+    _refuse_without_effect(fields, training, validation_file)
     return training
 
 
@@ -66,21 +75,21 @@ def parse_auto(fields: Fields) -> tuple[str, ...]:
     return tuple(name for name in AUTO if name in names)
 
 
-def _refuse_pending(fields: Fields) -> None:
-    for name in (
-        "validation_split", "eval_steps", "early_stopping_patience", "early_stopping_threshold", "beta",
-        "label_smoothing", "kl_coef",
-    ):  # fmt: skip
-        if fields.number(name):
-            raise fields.fail(name, "is not supported.")
-
-
-def _refuse_without_effect(fields: Fields, training: TrainingSpec) -> None:
-    """What is said of an optimizer that isn't the one asked for."""
-    others = _ADAM if training.optimizer == "sgd" else _SGD
-    for name in others:
+def _refuse_without_effect(fields: Fields, training: TrainingSpec, validation_file: bool) -> None:
+    """What is said of something that the job won't have."""
+    idle: dict[str, str] = {}
+    for name in _ADAM if training.optimizer == "sgd" else _SGD:
+        idle[name] = f"says nothing of the optimizer {training.optimizer}; leave it out."
+    if validation_file:
+        idle["validation_split"] = "says nothing where there is a validation_file; leave one out."
+    elif not training.validation_split:
+        reason = "needs something to evaluate: give a validation_file or training.validation_split."
+        idle |= dict.fromkeys(("eval_steps", "early_stopping_patience"), reason)
+    if not training.early_stopping_patience:
+        idle["early_stopping_threshold"] = "needs early_stopping_patience."
+    for name, reason in idle.items():
         if fields.has(name) and getattr(training, name) != getattr(DEFAULTS, name):
-            raise fields.fail(name, f"says nothing of the optimizer {training.optimizer}; leave it out.")
+            raise fields.fail(name, reason)
 
 
 def _learning_rate(fields: Fields) -> float:
