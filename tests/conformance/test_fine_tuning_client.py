@@ -25,6 +25,9 @@ ROWS = [
 DATA = "\n".join(json.dumps(row) for row in ROWS).encode()
 
 
+VALID = "\n".join(json.dumps(row) for row in ROWS[::5]).encode()
+
+
 def upload(client: openai.OpenAI, data: bytes = DATA) -> str:
     return client.files.create(file=("train.jsonl", data), purpose="fine-tune").id
 
@@ -46,11 +49,12 @@ def job(client: openai.OpenAI, served: Served) -> FineTuningJob:
     made = client.fine_tuning.jobs.create(
         model=served.model,
         training_file=upload(client),
+        validation_file=upload(client, VALID),
         suffix="mate",
         seed=11,
         metadata={"team": "blue"},
         method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},  # type: ignore[typeddict-item]
-        extra_body={"lora": {"r": 4, "lora_dropout": 0.1}},
+        extra_body={"lora": {"r": 4, "lora_dropout": 0.1}, "training": {"eval_steps": 5}},
     )
     assert made.status in ("validating_files", "queued", "running") and made.seed == 11
     done = finished(client, served, made.id)
@@ -82,6 +86,13 @@ def test_events_and_results_tell_every_step_once(client: openai.OpenAI, job: Fin
         data["train_mean_token_accuracy"] for data in metrics
     ]
     assert [row["step"] for row in rows] == [str(step) for step in range(1, 17)]
+    scored = [data for data in metrics if "valid_loss" in data]
+    assert [data["step"] for data in scored] == [5, 10, 15, 16]
+    assert scored[-1]["full_valid_loss"] == scored[-1]["valid_loss"] < scored[0]["valid_loss"]
+    columns = [(row["valid_loss"], row["valid_mean_token_accuracy"]) for row in rows]
+    assert [pair for pair in columns if pair != ("", "")] == [
+        (str(data["valid_loss"]), str(data["valid_mean_token_accuracy"])) for data in scored
+    ]
 
 
 def test_jobs_are_listed_by_metadata(client: openai.OpenAI, job: FineTuningJob) -> None:
@@ -93,7 +104,9 @@ def test_jobs_are_listed_by_metadata(client: openai.OpenAI, job: FineTuningJob) 
 
 def test_checkpoints_answer_by_name(client: openai.OpenAI, job: FineTuningJob) -> None:
     checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id, limit=1))
-    assert [checkpoint.step_number for checkpoint in checkpoints] == [16, 8]
+    steps = [checkpoint.step_number for checkpoint in checkpoints]
+    assert steps == sorted(steps, reverse=True) and steps[0] == 16 and 3 <= len(steps) <= 4
+    assert checkpoints[0].metrics.full_valid_loss == checkpoints[0].metrics.valid_loss is not None
     metrics = {data["step"]: data for data in metrics_of(client, job.id)}
     for checkpoint in checkpoints:
         step = metrics[checkpoint.step_number]
