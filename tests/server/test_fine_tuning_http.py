@@ -126,6 +126,40 @@ def test_events_and_checkpoints(server: ServerThread, http: httpx.Client) -> Non
         assert name not in [model.id for model in client.models.list()]
 
 
+def test_a_job_s_log_counts_what_became_of_its_rows(server: ServerThread) -> None:
+    client = server.openai()
+    silent = {"messages": [ROWS[0]["messages"][0], {**ROWS[0]["messages"][1], "weight": 0}]}
+    long = {"messages": [ROWS[0]["messages"][0], {"role": "assistant", "content": "word " * 60}]}
+    data = "\n".join(json.dumps(row) for row in (*ROWS, silent, long)).encode()
+    job = client.fine_tuning.jobs.create(
+        model=BASE,
+        training_file=upload(client, data),
+        extra_body={"adapter": "counted", "training": {"max_length": 40}},
+    )
+    until_over(client, job.id)
+    events = {event.message: event.level for event in client.fine_tuning.jobs.list_events(job.id)}
+    (counts,) = [text for text in events if text.startswith("The training file has 21 examples of")]
+    assert "of them trained; the longest has 40" in counts
+    (cut,) = [text for text in events if "were cut at the maximal length and lost" in text]
+    (dropped,) = [text for text in events if "were dropped: no trained token in them" in text]
+    assert cut.startswith("1 examples") and dropped.startswith("1 rows")
+    assert events[counts] == "info" and events[cut] == events[dropped] == "warn"
+
+
+def test_a_file_of_another_format_fails_the_job_with_the_reason(server: ServerThread) -> None:
+    client = server.openai()
+    for data, words in (
+        (b"\x1f\x8b\x08" + DATA, "is compressed (gzip)"),
+        (b"[" + DATA + b"]", "is one JSON array; write its objects one a line"),
+        (b'{"chosen": "a", "rejected": "b"}', "line 1: is a preference row; method supervised takes"),
+    ):
+        job = client.fine_tuning.jobs.create(model=BASE, training_file=upload(client, data))
+        done = until_over(client, job.id)
+        assert done.status == "failed" and done.error is not None
+        assert done.error.code == "invalid_training_file" and done.error.param == "training_file"
+        assert words in done.error.message
+
+
 def test_pause_resume_cancel(server: ServerThread) -> None:
     server.engine.auto_train = False
     client = server.openai()

@@ -4,6 +4,8 @@ import io
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from coserve.errors import DatasetError, InvalidRequest
 from coserve.training.data_file import (
@@ -102,6 +104,26 @@ def test_the_cut_of_a_preference_keeps_the_prompt_and_some_of_both_answers():
     assert texts == ["ppppaaaaa", "ppppb<|end|>", "pppppppxa", "pppppppxy"]
     assert all(any(label != -100 for label in labels) for _, labels in kept)
     assert (file.counts.truncated, file.counts.cut_tokens) == (2, 4 + 1 + 2)
+
+
+TEXT = st.text("ab c", min_size=1, max_size=12)
+
+
+@given(st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=1, max_size=4), st.integers(1, 20))
+@settings(max_examples=150)
+def test_whatever_is_kept_of_a_preference_begins_with_the_whole_prompt(rows, limit):
+    rows = [preference(prompt, a, b) for prompt, a, b in rows if a != b]
+    file = DataFile(lines(*rows), TOKENIZER, limit, "dpo")
+    found = list(file.rows())
+    assert len(found) == len(rows) == file.counts.examples + sum(file.counts.dropped.values())
+    for row, original in zip(found, rows, strict=True):
+        texts = [TOKENIZER.decode(example.token_ids, skip_special_tokens=False) for example in row.examples]
+        whole = [original["prompt"] + original[name] + "<|end|>" for name in ("chosen", "rejected")]
+        assert all(full.startswith(text) for full, text in zip(whole, texts, strict=True))
+        if not row.dropped:
+            assert all(len(text) > len(original["prompt"]) for text in texts) and texts[0] != texts[1]
+        else:
+            assert row.cut_tokens
 
 
 def test_methods_refuse_the_rows_of_others():

@@ -17,6 +17,7 @@ from coserve.training.dataset import TokenDataset, count_trained
 from coserve.training.job import LoraSpec, TrainingSpec
 from coserve.training.microbatch import Microbatch, Sample
 from coserve.training.trainable_adapter import TrainableAdapter
+from tests.invariants import world
 from tests.parity.training_harness import Trainer, fill_b
 from tests.training.data_rows import ANSWER, TOKENIZER, USER, chat, lines, trained_text
 
@@ -87,3 +88,22 @@ def test_the_mask_of_the_answers_survives_packing(trainer: Trainer, tmp_path: Pa
     targets = [int(t) for t in microbatch.targets_T if t != -100]
     assert targets == [int(label) for _, labels in samples for label in labels[1:] if label != -100]
     check_packed_is_separate(trainer, samples)
+
+
+def test_a_pack_of_everything_is_a_batch_of_everything(tmp_path: Path) -> None:
+    """Through the engine, to the bit: packing only says which examples make a batch."""
+    model, data = world.make_model(tmp_path / "model"), world.make_data(tmp_path / "data")
+    together = {"shuffle": False, "n_epochs": 2, "checkpoint_steps": 0}
+    jobs = [
+        world.make_job(data, tmp_path, "ftjob-1", batch_size=12, **together),
+        world.make_job(data, tmp_path, "ftjob-2", batch_size=1, packing=True, max_length=2000, **together),
+        world.make_job(data, tmp_path, "ftjob-3", batch_size=2, packing=True, max_length=150, **together),
+    ]
+    local = world.make_engine(model)
+    for job in jobs:
+        world.submit(local, job)
+        world.finish(local, job.job_id)
+    tuned = [world.final_adapter(job) for job in jobs]
+    assert world.same_bits(tuned[0], tuned[1]) and not world.same_bits(tuned[0], tuned[2])
+    steps = BatchPlan(TokenDataset.open(data), jobs[2].training, jobs[2].seed).total_steps
+    assert len(list(local.take(world.m.JobProgress))) == 2 + 2 + steps and steps > 2
