@@ -113,6 +113,17 @@ class BlockPool:
         for block in range(start + count, start + held):
             self._give_back(block)
 
+    def advance_extent(self, start: int, count: int) -> int:
+        """Give an extent's first `count` slabs back; returns where it starts now."""
+        held = self._extents[start]
+        if not 0 < count < held:
+            raise ValueError(f"an extent of {held} slabs can't lose its first {count}")
+        del self._extents[start]
+        self._extents[start + count] = held - count
+        for block in range(start, start + count):
+            self._give_back(block)
+        return start + count
+
     def release_extent(self, start: int) -> None:
         """Give an extent's slabs back."""
         for block in range(start, start + self._extents.pop(start)):

@@ -94,6 +94,15 @@ class TrainingQueue:
             self._blocks.release_extent(sequence.extent)
             sequence.extent = None
 
+    def release_head(self, sequence: TrainingSequence) -> bool:
+        """Give back what only its forward needed, once it is over; False where there is nothing of that."""
+        ready = sequence.past_last_forward and sequence.has_head and sequence.head_slabs > 0
+        if not ready or sequence.extent is None:
+            return False
+        sequence.extent = self._blocks.advance_extent(sequence.extent, sequence.head_slabs)
+        sequence.has_head = False
+        return True
+
     def charge(self, job_id: str, seconds: float) -> None:
         """Device time that a job's units took."""
         job = self._jobs.get(job_id)
@@ -127,7 +136,7 @@ class TrainingQueue:
 
     def _lower(self, sequence: TrainingSequence, lowest: int, missing: int) -> int:
         """Lower the level until `missing` slabs are free or it is `lowest`; returns how many are."""
-        level, before = sequence.level, sequence.slabs
+        level, before = sequence.level, sequence.level_slabs[sequence.level]
         while level > lowest and before - sequence.level_slabs[level] < missing:
             level -= 1
         freed = before - sequence.level_slabs[level]

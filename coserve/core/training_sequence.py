@@ -43,7 +43,8 @@ class TrainingSequence(Sequence):
     `index` is its place among the step's microbatches: backward passes of one job go in index order.
     `level_slabs` is the pool memory its activations need at each level, ascending: at 0 every layer keeps
     what policy C does, the first half of the others gives one layer more policy B, the second half A, from
-    the lowest layer up. `extent` is where they lie once reserved, at `level`.
+    the lowest layer up. `extent` is where they lie once reserved, at `level`. Its first `head_slabs` serve
+    the last pass's forward only.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class TrainingSequence(Sequence):
         passes: tuple[TrainingPass, ...],
         *,
         level_slabs: tuple[int, ...],
+        head_slabs: int = 0,
         window_tokens: int = 0,
     ) -> None:
         super().__init__(sequence_id, passes[0].adapter)
@@ -66,6 +68,8 @@ class TrainingSequence(Sequence):
         self.unit_cursor = 0
         self.level_slabs = level_slabs
         self.level = 0
+        self.head_slabs = head_slabs
+        self.has_head = True
         self.window_tokens = window_tokens
         self.extent: int | None = None
         self.evictions = 0
@@ -112,7 +116,12 @@ class TrainingSequence(Sequence):
     @property
     def slabs(self) -> int:
         """Slabs of its extent, had or to be had, at the level in force."""
-        return self.level_slabs[self.level]
+        return self.level_slabs[self.level] - (0 if self.has_head else self.head_slabs)
+
+    @property
+    def past_last_forward(self) -> bool:
+        """No token goes forward any more unless its memory is taken away."""
+        return self.forward_done and self.pass_index == len(self.passes) - 1
 
     @property
     def layers(self) -> int:
@@ -158,3 +167,4 @@ class TrainingSequence(Sequence):
         self.cursor = 0
         self.unit_cursor = 0
         self.extent = None
+        self.has_head = True

@@ -3,7 +3,8 @@
 What policy C needs lies first, then what B adds layer by layer from the lowest, then what A adds. A *level*
 says how much of that there is: 0 is C in every layer, each of the first n levels gives one more layer B (n
 layers have a backward), each of the next n one more layer A. So going down a level gives up the extent's tail
-and nothing else; and as the upper layers lie last, what the backward is done with goes first.
+and nothing else; and as the upper layers lie last, what the backward is done with goes first. At the very
+beginning, the *head*, are keys and values of layers without a backward: only the forward needs them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class MicrobatchActivations:
     ) -> None:
         """Cut `extent` (flat uint8, at least as long as `level_bytes` says of `level`, aligned to 64 bytes)
         into buffers; no level stands for the highest."""
+        self._lowest_layer = lowest_layer
         parts = _parts(config, num_layers, tokens, dtype, lowest_layer)
         self.level = len(parts) - 1 if level is None else level
         buffers: dict[str, torch.Tensor] = {}
@@ -67,6 +69,14 @@ class MicrobatchActivations:
             sizes.append(total)
         return sizes
 
+    @staticmethod
+    def head_bytes(
+        config: BlockShape, num_layers: int, tokens: int, dtype: torch.dtype, lowest_layer: int
+    ) -> int:
+        """Bytes at the extent's beginning that are free again after the forward."""
+        keys = LayerActivations.buffers(config, tokens, dtype).keys
+        return lowest_layer * sum(_aligned(math.prod(shape) * kind.itemsize) for _, shape, kind in keys)
+
     @classmethod
     def nbytes(
         cls, config: BlockShape, num_layers: int, tokens: int, dtype: torch.dtype, lowest_layer: int
@@ -77,6 +87,11 @@ class MicrobatchActivations:
     def layer(self, layer: int) -> LayerActivations:
         """Buffers of one layer."""
         return self._layers[layer]
+
+    def release_head(self) -> None:
+        """The forward is over: forget keys and values that no backward reads."""
+        for saved in self._layers[: self._lowest_layer]:
+            saved.k_TND, saved.v_TND = saved.k_TND[:0], saved.v_TND[:0]
 
     def downgrade(self, level: int) -> None:
         """Forget the buffers above `level`: their part of the extent is somebody else's now."""
@@ -96,18 +111,17 @@ def _parts(
 ) -> list[list[Buffer]]:
     """The buffers that each level adds to the one below it, in the extent's order."""
     key = (tokens, config.num_kv_heads, config.head_dim)
-    first: list[Buffer] = [
+    layer_buffers = LayerActivations.buffers(config, tokens, dtype)
+    first = [buffer for layer in range(lowest_layer) for buffer in _named(layer, layer_buffers.keys)]
+    first += [
         ("x_out_TH", (tokens, config.hidden_size), dtype),
         ("dh_TH", (tokens, config.hidden_size), dtype),
         ("dk_TND", key, torch.float32),
         ("dv_TND", key, torch.float32),
     ]
-    layer_buffers = LayerActivations.buffers(config, tokens, dtype)
     trained = range(lowest_layer, num_layers)
-    for layer in range(num_layers):
-        first += _named(layer, layer_buffers.keys)
-        if layer in trained:
-            first += _named(layer, layer_buffers.input)
+    for layer in trained:
+        first += _named(layer, layer_buffers.keys) + _named(layer, layer_buffers.input)
     attention = [_named(layer, layer_buffers.attention) for layer in trained]
     return [first, *attention, *(_named(layer, layer_buffers.mlp) for layer in trained)]
 

@@ -84,6 +84,7 @@ class BatchRun:
                 microbatch.num_tokens,
                 self._passes(microbatch, policy, reference),
                 level_slabs=tuple(kv.slabs_for(size) for size in sizes),
+                head_slabs=MicrobatchActivations.head_bytes(*self._shape(microbatch)) // kv.slab_bytes,
                 window_tokens=window_tokens,
             )
             if sequence.level_slabs[0] > kv.num_blocks:

@@ -187,6 +187,8 @@ class JobManager:
         self._model.observe_unit("forward", rows, training + earlier)
         for span in plan.training_forward:
             span.sequence.cursor += span.length
+            if self._queue.release_head(span.sequence):
+                self.microbatches[span.sequence.sequence_id].saved.release_head()
 
     def rest_forward(self, plan: StepPlan, seconds: float, layer_seconds: float) -> None:
         """The plan's forward windows stopped between two layers after `seconds`, a layer's time each."""

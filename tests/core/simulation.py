@@ -78,6 +78,7 @@ class Simulation:
         microbatches: list[int],
         *,
         slabs: int | tuple[int, ...] = 8,
+        head: int = 0,
         window: int = 0,
         priority: int = 0,
         reference: bool = False,
@@ -96,7 +97,7 @@ class Simulation:
             sequences.append(
                 TrainingSequence(
                     f"{name}/{index}", name, index, tokens, tuple(passes),
-                    level_slabs=level_slabs, window_tokens=window,
+                    level_slabs=level_slabs, head_slabs=head, window_tokens=window,
                 )
             )
         self.scheduler.training.submit(name, sequences, priority)
@@ -119,6 +120,7 @@ class Simulation:
         seconds += PER_TOKEN * rows
         for span in plan.training_forward:
             span.sequence.cursor += span.length
+            self.scheduler.training.release_head(span.sequence)
             self.scheduler.training.charge(span.sequence.job_id, PER_TOKEN * span.length)
         for span in plan.training_backward:
             for index in range(span.start, span.start + span.length):

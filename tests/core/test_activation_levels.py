@@ -101,6 +101,24 @@ def test_a_microbatch_evicted_twice_comes_back_at_the_lowest_level() -> None:
     assert sequence.done
 
 
+def test_what_only_the_forward_needed_is_free_once_it_is_over() -> None:
+    sim = Simulation(blocks=100, max_tokens=64)
+    (sequence,) = sim.job("job", [128], slabs=LEVELS, head=3)
+    sim.step()
+    start = sequence.extent
+    assert start is not None and sim.pool.num_extent_slabs == 20 and not sequence.forward_done
+    while not sequence.forward_done:
+        sim.step()
+    assert (sequence.extent, sim.pool.num_extent_slabs) == (start + 3, 17)
+    assert sim.scheduler.training.downgrade(1) == [sequence]
+    assert sim.pool.num_extent_slabs == sequence.slabs == 14 - 3
+    assert sim.scheduler.training.evict_one() == [sequence]
+    sim.step()
+    assert sim.pool.num_extent_slabs == 20, "the forward needs it again"
+    sim.run()
+    assert sequence.done and sim.pool.num_free == 100
+
+
 def test_the_cost_of_a_unit_is_learnt_by_policy() -> None:
     sim = Simulation(blocks=400)
     sim.job("rich", [256], slabs=LEVELS)
@@ -117,17 +135,18 @@ def test_the_cost_of_a_unit_is_learnt_by_policy() -> None:
     jobs=st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=4), min_size=1, max_size=3),
     steps=st.lists(st.integers(0, 6), min_size=3, max_size=3).map(lambda s: sorted(s)),
     blocks=st.integers(32, 80),
+    head=st.integers(0, 3),
 )
-def test_under_any_pressure_all_is_done_and_nothing_leaks(requests, jobs, steps, blocks) -> None:
+def test_under_any_pressure_all_is_done_and_nothing_leaks(requests, jobs, steps, blocks, head) -> None:
     sim = Simulation(blocks=blocks, max_num_seqs=4, max_tokens=80)
     levels = (4, 4 + steps[0], 6 + steps[1], 9 + steps[1], 12 + steps[2])
-    sequences = [s for i, sizes in enumerate(jobs) for s in sim.job(f"j{i}", sizes, slabs=levels)]
+    sequences = [s for i, sizes in enumerate(jobs) for s in sim.job(f"j{i}", sizes, slabs=levels, head=head)]
     queue = sim.scheduler.training
     evict_one = queue.evict_one
 
     def evict_last() -> list[TrainingSequence]:
         holding = [s for s in sequences if s.extent is not None and not s.done]
-        assert all(s.slabs == s.level_slabs[0] for s in holding), "levels go before work"
+        assert all(s.level_slabs[s.level] == s.level_slabs[0] for s in holding), "levels go before work"
         return evict_one()
 
     queue.evict_one = evict_last

@@ -77,7 +77,20 @@ def test_a_shrunk_extent_keeps_its_head_and_gives_the_tail_back() -> None:
     assert pool.num_free == 2
 
 
-ACTIONS = ["take", "free", "extent", "release", "shrink", "cache"]
+def test_an_extent_gives_its_first_slabs_back_and_moves_up() -> None:
+    pool = BlockPool(10)
+    assert pool.reserve_extent(6) == 4
+    start = pool.advance_extent(4, 2)
+    assert (start, pool.num_extent_slabs, pool.num_free) == (6, 4, 6)
+    assert pool.allocate(6) == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(ValueError, match="4 slabs"):
+        pool.advance_extent(start, 4)
+    pool.shrink_extent(start, 1)
+    pool.release_extent(start)
+    assert pool.num_free == 4
+
+
+ACTIONS = ["take", "free", "extent", "release", "shrink", "advance", "cache"]
 
 
 @given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(1, 6))))
@@ -107,6 +120,11 @@ def test_no_slab_has_two_owners(actions: list[tuple[str, int]]) -> None:
             start = next(iter(extents))
             extents[start] = min(extents[start], count)
             pool.shrink_extent(start, extents[start])
+        elif action == "advance" and extents:
+            start, length = next(iter(extents.items()))
+            if count < length:
+                del extents[start]
+                extents[pool.advance_extent(start, count)] = length - count
         elif action == "release" and extents:
             start = next(iter(extents))
             del extents[start]

@@ -118,6 +118,26 @@ def test_a_job_that_fits_only_at_the_least_trains_to_the_same_bits(model, data, 
     assert world.pool_is_empty(small)
 
 
+def test_keys_that_no_backward_reads_go_with_the_forward(model, data, tmp_path) -> None:
+    local = world.make_engine(model)
+    spec = world.make_job(data, tmp_path, n_epochs=1, window_tokens=7)
+    top = m.msgspec.structs.replace(spec.lora, layers_to_transform=(1,))
+    world.submit(local, m.msgspec.structs.replace(spec, lora=top))
+    held: dict[bool, int] = {}
+
+    def ended() -> bool:
+        for sequence in local.engine.scheduler.training.sequences[:1]:
+            if sequence.extent is not None and not sequence.done:
+                assert sequence.head_slabs > 0
+                held.setdefault(sequence.forward_done, sequence.slabs)
+                assert sequence.has_head is not sequence.forward_done
+        return world.status_of(local, spec.job_id) == "succeeded"
+
+    local.run_until(ended, 20_000)
+    assert held[True] < held[False]
+    assert world.pool_is_empty(local)
+
+
 def test_a_cancelled_job_leaves_nothing(model, data, tmp_path) -> None:
     local = world.make_engine(model)
     spec = world.make_job(data, tmp_path)

@@ -142,15 +142,37 @@ def test_a_downgrade_between_any_two_units_leaves_the_bits(
     assert torch.equal(trainer.adapter.gradients, gradients), taken
 
 
+@pytest.mark.parametrize("spec", ["mlp-top", "o-top"])
+def test_no_backward_reads_the_keys_of_layers_below_it(spec: str) -> None:
+    trainer = make_trainer("qwen2", spec)
+    loss = trainer.gradients(SAMPLES, backward_window=64)
+    gradients = trainer.adapter.gradients.clone()
+
+    def release(unit: int, microbatch: Microbatch) -> None:
+        if unit == 0:
+            config = trainer.decoder.config
+            shape = (config, LAYERS, microbatch.num_tokens, torch.float32, trainer.adapter.lowest_layer)
+            head = MicrobatchActivations.head_bytes(*shape)
+            assert head == 2 * microbatch.num_tokens * 2 * 8 * 4
+            arena(microbatch.saved)[:head] = 255
+            microbatch.saved.release_head()
+
+    assert trainer.gradients(SAMPLES, backward_window=64, before_unit=release) == loss
+    assert torch.equal(trainer.adapter.gradients, gradients)
+
+
 def scribble_over_the_tail(trainer: Trainer, saved: MicrobatchActivations, tokens: int, level: int) -> None:
     """What a request does with the slabs it takes: NaN wherever the lower level has nothing."""
     config = trainer.decoder.config
     shape = (config, config.num_layers, tokens, trainer.decoder.dtype, trainer.adapter.lowest_layer)
     kept = MicrobatchActivations.level_bytes(*shape)[level]
-    first = saved.x_out_TH
-    size = first.untyped_storage().nbytes()
-    extent = torch.empty(0, dtype=torch.uint8).set_(first.untyped_storage(), 0, (size,))
-    extent[kept:] = 255
+    arena(saved)[kept:] = 255
+
+
+def arena(saved: MicrobatchActivations) -> torch.Tensor:
+    """All bytes that the buffers lie in."""
+    storage = saved.x_out_TH.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),))
 
 
 @pytest.mark.parametrize("spec", ["all", "mlp-top"])
