@@ -99,7 +99,7 @@ class StatsKeeper:
             "weights": engine.decoder.nbytes,
             "kv": (blocks.num_kv_blocks + blocks.num_idle) * slab,
             "activations": blocks.num_extent_slabs * slab,
-            "adapters": engine.pool.nbytes // engine.pool.max_rows * engine.slots.rows_in_use,
+            "adapters": engine.pool.bytes_of(engine.slots.rows_in_use),
             "optimizer": engine.jobs.optimizer_bytes,
             "workspace": engine.jobs.workspace_bytes,
             "free": (blocks.num_free - blocks.num_idle) * slab,

@@ -44,8 +44,13 @@ class AdapterPool:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all rows, used or not, and of the heads there are."""
+        return self.bytes_of(self.max_rows)
+
+    def bytes_of(self, rows: int) -> int:
+        """Bytes of so many rows, and of the heads there are."""
         heads = sum(head.nbytes for head in self._heads.values())
-        return sum(tensor.nbytes for tensor in (*self._a, *self._b)) + heads
+        return sum(tensor.nbytes for tensor in (*self._a, *self._b)) // self.max_rows * rows + heads
 
     def rows(self, module: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(a [rows, K], b [rows, N]) of the module numbered `module` in one layer; views."""

@@ -68,6 +68,7 @@ def test_what_peft_saves_is_what_we_load(save_adapter, base_dir, config, dtype):
     ids=["rslora", "patterns", "some-layers", "all-linear", "regex", "excluded", "regex-pattern"],
 )
 def test_scales_and_ranks_are_those_of_peft(save_adapter, base_dir, config, settings):
+    """diffusers#14409, axolotl#3673: one alpha / r for modules of mixed ranks."""
     path = save_adapter(**settings)
     adapter = load_adapter(path, config, 64)
     model = peft.PeftModel.from_pretrained(load_base(base_dir), path)
@@ -112,6 +113,7 @@ def reshaped(tensors):
 
 REFUSED_CONFIGS = [
     ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported"),
+    ({"peft_type": "ADALORA"}, "peft_type 'ADALORA' is not supported"),
     ({"use_dora": True}, "DoRA is not supported"),
     ({"bias": "all"}, "bias 'all' is not supported"),
     ({"lora_bias": True}, "biases on lora_B"),
@@ -147,6 +149,8 @@ REFUSED_CONFIGS = [
 
 @pytest.mark.parametrize(("changes", "reason"), REFUSED_CONFIGS, ids=[str(c) for c, _ in REFUSED_CONFIGS])
 def test_settings_we_cannot_honour_are_refused_by_name(save_adapter, config, changes, reason):
+    """peft#3582: a pattern key that matches nothing was inert. vllm#55193, vllm#48019: an adapter that
+    matches no served module passed for the base. peft#1539: AdaLoRA's files, which are another method's."""
     path = edit_config(save_adapter(), **changes)
     with pytest.raises(InvalidRequest, match=reason) as caught:
         read_adapter_info(path, config, 64, param="init_from")
@@ -182,6 +186,7 @@ def test_settings_we_cannot_honour_are_refused_by_name(save_adapter, config, cha
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(save_adapter, config, change, reason):
+    """peft#2566, peft#2699, transformers#34068: missing or unexpected keys only warned, B stayed 0."""
     path = edit_tensors(save_adapter(), change)
     with pytest.raises(InvalidRequest, match=reason):
         read_adapter_info(path, config, 64)
@@ -292,6 +297,7 @@ def test_what_we_write_peft_loads_to_the_same_logits(base_dir, config, tmp_path,
 
 
 def test_settings_and_keys_are_laid_out_as_peft_does(save_adapter, tmp_path, config):
+    """peft#2957, torchtune#2537: exported keys carried a wrapper's prefix."""
     saved = save_adapter(lora_dropout=0.0, target_modules=sorted(ALL))
     theirs = json.loads((saved / CONFIG).read_text())
     write_adapter(

@@ -108,6 +108,8 @@ def test_no_gradient_below_the_lowest_adapted_layer(tmp_path: Path) -> None:
 
 
 def test_packing_and_microbatches_change_nothing_that_matters(tmp_path: Path) -> None:
+    """transformers#34191, mlx-lm#1413: a mean of the microbatches' means, wrong for unequal lengths.
+    unsloth-zoo#1023: the loss divided by their number as well."""
     _, decoder = load("qwen2-tied", tmp_path)
     trainer = make_trainer(decoder, LoraSpec(r=4))
     samples = make_samples((50, 33, 64, 20), 97)

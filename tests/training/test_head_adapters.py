@@ -139,7 +139,10 @@ def test_a_job_trains_serves_and_exports_the_head(tmp_path: Path) -> None:
     table = local.engine.decoder.embedding.weight.clone()
     empty = local.engine.pool.nbytes
     world.submit(local, spec)
-    assert local.engine.pool.nbytes == empty + 4 * 4 * (97 + 32)
+    head = 4 * 4 * (97 + 32)
+    assert local.engine.pool.nbytes == empty + head
+    ledger = local.engine.stats.snapshot(0).memory_bytes
+    assert ledger["adapters"] == empty // local.engine.pool.max_rows * 4 + head
     world.finish(local, spec.job_id)
     assert torch.equal(local.engine.decoder.embedding.weight, table)
     assert local.engine.decoder.head.weight.data_ptr() == local.engine.decoder.embedding.weight.data_ptr()

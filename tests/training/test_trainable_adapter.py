@@ -70,6 +70,7 @@ def test_the_seed_decides_the_start() -> None:
     ],
 )
 def test_ranks_and_scales_are_those_of_peft(spec: LoraSpec) -> None:
+    """diffusers#14409, axolotl#3673: one alpha / r for modules of mixed ranks."""
     adapter = TrainableAdapter(spec, CONFIG, seed=0)
     accepted = LoraConfig.__dataclass_fields__.keys()
     settings = {k: v for k, v in adapter.config.items() if k in accepted}
@@ -121,6 +122,7 @@ def test_rows_hold_the_scaled_weights_in_the_compute_dtype() -> None:
 
 
 def test_peft_loads_the_export_and_computes_the_same_logits(tmp_path: Path) -> None:
+    """peft#2957, torchtune#2537: an export that PEFT took for nothing, because of its keys."""
     reference = make_reference("llama")
     decoder = load_model(save_reference(reference, tmp_path / "base"), "cpu", torch.float32)
     spec = LoraSpec(r=6, lora_alpha=5.0, rank_pattern={"v_proj": 2}, use_rslora=True)
