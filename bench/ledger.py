@@ -28,7 +28,7 @@ Work = tuple[float, float]  # arithmetic (multiply and add count two), bytes
 KERNELS = {
     "adamw": ("adamw_",),
     "kv_store": ("kv_store",),
-    "linear_cross_entropy": ("cross_entropy_",),
+    "cross_entropy": ("token_scores", "logit_gradient_"),
     "lora": ("lora_forward_", "lora_backward"),
     "paged_attention": ("paged_attention",),
     "rms_norm": ("rms_norm", "add_rms_norm", "rms_norm_backward"),
@@ -111,7 +111,7 @@ WORK: dict[str, Callable[[Arguments, Any], Work]] = {
     "lora_backward": _lora_backward,
     "kv_store": _stored,
     "apply_rope_": _in_place,
-    "cross_entropy_": _in_place,
+    "logit_gradient_": _in_place,
     "paged_attention": _paged,
     "window_attention": lambda arguments, result: _window(arguments, result, 2.0),
     "window_attention_backward": lambda arguments, result: _window(arguments, result, 5.0),

@@ -44,9 +44,9 @@ class BatchRun:
 
     `policy` is the adapter whose objective is taken (None: the base), `reference` the one that an objective
     with `needs_reference` compares it to (None: the base); `rows` are theirs in the `pool`. `dropout` holds
-    each microbatch's and acts in the passes that train. Raises
-    FailedPrecondition when a microbatch needs more of the pool `kv` than there is even where every layer
-    keeps the least, and ValueError when one has no trained token.
+    each microbatch's and acts in the passes that train. Raises FailedPrecondition when a microbatch needs
+    more of the pool `kv` than there is even where every layer keeps the least, and ValueError when one has
+    no trained token.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 The whole set is scored with the weights after an optimizer step, before the next one, as any training work
 under the scheduler: some microbatches at a time, in the file's order, forward only. Its loss is that of the
-job's own objective, the mean over the set's trained tokens.
+job's own objective, the mean over the set's trained tokens (of preferences, over its pairs).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from coserve.training.batching import BatchPlan
 from coserve.training.dataset import NOT_TRAINED, TokenDataset
 from coserve.training.early_stopping import EvaluationState
 from coserve.training.job import JobSpec
+from coserve.training.methods import check_data
 from coserve.training.objectives import LossSums, Objective
 from coserve.worker.kv_tensors import KVTensors
 
@@ -38,13 +39,14 @@ class ValidationScores:
 class Evaluation:
     """A job's validation set and how far its scoring has come.
 
-    Raises InvalidRequest when examples have no trained token or are longer than the model takes, ConfigError
-    when the data can't be read.
+    Raises InvalidRequest when examples have no trained token, are longer than the model takes or aren't of
+    the method's kind, ConfigError when the data can't be read.
     """
 
     def __init__(self, spec: JobSpec, path: str, decoder: Decoder, objective: Objective) -> None:
         self._spec, self._decoder, self._objective = spec, decoder, objective
         self._dataset = TokenDataset.open(path)
+        check_data(spec.method, self._dataset.pairs, param="validation_file")
         _check(self._dataset, decoder.config.max_position_embeddings)
         once = replace(spec.training, batch_size=GROUP, max_steps=0, n_epochs=1, shuffle=False, packing=False)
         self._plan = BatchPlan(self._dataset, once, seed=0)
@@ -63,7 +65,12 @@ class Evaluation:
         return self._taken == self._plan.total_steps
 
     def next_run(
-        self, step: int, pool: LoraPool, rows: Mapping[str, Sequence[int]], kv: KVTensors
+        self,
+        step: int,
+        pool: LoraPool,
+        rows: Mapping[str, Sequence[int]],
+        reference: str | None,
+        kv: KVTensors,
     ) -> BatchRun:
         """The next microbatches to score with the weights after `step`. Arguments and errors as of
         `BatchRun`."""
@@ -75,6 +82,7 @@ class Evaluation:
             name=f"{self._spec.job_id}/{step}/validation/{self._taken}",
             job_id=self._spec.job_id,
             policy=self._spec.job_id,
+            reference=reference,
             pool=pool,
             rows=rows,
             window_tokens=self._spec.training.window_tokens,

@@ -255,15 +255,15 @@ class JobManager:
 
     def _start_pending(self) -> None:
         for spec in [spec for spec in self._pending if not spec.paused]:
-            got = self._slots.allocate(spec.job_id, RunningJob.rank(spec), pinned=True)
-            if got is None:
+            if not self._take_rows(spec):
                 return
             self._pending.remove(spec)
-            self._slots.acquire(spec.job_id)
+            reference = RunningJob.reference_key(spec)
+            rows, kept = self._slots.rows(spec.job_id), self._slots.rows(reference) if reference else None
             try:
-                job = RunningJob(spec, self._decoder, self._pool, self._slots.rows(spec.job_id))
+                job = RunningJob(spec, self._decoder, self._pool, rows, kept)
             except Exception as error:
-                self._free_rows(spec.job_id)
+                self._free_rows(spec)
                 self._listener.status(spec.job_id, "failed", _as_error(spec.job_id, error))
                 continue
             self._jobs[spec.job_id] = job
@@ -339,15 +339,32 @@ class JobManager:
         job_id = job.spec.job_id
         self._drop_step(job)
         del self._jobs[job_id]
-        self._free_rows(job_id)
+        self._free_rows(job.spec)
         result = job.result_path if status == "succeeded" else ""
         self._listener.status(job_id, status, error, result)
 
-    def _free_rows(self, job_id: str) -> None:
-        rows = self._slots.rows(job_id)
-        self._pool.clear(rows)
-        self._slots.unload(job_id)
-        self._slots.release(job_id)
+    def _take_rows(self, spec: JobSpec) -> bool:
+        """Rows for the job's adapter, and for a frozen copy of its start if it needs one; all or none."""
+        keys = [spec.job_id, RunningJob.reference_key(spec)]
+        taken: list[str] = []
+        for key in keys:
+            if key is None:
+                continue
+            if self._slots.allocate(key, RunningJob.rank(spec), pinned=True) is None:
+                for other in taken:
+                    self._slots.unload(other)
+                return False
+            taken.append(key)
+        for key in taken:
+            self._slots.acquire(key)
+        return True
+
+    def _free_rows(self, spec: JobSpec) -> None:
+        for key in (spec.job_id, RunningJob.reference_key(spec)):
+            if key is not None:
+                self._pool.clear(self._slots.rows(key))
+                self._slots.unload(key)
+                self._slots.release(key)
 
     def _drop_step(self, job: RunningJob) -> None:
         """Leave the optimizer step under way: its memory is free, its gradients are forgotten."""

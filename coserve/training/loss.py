@@ -27,7 +27,7 @@ def score_chunk(
     head: HeadAdapter | None = None,
     dropout: Dropout | None = None,
 ) -> None:
-    """Log-probabilities of a chunk into the microbatch: those of the reference, or those of the policy.
+    """Log-probabilities of a chunk into the microbatch: those of the reference, or the adapter's own.
     `head` is the adapter's part of the head, `dropout` that of the chunk's tokens there."""
     rows = microbatch.trained_rows[chunk.start : chunk.end]
     runs = () if head is None else (HeadRun(0, len(rows), head, dropout),)

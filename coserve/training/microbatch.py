@@ -33,10 +33,10 @@ class Microbatch:
 
     token_ids_T, targets_T, positions_T int64; sample_start_T int32; weights_T fp32. The target at a token is
     the label of the next one of the same sample, and so is its weight. `logprobs_T`, `mean_logprobs_T` (over
-    the vocabulary; fp32) and `greedy_T` are the policy's scores of the targets, `reference_T` the reference's
-    log-probabilities; each is there after its units. Whoever owns the memory sets `activations` before the
-    first forward window and takes it back (None) after the last unit. Without `dropout`, as
-    in evaluation, the adapter sees its whole input.
+    the vocabulary; fp32) and `greedy_T` are the adapter's scores of the targets, `reference_T` the
+    reference's log-probabilities; each is there after its units. Whoever owns the memory sets `activations`
+    before the first forward window and takes it back (None) after the last unit. Without `dropout`, as in
+    evaluation, the adapter sees its whole input.
     """
 
     def __init__(

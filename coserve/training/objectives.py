@@ -1,6 +1,6 @@
 """What a job minimises. Every objective is a function of the trained tokens' log-probabilities under the
-policy (the adapter in training) and, where it needs one, under the reference; so its gradient is one signed
-weight a token, -dL/dlogp, and one share for the whole vocabulary (kernels/cross_entropy.py).
+adapter in training and, where it needs one, under the reference; so its gradient is one signed weight a
+token, -dL/dlogp, and one share for the whole vocabulary (kernels/cross_entropy.py).
 
 A token's own weight w is 1 unless its sample says otherwise; sums are over trained tokens and are divided by
 `count` over the whole optimizer step. docs/numerics.md states the formulas with their sources.
@@ -12,9 +12,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
+from torch.nn.functional import logsigmoid
 
+from coserve.training.job import TrainingSpec
+from coserve.training.methods import check_method, needs_reference
 from coserve.training.microbatch import Microbatch
 
 CHUNK = 256  # trained tokens of one unit: the head is read from memory once for them all
@@ -23,7 +28,7 @@ CHUNK = 256  # trained tokens of one unit: the head is read from memory once for
 @dataclass(frozen=True)
 class Chunk:
     """Trained tokens [start, end) of a microbatch, counted among the trained ones. `ahead`: their gradient
-    depends on tokens outside, so the policy scores them before the first loss chunk."""
+    depends on tokens outside, so they are scored before the first loss chunk."""
 
     start: int
     end: int
@@ -90,6 +95,110 @@ class CrossEntropy(Objective):
             mean_C = -microbatch.mean_logprobs_T[rows].double()
             losses_C = (1.0 - self.label_smoothing) * losses_C + self.label_smoothing * mean_C
         return token_sums(microbatch, losses_C * microbatch.weights_T[rows])
+
+
+class DynamicFineTuning(Objective):
+    """-w sg(p) logp: each token's gradient is scaled by its probability (Wu et al. 2025)."""
+
+    def count(self, microbatch: Microbatch) -> int:
+        return microbatch.num_trained
+
+    def weights(self, microbatch: Microbatch, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weight_C = microbatch.weights_T[rows] * microbatch.logprobs_T[rows].exp()
+        return weight_C, torch.zeros_like(weight_C)
+
+    def sums(self, microbatch: Microbatch) -> LossSums:
+        rows = microbatch.trained_rows
+        logprobs_C = microbatch.logprobs_T[rows].double()
+        return token_sums(microbatch, -microbatch.weights_T[rows] * logprobs_C.exp() * logprobs_C)
+
+
+class WithKL(Objective):
+    """`inner` plus `coefficient` times exp(d) - d - 1, d = reference logp - logp, over the trained tokens: an
+    estimate of the divergence from the reference that is never negative (Schulman 2020, "k3"). A token's own
+    weight plays no part in it."""
+
+    needs_reference = True
+
+    def __init__(self, inner: Objective, coefficient: float) -> None:
+        self.inner = inner
+        self.coefficient = coefficient
+
+    def count(self, microbatch: Microbatch) -> int:
+        return self.inner.count(microbatch)
+
+    def weights(self, microbatch: Microbatch, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weight_C, uniform_C = self.inner.weights(microbatch, rows)
+        distance_C = microbatch.reference_T[rows] - microbatch.logprobs_T[rows]
+        return weight_C + self.coefficient * distance_C.expm1(), uniform_C
+
+    def sums(self, microbatch: Microbatch) -> LossSums:
+        found, rows = self.inner.sums(microbatch), microbatch.trained_rows
+        distance_C = (microbatch.reference_T[rows] - microbatch.logprobs_T[rows]).double()
+        divergence = exact_sum(distance_C.expm1() - distance_C)
+        return LossSums(found.loss + self.coefficient * divergence, found.count, found.correct)
+
+
+class DirectPreference(Objective):
+    """DPO (Rafailov et al. 2023, the sigmoid loss), over samples 2i and 2i + 1, the chosen and the rejected:
+
+        -log sigmoid(beta margin),   margin = sum over chosen - sum over rejected of w (logp - reference logp)
+
+    A token's weight is +- beta sigmoid(-beta margin) w. The margin must be known before the gradient of the
+    pair's first token, so a chunk holds whole pairs; the tokens of a pair too long for one are scored ahead.
+    """
+
+    needs_reference = True
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+
+    def count(self, microbatch: Microbatch) -> int:
+        return len(microbatch.trained_starts) // 2
+
+    def chunks(self, microbatch: Microbatch) -> tuple[Chunk, ...]:
+        bounds = microbatch.trained_starts[::2].tolist()
+        chunks: list[Chunk] = []
+        start = 0
+        for begin, end in pairwise(bounds):
+            if end - start > CHUNK:
+                chunks += split(start, begin)
+                start = begin
+            if end - begin > CHUNK:
+                chunks += split(begin, end, ahead=True)
+                start = end
+        return (*chunks, *split(start, bounds[-1]))
+
+    def weights(self, microbatch: Microbatch, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        slopes_P = self.beta * torch.sigmoid(-self.beta * self._margins(microbatch))
+        signed_S = torch.stack([slopes_P, -slopes_P], dim=1).flatten()
+        lengths_S = torch.from_numpy(np.diff(microbatch.trained_starts))
+        signed_T = torch.zeros_like(microbatch.weights_T)
+        signed_T[microbatch.trained_rows] = signed_S.repeat_interleave(lengths_S).to(signed_T)
+        return microbatch.weights_T[rows] * signed_T[rows], torch.zeros_like(signed_T[rows])
+
+    def sums(self, microbatch: Microbatch) -> LossSums:
+        margins_P = self._margins(microbatch)
+        losses_P = -logsigmoid(self.beta * margins_P)
+        return LossSums(exact_sum(losses_P), len(margins_P), int((margins_P > 0).sum()))
+
+    def _margins(self, microbatch: Microbatch) -> torch.Tensor:
+        """float64 [pairs] on the CPU; sums over an answer are exactly rounded."""
+        rows = microbatch.trained_rows
+        gain_C = microbatch.logprobs_T[rows].double() - microbatch.reference_T[rows].double()
+        gain_C = (gain_C * microbatch.weights_T[rows]).cpu()
+        starts = microbatch.trained_starts.tolist()
+        sums_S = torch.tensor([exact_sum(gain_C[a:b]) for a, b in pairwise(starts)], dtype=torch.float64)
+        return sums_S[::2] - sums_S[1::2]
+
+
+def make_objective(method: str, training: TrainingSpec) -> Objective:
+    """What a job of this method minimises. InvalidRequest as `check_method` raises it."""
+    check_method(method, training)
+    if method == "dpo":
+        return DirectPreference(training.beta)
+    inner = DynamicFineTuning() if method == "dft" else CrossEntropy(training.label_smoothing)
+    return WithKL(inner, training.kl_coef) if needs_reference(method, training) else inner
 
 
 def token_sums(microbatch: Microbatch, losses_C: torch.Tensor) -> LossSums:

@@ -24,8 +24,9 @@ from coserve.training.divergence import Diverged, LossWatch, diverged
 from coserve.training.early_stopping import EvaluationState
 from coserve.training.evaluation import Evaluation
 from coserve.training.job import JobSpec, StepMetrics
+from coserve.training.methods import check_data, needs_reference
 from coserve.training.microbatch import LoraDropout, Microbatch
-from coserve.training.objectives import CrossEntropy, LossSums
+from coserve.training.objectives import LossSums, make_objective
 from coserve.training.optimizer import make_optimizer
 from coserve.training.schedule import Schedule
 from coserve.training.trainable_adapter import TrainableAdapter
@@ -33,23 +34,33 @@ from coserve.worker.kv_tensors import KVTensors
 
 
 class RunningJob:
-    """A job from its newest whole checkpoint on. `pool` and `rows` are where its compute weights live.
+    """A job from its newest whole checkpoint on. `pool` and `rows` are where its compute weights live,
+    `reference_rows` where those that it started from stay, for a job that has a `reference_key`.
 
     Raises InvalidRequest or ConfigError when its data or settings don't hold.
     """
 
-    def __init__(self, spec: JobSpec, decoder: Decoder, pool: AdapterPool, rows: list[int]) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        decoder: Decoder,
+        pool: AdapterPool,
+        rows: list[int],
+        reference_rows: list[int] | None = None,
+    ) -> None:
         self.spec = spec
         self.paused = False
         self.device_seconds = 0.0
         self._decoder, self._pool, self._rows = decoder, pool, rows
+        self._rows_by_key = {spec.job_id: rows}
         dataset = TokenDataset.open(spec.data_path)
+        check_data(spec.method, dataset.pairs)
         self._dataset = dataset
+        self._objective = make_objective(spec.method, spec.training)
         self._plan = BatchPlan(
             dataset, spec.training, spec.seed, max_length=decoder.config.max_position_embeddings
         )
         self._schedule = Schedule(spec.training, self._plan.total_steps)
-        self._objective = CrossEntropy()
         self._evaluation = (
             Evaluation(spec, spec.validation_path, decoder, self._objective) if spec.validation_path else None
         )
@@ -69,6 +80,10 @@ class RunningJob:
         self._unscored: StepMetrics | None = None  # of a committed step that waits for its validation scores
         self.restored_events: list[StepMetrics] = []
         self.restored_path: str | None = None
+        if reference_rows is not None:
+            self._rows_by_key[str(self.reference_key(spec))] = reference_rows
+            self._load_start()
+            self._adapter.place(pool, reference_rows)
         self._restore()
         self._adapter.place(pool, rows)
         self.diverged_step = 0  # the last one that came out non-finite
@@ -80,6 +95,13 @@ class RunningJob:
     def rank(spec: JobSpec) -> int:
         """Pool rows that the job's adapter needs."""
         return max([spec.lora.r, *spec.lora.rank_pattern.values()])
+
+    @staticmethod
+    def reference_key(spec: JobSpec) -> str | None:
+        """The key of the frozen copy that the job compares its adapter to: of the adapter that it starts
+        from. None where it needs no reference, and where the reference is the base itself."""
+        kept = spec.init_path is not None and needs_reference(spec.method, spec.training)
+        return f"{spec.job_id}/start" if kept else None
 
     @property
     def finished(self) -> bool:
@@ -151,7 +173,7 @@ class RunningJob:
         else:
             assert self._evaluation is not None
             self._run = self._evaluation.next_run(
-                self.step, self._pool, {self.spec.job_id: self._rows}, kv
+                self.step, self._pool, self._rows_by_key, self.reference_key(self.spec), kv
             )
 
     def complete(self) -> StepMetrics | None:
@@ -203,8 +225,9 @@ class RunningJob:
             name=f"{self.spec.job_id}/{self.step + 1}",
             job_id=self.spec.job_id,
             policy=self.spec.job_id,
+            reference=self.reference_key(self.spec),
             pool=self._pool,
-            rows={self.spec.job_id: self._rows},
+            rows=self._rows_by_key,
             trainee=Trainee(self._adapter, self._pool, self._rows),
             dropout=[LoraDropout(rate, self.spec.seed, self.step + 1, examples) for examples in microbatches],
             window_tokens=self.spec.training.window_tokens,
@@ -313,9 +336,11 @@ class RunningJob:
                 if self._scores_due():  # it was written before the scores were there
                     self._unscored = self.restored_events.pop()
         elif self.spec.init_path is not None:
-            self._adapter.start_from(
-                self.spec.init_path, self._decoder.config, self._decoder.head.weight
-            )
+            self._load_start()
+
+    def _load_start(self) -> None:
+        assert self.spec.init_path is not None
+        self._adapter.start_from(self.spec.init_path, self._decoder.config, self._decoder.head.weight)
 
 
 def _numbered(examples: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from coserve.core.training_sequence import TrainingSequence
 from coserve.kernels.dropout import Dropout, keep_mask, module_salt, row_keys
 from coserve.kernels.lora import LoraSegments
 from coserve.layers.batch import ForwardBatch, LoraBatch
@@ -126,14 +127,19 @@ def drive(
     rows: dict[str, list[int]],
     kv: KVTensors,
     window_tokens: int = 64,
+    before: Callable[[BatchRun, TrainingSequence], None] | None = None,
 ) -> None:
-    """All passes of a batch, one microbatch after the other. `rows` are the pool's by adapter."""
+    """All passes of a batch, one microbatch after the other. `rows` are the pool's by adapter; `before` is
+    called before each window and unit and may take the memory away."""
     for sequence in run.sequences:
         sequence.level = len(sequence.level_slabs) - 1
-        extent = torch.full((sequence.slabs * kv.slab_bytes,), 255, dtype=torch.uint8)
-        run.place(sequence.sequence_id, extent, sequence.level)
         microbatch = run.microbatches[sequence.sequence_id]
         while not sequence.done:
+            if before is not None:
+                before(run, sequence)
+            if microbatch.activations is None:
+                extent = torch.full((sequence.slabs * kv.slab_bytes,), 255, dtype=torch.uint8)
+                run.place(sequence.sequence_id, extent, sequence.level)
             if sequence.forward_done:
                 run.run_unit(sequence)
                 sequence.pay_unit()
