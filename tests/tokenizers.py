@@ -21,9 +21,13 @@ _WORDS = [("h", "e"), ("he", "l"), ("hel", "l"), ("hell", "o"), ("Ä ", "w"), ("Ã
 
 
 def byte_level(
-    template: str | None = CHAT_TEMPLATE, *, add_bos: bool = False, eos_token_ids: tuple[int, ...] = ()
+    template: str | None = CHAT_TEMPLATE,
+    *,
+    add_bos: bool = False,
+    eos_token_ids: tuple[int, ...] = (),
+    **special_tokens: str,
 ) -> Tokenizer:
-    """256 bytes, a few merges, and the special tokens of the template."""
+    """256 bytes, a few merges, and the special tokens of the template; `special_tokens` names more roles."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: index for index, character in enumerate(alphabet)}
     for left, right in _WORDS:
@@ -35,7 +39,7 @@ def byte_level(
     backend.add_special_tokens(_SPECIAL)
     return Tokenizer(
         backend,
-        special_tokens={"bos_token": "<|bos|>", "eos_token": "<|end|>"},
+        special_tokens={"bos_token": "<|bos|>", "eos_token": "<|end|>", **special_tokens},
         chat_template=template,
         eos_token_ids=eos_token_ids,
         add_bos=add_bos,

@@ -197,6 +197,24 @@ def test_plain_text_is_trained_whole_and_ends_once():
     assert twice.token_ids == once.token_ids
 
 
+def test_an_end_token_that_pads_too_is_trained_all_the_same():
+    """unsloth#416, llm-course#33: nothing is padded here, so no mask takes the real end for padding."""
+    tokenizer = made.byte_level(pad_token="<|end|>")
+    assert trained_text(encode(chat(USER, ANSWER), tokenizer), tokenizer) == ["hello<|end|>"]
+    assert trained_text(encode({"text": "hello"}, tokenizer), tokenizer) == ["hello<|end|>"]
+
+
+def test_templated_text_gets_no_special_tokens_of_ours():
+    """OpenRLHF#393, trl#1400: one bos where the template writes one, and none where it doesn't."""
+    writes_bos = made.byte_level("<|bos|>" + made.CHAT_TEMPLATE, add_bos=True)
+    ids = encode(chat(USER, ANSWER), writes_bos).token_ids
+    assert ids[0] == writes_bos.bos_id and ids.count(writes_bos.bos_id) == 1
+    silent = made.byte_level(add_bos=True)
+    assert silent.bos_id not in encode(chat(USER, ANSWER), silent).token_ids
+    pasted = encode({"text": "<|bos|><|user|>\nhi<|end|>"}, silent)
+    assert pasted.token_ids.count(silent.bos_id) == 1 and pasted.token_ids.count(silent.eos_id) == 1
+
+
 def test_text_that_ends_in_another_end_token_gets_no_second():
     """One trained end token (trl#1400, trl#3328)."""
     tokenizer = made.byte_level(eos_token_ids=(made.byte_level().token_id("<|bos|>"),))

@@ -90,6 +90,21 @@ def test_the_mask_of_the_answers_survives_packing(trainer: Trainer, tmp_path: Pa
     check_packed_is_separate(trainer, samples)
 
 
+def test_accumulation_over_microbatches_gives_one_batch_s_update(trainer: Trainer) -> None:
+    """transformers#34191, mlx-lm#1413, unsloth-zoo#1023: examples of unequal lengths, one microbatch or four,
+    any window: the mean is over all trained tokens, and nothing is divided by the number of microbatches."""
+    rng = np.random.default_rng(1)
+    samples = [
+        (ids, np.where(np.arange(len(ids)) < 3, -100, ids)) for ids in map(rng.permutation, (60, 9, 31, 5))
+    ]
+    whole = trainer.gradients(samples)
+    wanted = trainer.adapter.gradients.clone()
+    for limit, window in ((1, 0), (64, 7), (1, 1)):
+        loss = trainer.gradients(samples, microbatch_tokens=limit, forward_window=window)
+        assert loss == pytest.approx(whole, rel=1e-6)
+        assert (trainer.adapter.gradients - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
 def test_a_pack_of_everything_is_a_batch_of_everything(tmp_path: Path) -> None:
     """Through the engine, to the bit: packing only says which examples make a batch."""
     model, data = world.make_model(tmp_path / "model"), world.make_data(tmp_path / "data")
