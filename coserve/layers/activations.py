@@ -65,8 +65,9 @@ class LayerActivations:
 
     `k_TND`, `v_TND` are there in every layer (later windows attend to them). The rest is None where the
     policy doesn't keep it, and in layers below the lowest adapted one, which have no backward. q and k are
-    after norm and RoPE; `qk_raw_TND` holds both before the norm, for models that norm them, `attn_raw_TH` and
-    `mlp_raw_TH` the output of attention and MLP before the norms that some models put there.
+    after norm and RoPE; models that norm them have `qk_raw_TND`, both before the norm, in the place of q.
+    `attn_raw_TH` and `mlp_raw_TH` hold the output of attention and MLP before the norms that some models put
+    there.
 
     `recomputes`: these are the rows of one window under recomputation. Keys and values stay as they are, and
     what the forward gives to `keep` is held as it comes.
@@ -108,14 +109,13 @@ class LayerActivations:
         """Every buffer of a layer, for whoever owns the memory."""
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         key, hidden = (tokens, kv_heads, dim), (tokens, config.hidden_size)
+        raw: Buffer = ("qk_raw_TND", (tokens, heads + kv_heads, dim), dtype)
         attention: list[Buffer] = [
-            ("q_TND", (tokens, heads, dim), dtype),
+            raw if config.qk_norm else ("q_TND", (tokens, heads, dim), dtype),
             ("attn_out_TH", (tokens, heads * dim), dtype),
             ("lse_TN", (tokens, heads), torch.float32),
             ("x_mid_TH", hidden, dtype),
         ]
-        if config.qk_norm:
-            attention.append(("qk_raw_TND", (tokens, heads + kv_heads, dim), dtype))
         if config.post_norms:
             attention += [("attn_raw_TH", hidden, dtype), ("mlp_raw_TH", hidden, dtype)]
         return LayerBuffers(

@@ -82,9 +82,8 @@ class Attention:
         if self.q_norm is not None and self.k_norm is not None:
             for window in batch.windows:
                 window.saved.layer(layer).keep(window.stream, qk_raw_TND=qk_TMD[window.batch_rows])
-            q_TND, k_TND = self._norm(self.q_norm, qk_TMD[:, :n]), self._norm(self.k_norm, qk_TMD[:, n:])
-            self._rotate(q_TND, batch.positions_T)
-            self._rotate(k_TND, batch.positions_T)
+            q_TND = self._rotate(self._norm(self.q_norm, qk_TMD[:, :n]), batch.positions_T)
+            k_TND = self._rotate(self._norm(self.k_norm, qk_TMD[:, n:]), batch.positions_T)
         else:
             self._rotate(qk_TMD, batch.positions_T)
             q_TND, k_TND = qk_TMD[:, :n], qk_TMD[:, n:]
@@ -127,6 +126,14 @@ class Attention:
         saved.keep(stream, q_TND=q_WND, attn_out_TH=o_WND.reshape(window.rows, -1), lse_TN=lse_WN)
         return o_WND
 
+    def _queries(self, saved: LayerActivations, window: BackwardWindow) -> torch.Tensor:
+        """q as attention saw it: kept, or made again of what was kept before its norm."""
+        if saved.q_TND is not None:
+            return saved.q_TND
+        assert saved.qk_raw_TND is not None and self.q_norm is not None
+        q_WND = self._norm(self.q_norm, saved.qk_raw_TND[:, : self.heads])
+        return self._rotate(q_WND, window.positions_T[window.stream])
+
     def _first_keys(self, sample_start_W: torch.Tensor, start: int) -> torch.Tensor:
         """int32 [W]: the first key that each query of a window from `start` on sees."""
         if not self.window:
@@ -146,7 +153,7 @@ class Attention:
         the window's own. Its keys have got all their gradients when its own queries are done, since later
         windows went before."""
         stream = window.stream
-        assert saved.q_TND is not None and saved.attn_out_TH is not None and saved.lse_TN is not None
+        assert saved.attn_out_TH is not None and saved.lse_TN is not None
         width, m = window.end - window.start, self.heads + self.kv_heads
         o_WH, lora, start = saved.attn_out_TH, window.lora, window.start
         if window.lowest and not self.qkv.is_adapted(lora):
@@ -156,7 +163,7 @@ class Attention:
         shape = (width, self.heads, self.dim)
         dq_WND = window_attention_backward(
             do_WH.view(shape),
-            saved.q_TND,
+            self._queries(saved, window),
             o_WH.view(shape),
             saved.lse_TN,
             saved.k_TND,

@@ -86,12 +86,12 @@ def test_a_downgrade_gives_up_the_tail_and_leaves_the_rest_where_it_was() -> Non
         assert sizes[level] - ALIGNMENT < max(ends) <= sizes[level]
 
 
-def test_raw_heads_are_kept_only_where_they_are_normed() -> None:
+def test_heads_that_are_normed_are_kept_before_their_norm() -> None:
     plain = dataclasses.replace(CONFIG, qk_norm=False)
     names = {name for name, _, _ in LayerActivations.buffers(plain, 7, torch.float32).attention}
     assert names == {"q_TND", "attn_out_TH", "lse_TN", "x_mid_TH"}
     normed = {name for name, _, _ in LayerActivations.buffers(CONFIG, 7, torch.float32).attention}
-    assert normed - names == {"qk_raw_TND"}
+    assert normed - names == {"qk_raw_TND"} and names - normed == {"q_TND"}
 
 
 def test_rows_under_recomputation_hold_what_comes_and_leave_the_buffers_alone() -> None:
