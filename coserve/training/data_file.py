@@ -73,7 +73,8 @@ class DataFile:
 
     `lines` are the file's, in bytes (see `bounded_lines`); `max_length` 0 is no limit. `method` says which
     kinds of rows are taken; without one any is. All rows must be of one kind, that of `like` where it is
-    given (the training file's, for a validation file). With `pairs`, examples 2i and 2i + 1 are the chosen
+    given (the training file's, for a validation file). `vocab_size` is the model's, as a tokenizer may know
+    more tokens than the model has embeddings for. With `pairs`, examples 2i and 2i + 1 are the chosen
     and the rejected answer of a preference.
 
     Too long an example is cut at its end, so that its beginning and its prompt stay whole. What has no
@@ -91,6 +92,7 @@ class DataFile:
         method: str | None = None,
         param: str = "training_file",
         like: Kind | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         self.counts = Counts()
         self.kind: Kind | None = None
@@ -103,6 +105,7 @@ class DataFile:
         self._kinds = kinds_of(method) if method else tuple(Kind)
         self._param = param
         self._like = like
+        self._unknown_from = tokenizer.id_limit if vocab_size is None else vocab_size
         self._first_line = 0
 
     @property
@@ -125,6 +128,7 @@ class DataFile:
             try:
                 kind = self._one_kind(number, kind_of(value))
                 examples = encode_row(check_row(value, self._tokenizer), self._tokenizer)
+                self._check_ids(examples)
             except BadRow as refused:
                 self._error(number, refused.field, refused.reason)
                 continue
@@ -147,6 +151,16 @@ class DataFile:
                 "", f"is a {kind} row, line {self._first_line} a {self.kind} row; a file has one kind of rows"
             )
         return kind
+
+    def _check_ids(self, examples: tuple[Example, ...]) -> None:
+        largest = max((max(example.token_ids, default=-1) for example in examples), default=-1)
+        if largest >= self._unknown_from:
+            token = self._tokenizer.token_text(largest)
+            raise BadRow(
+                "",
+                f"holds the token {token!r} (id {largest}), for which the model has no embedding: "
+                f"it has {self._unknown_from}",
+            )
 
     def _cut(self, line: int, kind: Kind, examples: tuple[Example, ...]) -> FileRow:
         if not all(count_trained(example.labels) for example in examples):

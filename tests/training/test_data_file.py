@@ -142,6 +142,16 @@ def test_a_file_has_one_kind_of_rows():
     assert found[1][2] == "is a text row, line 2 a chat row; a file has one kind of rows"
 
 
+def test_tokens_without_an_embedding_are_named():
+    """A tokenizer that was given tokens its model never got would end the engine, not the job."""
+    end = TOKENIZER.token_id("<|end|>")
+    with pytest.raises(DatasetError) as caught:
+        list(DataFile(lines({"text": "ab"}, GOOD), TOKENIZER, 0, vocab_size=end))
+    assert [error.line for error in caught.value.lines] == [1, 2]
+    assert f"(id {end}), for which the model has no embedding: it has {end}" in caught.value.lines[0].reason
+    assert len(list(DataFile(lines({"text": "ab"}), TOKENIZER, 0, vocab_size=end + 1))) == 1
+
+
 # ---------------------------------------------------------------- lines and files
 
 

@@ -7,8 +7,9 @@ import csv
 import io
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +76,30 @@ class _Stopped(Exception):
 
 
 async def prepare(
-    sources: Sources, folder: Path, tokenizer: Tokenizer, training: TrainingSpec, method: str, seed: int
+    sources: Sources,
+    folder: Path,
+    tokenizer: Tokenizer,
+    training: TrainingSpec,
+    method: str,
+    seed: int,
+    vocab_size: int | None = None,
 ) -> Prepared:
     """Tokenise the files of a job into the data sets `data` and, where there is something to be scored on,
-    `validation` in its folder, in a thread that a cancellation stops. `data` comes last.
+    `validation` in its folder, in a thread that a cancellation stops. `data` comes last. `vocab_size` is the
+    model's, by default the tokenizer's.
 
     Raises DatasetError with the bad lines, InvalidRequest when nothing is left to train on.
     """
     stop = threading.Event()
     try:
-        return await asyncio.to_thread(_prepare, sources, folder, tokenizer, training, method, seed, stop)
+        read = partial(
+            DataFile,
+            tokenizer=tokenizer,
+            max_length=training.max_length,
+            method=method,
+            vocab_size=vocab_size,
+        )
+        return await asyncio.to_thread(_prepare, sources, folder, read, training, seed, stop)
     finally:
         stop.set()
 
@@ -92,9 +107,8 @@ async def prepare(
 def _prepare(
     sources: Sources,
     folder: Path,
-    tokenizer: Tokenizer,
+    read: Callable[..., DataFile],
     training: TrainingSpec,
-    method: str,
     seed: int,
     stop: threading.Event,
 ) -> Prepared:
@@ -105,9 +119,7 @@ def _prepare(
 
     def write(source: Path, target: Path, **settings: Any) -> DataFile:
         with source.open("rb") as opened:
-            file = DataFile(
-                _until(stop, bounded_lines(opened)), tokenizer, training.max_length, method, **settings
-            )
+            file = read(_until(stop, bounded_lines(opened)), **settings)
             TokenDataset.write(target, file, pairs=file.pairs)
         return file
 

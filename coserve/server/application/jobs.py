@@ -130,7 +130,13 @@ class Jobs:
             if not job.total_steps or not (folder / "data").is_dir():
                 sources = await self._sources(job)
                 prepared = await job_data.prepare(
-                    sources, folder, self._tokenizer, job.training, job.method, job.seed
+                    sources,
+                    folder,
+                    self._tokenizer,
+                    job.training,
+                    job.method,
+                    job.seed,
+                    self._base.vocab_size,
                 )
                 training = auto_settings.choose(job.training, job.auto, prepared.counts)
                 total = await asyncio.to_thread(
