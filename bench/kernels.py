@@ -12,11 +12,13 @@ from statistics import median
 from typing import Any
 
 import common
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from coserve.kernels.adamw import adamw_
 from coserve.kernels.cross_entropy import logit_gradient_, token_scores
+from coserve.kernels.dropout import Dropout, module_salt, row_keys
 from coserve.kernels.linear import PackedLinear
 from coserve.kernels.lora import LoraSegments, lora_backward, lora_forward_
 from coserve.kernels.paged_attention import paged_attention
@@ -86,7 +88,8 @@ def elementwise() -> Iterator[Case]:
 
 
 def adapters() -> Iterator[Case]:
-    """A rank-16 adapter on one matrix, forward and backward; the peer is two matrix products."""
+    """A rank-16 adapter on one matrix, forward and backward, also with dropout; the peer is two matrix
+    products (and torch's dropout, whose mask it keeps)."""
     a, b = torch.randn(64, HIDDEN), torch.randn(64, HIDDEN)
     rows = torch.arange(RANK, dtype=torch.int32)
     for tokens in (8, 512):
@@ -112,6 +115,21 @@ def adapters() -> Iterator[Case]:
             lambda x=x, y=y, dx=dx, da=da, db=db: lora_backward(y, x, a, b, rows, dx, da, db, 0),
             peer,
         )
+        keys = torch.from_numpy(row_keys(1, 2, 3, np.arange(tokens)))
+        drop = Dropout(keys, torch.tensor([0.1], dtype=torch.float64), module_salt(0, 0))
+
+        def ours(x=x, y=y, dx=dx, da=da, db=db, s=segments, r=ranks, d=drop) -> None:
+            lora_forward_(y, x, a, b, s, r, d)
+            lora_backward(y, x, a, b, rows, dx, da, db, 0, d)
+
+        def peer_dropped(x=x, y=y, dx=dx, da=da, db=db) -> None:
+            keep = torch.empty_like(x).bernoulli_(0.9).div_(0.9)
+            dropped = x * keep
+            h, dh = dropped @ a[:RANK].T, y @ b[:RANK].T
+            y.addmm_(h, b[:RANK]), db.addmm_(h.T, y), da.addmm_(dh.T, dropped)
+            dx.add_((dh @ a[:RANK]) * keep)
+
+        yield "lora_dropout", {**load, "rate": 0.1}, ours, peer_dropped
 
 
 def attention() -> Iterator[Case]:

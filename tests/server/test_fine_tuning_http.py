@@ -213,6 +213,8 @@ REFUSED = [
     ({"lora": {"lora_alpha": 0}}, "lora.lora_alpha", 400),
     ({"lora": {"lora_dropout": 1.0}}, "lora.lora_dropout", 400),
     ({"lora": {"target_modules": ["q_proj", "conv9"]}}, "lora.target_modules", 400),
+    ({"lora": {"target_modules": ["embed_tokens"]}}, "lora.target_modules", 400),
+    ({"lora": {"modules_to_save": ["lm_head"]}}, "lora.modules_to_save", 400),
     ({"lora": {"rank_pattern": {"nowhere": 4}}}, "lora", 400),
     ({"lora": {"init_lora_weights": "pissa"}}, "lora.init_lora_weights", 400),
     ({"lora": {"init_lora_weights": False}}, "lora.init_lora_weights", 400),
@@ -270,6 +272,18 @@ def test_defaults(server: ServerThread, http: httpx.Client) -> None:
     assert (training.n_epochs, training.batch_size, training.learning_rate) == (3, 8, 2e-4)
     assert (training.warmup_ratio, training.max_grad_norm, training.max_length) == (0.03, 1.0, 256)
     assert http.get(f"/v1/fine_tuning/jobs/{job['id']}").json()["progress"]["total_steps"] == 9
+
+
+def test_the_head_is_adapted_when_it_is_named(server: ServerThread, http: httpx.Client) -> None:
+    server.engine.auto_train = False
+    lora = {"target_modules": ["lm_head", "q_proj"], "rank_pattern": {"lm_head": 4}, "lora_dropout": 0.1}
+    body = {"model": BASE, "training_file": upload(server.openai()), "lora": lora}
+    job = http.post("/v1/fine_tuning/jobs", json=body).json()
+    wait_for(lambda: job["id"] in server.engine.jobs)
+    spec = server.engine.jobs[job["id"]].lora
+    assert spec.target_modules == ("q_proj", "lm_head") and spec.rank_pattern == {"lm_head": 4}
+    shown = http.get(f"/v1/fine_tuning/jobs/{job['id']}").json()["peft"]
+    assert shown["target_modules"] == ["lm_head", "q_proj"] and shown["lora_dropout"] == 0.1
 
 
 def test_auto_is_chosen_by_the_data_and_reported(server: ServerThread, http: httpx.Client) -> None:
