@@ -35,12 +35,15 @@ TRAINING_FIELDS = {
     "weight_decay": "weight_decay",
     "max_grad_norm": "max_grad_norm",
     "checkpoint_steps": "checkpoint_steps",
+    "beta": "beta",
+    "label_smoothing": "label_smoothing",
+    "kl_coef": "kl_coef",
     "validation_split": "validation_split",
     "eval_steps": "eval_steps",
     "early_stopping_patience": "early_stopping_patience",
     "early_stopping_threshold": "early_stopping_threshold",
 }
-JOB_FIELDS = ("model", "adapter", "init_from", "priority")
+JOB_FIELDS = ("model", "adapter", "method", "init_from", "priority")
 # What `--auto` leaves to the server -> the flags that settle it all the same.
 AUTO = {
     "n_epochs": ("epochs",),
@@ -51,6 +54,7 @@ AUTO = {
 Data = Annotated[str, typer.Argument(metavar="DATA", help="Training data, one JSON object a line.")]
 Adapter = Annotated[str, typer.Option(metavar="NAME", help="Name to publish the adapter under.")]
 Model = Annotated[str, typer.Option(help="Base model; the served one by default.")]
+Method = Annotated[str, typer.Option(metavar="supervised|dft|dpo", help="What is learned from the data.")]
 Rank = Annotated[int | None, typer.Option(min=1, help="LoRA rank [16].")]
 LoraAlpha = Annotated[float | None, typer.Option(help="LoRA alpha [2 x rank].")]
 LoraDropout = Annotated[float | None, typer.Option(min=0, max=1, help="Dropout before A [0].")]
@@ -80,6 +84,13 @@ LoraplusLrRatio = Annotated[
 WeightDecay = Annotated[float | None, typer.Option(min=0, help="Decoupled weight decay [0].")]
 MaxGradNorm = Annotated[float | None, typer.Option(min=0, help="Clip gradients here; 0 is off [1].")]
 CheckpointSteps = Annotated[int | None, typer.Option(min=0, help="Steps between checkpoints.")]
+Beta = Annotated[float | None, typer.Option(min=0, help="DPO's beta [0.1].")]
+LabelSmoothing = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Share of the target spread over all tokens [0].")
+]
+KlCoef = Annotated[
+    float | None, typer.Option(min=0, help="Weight of the divergence from where training started [0].")
+]
 ValidationData = Annotated[
     str, typer.Option(metavar="FILE", help="Score the adapter on this while it trains.")
 ]

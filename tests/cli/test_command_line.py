@@ -177,7 +177,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Parts]:
 def test_settings_not_given_stay_absent(asked: Callable[[str], Parts]) -> None:
     lora, training, rest = asked("")
     assert (lora, training) == ({}, {})
-    assert rest == {"model": "", "adapter": "a", "init_from": "", "priority": 0, "metadata": {}}
+    job = {"model": "", "adapter": "a", "method": "supervised", "init_from": "", "priority": 0}
+    assert rest == {**job, "metadata": {}}
     line = "--rank 8 --target-modules q_proj,v_proj --epochs 2 --max-grad-norm 0 --seed 0 --tag team=red"
     lora, training, rest = asked(line)
     assert lora == {"r": 8, "target_modules": ["q_proj", "v_proj"]}
@@ -190,6 +191,8 @@ def test_switches_and_what_is_left_to_the_server(asked: Callable[[str], Parts]) 
     assert lora == {"freeze_a": True, "use_rslora": True, "exclude_modules": ["q_proj"]}
     auto = ["batch_size", "learning_rate_multiplier"]
     assert training == {"packing": True, "n_epochs": 2, "auto": auto}
+    _, training, rest = asked("--method dpo --beta 0.3")
+    assert (training, rest["method"]) == ({"beta": 0.3}, "dpo")
     assert asked("--auto")[1] == {"auto": ["n_epochs", *auto]}
 
 

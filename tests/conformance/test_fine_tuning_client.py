@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from typing import Any
 
 import openai
@@ -118,6 +119,30 @@ def test_checkpoints_answer_by_name(client: openai.OpenAI, job: FineTuningJob) -
             max_tokens=4,
         )
         assert answer.model == checkpoint.fine_tuned_model_checkpoint
+
+
+def test_a_preference_job_begins_at_ln_2(client: openai.OpenAI, served: Served) -> None:
+    """DPO from a fresh adapter: no answer is ahead of its reference, so the first loss is ln 2."""
+    rows = [
+        {
+            "input": {"messages": [{"role": "user", "content": f"What is {i} + 2?"}]},
+            "preferred_output": [{"role": "assistant", "content": f"Aye, captain! {i + 2}."}],
+            "non_preferred_output": [{"role": "assistant", "content": f"{i + 2}"}],
+        }
+        for i in range(16)
+    ]
+    made = client.fine_tuning.jobs.create(
+        model=served.model,
+        training_file=upload(client, "\n".join(json.dumps(row) for row in rows).encode()),
+        method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 3, "batch_size": 8}}},
+    )
+    done = finished(client, served, made.id)
+    assert done.status == "succeeded", done.error
+    assert done.method is not None and done.method.dpo is not None
+    assert done.method.dpo.hyperparameters is not None and done.method.dpo.hyperparameters.beta == 0.2
+    losses = [data["train_loss"] for data in metrics_of(client, made.id)]
+    assert len(losses) == 6 and losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[-1] < losses[0]
 
 
 def test_pause_resume_cancel(client: openai.OpenAI, served: Served) -> None:

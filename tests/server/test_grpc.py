@@ -212,7 +212,7 @@ def test_watch_follows_a_running_job(stubs: Stubs, server: ServerThread) -> None
     [
         ({"training_file": "file-x"}, grpc.StatusCode.NOT_FOUND, "training_file"),
         ({"training_file": ""}, grpc.StatusCode.INVALID_ARGUMENT, "training_file"),
-        ({"method": "dpo"}, grpc.StatusCode.INVALID_ARGUMENT, "method"),
+        ({"method": "ppo"}, grpc.StatusCode.INVALID_ARGUMENT, "method"),
         ({"lora": fine_tuning_pb2.LoraConfig(r=65)}, grpc.StatusCode.INVALID_ARGUMENT, "lora.r"),
         ({"lora": fine_tuning_pb2.LoraConfig(r=0)}, grpc.StatusCode.INVALID_ARGUMENT, "lora.r"),
         (
@@ -226,7 +226,7 @@ def test_watch_follows_a_running_job(stubs: Stubs, server: ServerThread) -> None
             "training.n_epochs",
         ),
         (
-            {"training": fine_tuning_pb2.TrainingConfig(beta=0.1)},
+            {"training": fine_tuning_pb2.TrainingConfig(beta=0.2)},
             grpc.StatusCode.INVALID_ARGUMENT,
             "training.beta",
         ),

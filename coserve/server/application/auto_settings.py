@@ -22,11 +22,12 @@ STEPS_OF_AN_EPOCH = 8
 EXAMPLES_A_BATCH = 500  # of a large data set, for each example in its batch
 MOST_BATCH = 64
 MULTIPLIER = (0.5, 2.0)
+BY_METHOD = {"dpo": 0.1}  # preferences move an adapter further a step than answers do
 
 DEFAULTS = TrainingSpec()
 
 
-def choose(training: TrainingSpec, names: Collection[str], counts: Counts) -> TrainingSpec:
+def choose(training: TrainingSpec, names: Collection[str], counts: Counts, method: str) -> TrainingSpec:
     """`training` with the settings in `names` chosen for a data set of at least one example."""
     if "n_epochs" in names:
         training = replace(training, n_epochs=epochs(counts.examples))
@@ -34,7 +35,7 @@ def choose(training: TrainingSpec, names: Collection[str], counts: Counts) -> Tr
         packs = -(-counts.tokens // training.max_length) if training.packing else counts.examples
         training = replace(training, batch_size=batch_size(packs))
     if "learning_rate_multiplier" in names:
-        multiplier = learning_rate_multiplier(training.batch_size)
+        multiplier = learning_rate_multiplier(training.batch_size, method)
         training = replace(training, learning_rate=DEFAULTS.learning_rate * multiplier)
     return training
 
@@ -56,7 +57,8 @@ def batch_size(examples: int) -> int:
     return max(many, min(DEFAULTS.batch_size, few))
 
 
-def learning_rate_multiplier(batch: int) -> float:
+def learning_rate_multiplier(batch: int, method: str) -> float:
     """Of the default learning rate, for this batch."""
     low, high = MULTIPLIER
-    return round(min(high, max(low, math.sqrt(batch / DEFAULTS.batch_size))), 2)
+    by_batch = min(high, max(low, math.sqrt(batch / DEFAULTS.batch_size)))
+    return round(by_batch * BY_METHOD.get(method, 1.0), 3)

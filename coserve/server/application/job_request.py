@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from coserve.server.application.training_request import parse_auto, parse_training
 from coserve.server.fields import Fields, shown
 from coserve.training.job import TrainingSpec
+from coserve.training.methods import METHODS
 
-METHODS = ("supervised",)
 MAX_SEED = 2**31 - 1
 
 _WORDS = (
@@ -52,7 +52,7 @@ def parse_job_request(body: object, max_model_len: int) -> JobRequest:
     fields.only(REQUEST_FIELDS, "the job")
     method = fields.string("method") or "supervised"
     if method not in METHODS:
-        raise fields.fail("method", f"must be {' or '.join(METHODS)}; {shown(method)} is not supported.")
+        raise fields.fail("method", f"must be one of {', '.join(METHODS)}; {shown(method)} is not supported.")
     validation_file = fields.string("validation_file") or ""
     training = fields.object("training") or Fields({}, "training.")
     seed = fields.integer("seed", None, 0, MAX_SEED)
@@ -64,7 +64,7 @@ def parse_job_request(body: object, max_model_len: int) -> JobRequest:
         method=method,
         lora=fields.object("lora") or Fields({}, "lora."),
         validation_file=validation_file,
-        training=parse_training(training, max_model_len, bool(validation_file)),
+        training=parse_training(training, max_model_len, method, bool(validation_file)),
         auto=parse_auto(training),
         seed=seed if seed is not None else secrets.randbelow(MAX_SEED),
         init_from=fields.string("init_from") or "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from coserve.server.fields import Fields, shown
 from coserve.training.job import TrainingSpec
+from coserve.training.methods import check_method
 from coserve.training.schedule import POLYNOMIAL_END, SCHEDULES
 
 DEFAULTS = TrainingSpec()
@@ -21,15 +22,14 @@ TRAINING_FIELDS = frozenset(_WORDS.split())
 AUTO = ("n_epochs", "batch_size", "learning_rate_multiplier")
 
 
-def parse_training(fields: Fields, max_model_len: int, validation_file: bool) -> TrainingSpec:
-    """Optimisation settings with defaults resolved; those that `auto` names keep theirs for now.
+def parse_training(
+    fields: Fields, max_model_len: int, method: str, validation_file: bool
+) -> TrainingSpec:
+    """Settings of a job of this `method` with defaults resolved; those that `auto` names keep theirs for now.
 
     `validation_file` says whether the job has one.
     """
     fields.only(TRAINING_FIELDS, "training")
-    for name in ("beta", "label_smoothing", "kl_coef"):
-        if fields.number(name):
-            raise fields.fail(name, "is not supported.")
     schedule = fields.choice("lr_scheduler_type", tuple(SCHEDULES), DEFAULTS.lr_scheduler_type)
     rate = _learning_rate(fields)
     if schedule == "polynomial" and rate <= POLYNOMIAL_END:
@@ -59,8 +59,12 @@ def parse_training(fields: Fields, max_model_len: int, validation_file: bool) ->
         eval_steps=fields.integer("eval_steps", DEFAULTS.eval_steps, 0),
         early_stopping_patience=fields.integer("early_stopping_patience", 0, 0, 10**6),
         early_stopping_threshold=fields.number("early_stopping_threshold", 0.0, 0.0),
+        label_smoothing=_below_one(fields, "label_smoothing", DEFAULTS.label_smoothing),
+        beta=_above_zero(fields, "beta", DEFAULTS.beta),
+        kl_coef=fields.number("kl_coef", DEFAULTS.kl_coef, 0.0),
     )
-    _refuse_without_effect(fields, training, validation_file)
+    check_method(method, training)
+    _refuse_without_effect(fields, training, method, validation_file)
     return training
 
 
@@ -75,11 +79,15 @@ def parse_auto(fields: Fields) -> tuple[str, ...]:
     return tuple(name for name in AUTO if name in names)
 
 
-def _refuse_without_effect(fields: Fields, training: TrainingSpec, validation_file: bool) -> None:
+def _refuse_without_effect(
+    fields: Fields, training: TrainingSpec, method: str, validation_file: bool
+) -> None:
     """What is said of something that the job won't have."""
     idle: dict[str, str] = {}
     for name in _ADAM if training.optimizer == "sgd" else _SGD:
         idle[name] = f"says nothing of the optimizer {training.optimizer}; leave it out."
+    if method != "dpo":
+        idle["beta"] = f"belongs to the method dpo, not to {method}; leave it out."
     if validation_file:
         idle["validation_split"] = "says nothing where there is a validation_file; leave one out."
     elif not training.validation_split:
