@@ -211,6 +211,8 @@ def test_init_from_takes_the_shape(server: ServerThread, http: httpx.Client) -> 
     assert other.status_code == 400 and other.json()["error"]["param"] == "lora.r"
     same = http.post("/v1/fine_tuning/jobs", json={**body, "lora": {"r": 4, "target_modules": "all-linear"}})
     assert same.json()["peft"]["lora_alpha"] == 8
+    louder = http.post("/v1/fine_tuning/jobs", json={**body, "lora": {"lora_alpha": 16}})
+    assert louder.json()["peft"]["lora_alpha"] == 16 and louder.json()["peft"]["r"] == 4
 
 
 def test_lists_page_and_filter(server: ServerThread) -> None:

@@ -18,11 +18,9 @@ _WORDS = (
     "layers_to_transform peft_type freeze_a exclude_modules "
 )
 LORA_FIELDS = frozenset(_WORDS.split())
-# What an adapter's shape is: whoever goes on with an adapter keeps these.
-_SHAPE = (
-    "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora",
-    "layers_to_transform",
-)  # fmt: skip
+# What an adapter to go on with gives where nothing else is said: what has to stay, and its scale.
+_KEPT = ("r", "target_modules", "exclude_modules", "rank_pattern", "layers_to_transform")
+_SHAPE = (*_KEPT, "lora_alpha", "alpha_pattern", "use_rslora")
 _INIT = {None: "default", True: "default", "": "default", "true": "default", "default": "default"}
 
 
@@ -31,8 +29,8 @@ def parse_lora(
 ) -> LoraSpec:
     """The adapter's settings, checked against the model.
 
-    With the `shape` of an adapter to go on with, what is absent is that adapter's, and what is there has to
-    agree with it.
+    With the `shape` of an adapter to go on with, what is absent is that adapter's. Modules and ranks have to
+    agree with it; another scale is reached by rescaling its B.
     """
     fields.only(LORA_FIELDS, "lora")
     if shape is not None:
@@ -62,7 +60,7 @@ def parse_lora(
     )
     resolve_lora(spec, model)
     if shape is not None:
-        for name in _SHAPE:
+        for name in _KEPT:
             if getattr(spec, name) != getattr(shape, name):
                 kept = shown(getattr(shape, name))
                 raise fields.fail(
