@@ -13,6 +13,7 @@ from coserve.kernels.lora import LoraSegments
 from coserve.layers.batch import LoraBatch
 from coserve.lora.adapter import load_adapter
 from coserve.lora.adapter_pool import AdapterPool
+from coserve.lora.peft_files import write_adapter
 from coserve.models.decoder import Decoder
 from coserve.models.loader import load_model
 from coserve.training.job import LoraSpec
@@ -67,7 +68,7 @@ def test_exports_are_loaded_by_peft(kind: str, tmp_path: Path) -> None:
     decoder = load_model(save_reference(reference, tmp_path / "base"), "cpu", torch.float32)
     adapter = TrainableAdapter(LoraSpec(r=6), decoder.config, seed=2)
     fill_b(adapter, 0.1)
-    adapter.export(tmp_path / "adapter")
+    write_adapter(tmp_path / "adapter", adapter.tensors(), adapter.config)
     model = PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
     torch.testing.assert_close(served(decoder, tmp_path / "adapter"), expected(model), rtol=0, atol=1e-4)
 
