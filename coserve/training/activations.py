@@ -18,6 +18,18 @@ from coserve.layers.activations import BlockShape, Buffer, LayerActivations
 ALIGNMENT = 64  # bytes
 
 
+class KeysOnly:
+    """The saver of a pass that only scores: its windows need one another's keys and values, nothing more."""
+
+    def __init__(self, activations: MicrobatchActivations) -> None:
+        self._activations = activations
+
+    def layer(self, layer: int) -> LayerActivations:
+        """Keys and values of one layer, in the microbatch's own buffers."""
+        whole = self._activations.layer(layer)
+        return LayerActivations(k_TND=whole.k_TND, v_TND=whole.v_TND)
+
+
 class MicrobatchActivations:
     """Buffers of all layers for T tokens, the last layer's output, and the backward's own workspaces.
 

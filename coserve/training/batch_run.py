@@ -42,7 +42,7 @@ class Trainee:
 class BatchRun:
     """`samples` holds each microbatch's. `sequences` and `microbatches` go by f"{name}/{index}".
 
-    `policy` is the adapter whose objective is taken (None: the base), `reference` the one that an objective
+    `adapter` is the one whose objective is taken (None: the base), `reference` the one that an objective
     with `needs_reference` compares it to (None: the base); `rows` are theirs in the `pool`. `dropout` holds
     each microbatch's and acts in the passes that train. Raises FailedPrecondition when a microbatch needs
     more of the pool `kv` than there is even where every layer keeps the least, and ValueError when one has
@@ -57,7 +57,7 @@ class BatchRun:
         *,
         name: str,
         job_id: str,
-        policy: str | None,
+        adapter: str | None,
         reference: str | None = None,
         pool: LoraPool,
         rows: Mapping[str, Sequence[int]],
@@ -82,7 +82,7 @@ class BatchRun:
                 job_id,
                 index,
                 microbatch.num_tokens,
-                self._passes(microbatch, policy, reference),
+                self._passes(microbatch, adapter, reference),
                 level_slabs=tuple(kv.slabs_for(size) for size in sizes),
                 head_slabs=MicrobatchActivations.head_bytes(*self._shape(microbatch)) // kv.slab_bytes,
                 window_tokens=window_tokens,
@@ -99,12 +99,12 @@ class BatchRun:
         self.count = sum(objective.count(microbatch) for microbatch in self.microbatches.values())
 
     def _passes(
-        self, microbatch: Microbatch, policy: str | None, reference: str | None
+        self, microbatch: Microbatch, adapter: str | None, reference: str | None
     ) -> tuple[TrainingPass, ...]:
         scores = score_units(microbatch, self._objective)
         first = (TrainingPass(reference, scores),) if self._objective.needs_reference else ()
         if self._trainee is None:
-            return (*first, TrainingPass(policy, scores))
+            return (*first, TrainingPass(adapter, scores))
         units = backward_units(
             microbatch,
             self._objective,
@@ -112,7 +112,7 @@ class BatchRun:
             self._lowest_layer,
             self._window_tokens,
         )
-        return (*first, TrainingPass(policy, units, trains=True))
+        return (*first, TrainingPass(adapter, units, trains=True))
 
     @property
     def done(self) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from coserve.errors import FailedPrecondition
 from coserve.training.job import TrainingSpec
 
@@ -53,11 +51,11 @@ def settings_warnings(spec: TrainingSpec) -> list[str]:
 class LossWatch:
     """Looks out for a loss that is finite and yet absurd: worse than guessing, and twice the first step's.
 
-    `vocab_size` says what guessing costs: ln V a token.
+    `guess` is what guessing costs (`Objective.guess`): ln V a token, ln 2 a pair.
     """
 
-    def __init__(self, vocab_size: int) -> None:
-        self._guess = math.log(vocab_size)
+    def __init__(self, guess: float) -> None:
+        self._guess = guess
         self._first: float | None = None
         self._exploded = False
 
@@ -69,6 +67,6 @@ class LossWatch:
         if not self._exploded or before:
             return None
         return (
-            f"Step {step}: the loss is {loss:.4g}, it began with {self._first:.4g} and guessing a token "
+            f"Step {step}: the loss is {loss:.4g}, it began with {self._first:.4g} and guessing "
             f"costs {self._guess:.4g}; the learning rate may be too high."
         )

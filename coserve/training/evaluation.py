@@ -81,7 +81,7 @@ class Evaluation:
             [[self._dataset[i] for i in examples] for examples in batch.microbatches],
             name=f"{self._spec.job_id}/{step}/validation/{self._taken}",
             job_id=self._spec.job_id,
-            policy=self._spec.job_id,
+            adapter=self._spec.job_id,
             reference=reference,
             pool=pool,
             rows=rows,

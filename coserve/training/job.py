@@ -82,7 +82,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepMetrics(msgspec.Struct, frozen=True, kw_only=True):
-    """One optimizer step: `loss` is the mean over the step's trained tokens, `grad_norm` before clipping.
+    """One optimizer step: `loss` is the mean over the step's trained tokens (dpo: pairs), `grad_norm` before
+    clipping.
 
     Everything but `tokens_per_second` and `share` (of the engine's time, 0-1) is replayed to the same bits.
     """
@@ -95,7 +96,7 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True):
     grad_norm: float
     trained_tokens: int  # that carried loss, in this step
     tokens: int  # all tokens of the step's examples
-    accuracy: float | None = None  # share of the trained tokens that greedy decoding would have chosen
+    accuracy: float | None = None  # right trained tokens (or pairs) by their number
     valid_loss: float | None = None  # of the whole validation set, where it was evaluated after this step
     valid_accuracy: float | None = None
     tokens_per_second: float = 0.0

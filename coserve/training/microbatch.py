@@ -11,7 +11,7 @@ import torch
 from coserve.kernels.cross_entropy import IGNORED
 from coserve.kernels.dropout import Dropout, row_keys
 from coserve.layers.batch import TrainingWindow
-from coserve.training.activations import MicrobatchActivations
+from coserve.training.activations import KeysOnly, MicrobatchActivations
 
 Integers = Sequence[int] | np.ndarray
 Sample = tuple[Integers, Integers] | tuple[Integers, Integers, Sequence[float] | np.ndarray]
@@ -98,11 +98,14 @@ class Microbatch:
             raise ValueError("the microbatch has no memory for its activations")
         return self.activations
 
-    def window(self, row_start: int, start: int, length: int) -> TrainingWindow:
-        """Tokens [start, start + length) as rows of a forward batch, from row `row_start` on."""
-        starts_W = self.sample_start_T[start : start + length]
+    def window(self, row_start: int, start: int, length: int, *, trains: bool = True) -> TrainingWindow:
+        """Tokens [start, start + length) as rows of a forward batch, from row `row_start` on. In a pass that
+        doesn't train nothing is kept for a backward and nothing is dropped."""
+        saved, starts_W = self.saved, self.sample_start_T[start : start + length]
+        if not trains:
+            return TrainingWindow(row_start, length, start, starts_W, KeysOnly(saved), saved.x_out_TH)
         dropout = self.dropout(start, length)
-        return TrainingWindow(row_start, length, start, starts_W, self.saved, self.saved.x_out_TH, dropout)
+        return TrainingWindow(row_start, length, start, starts_W, saved, saved.x_out_TH, dropout)
 
     def dropout(self, start: int, length: int) -> Dropout | None:
         """Keys and rate of tokens [start, start + length); None where nothing is dropped."""

@@ -70,6 +70,10 @@ class Objective(ABC):
         """Of a microbatch whose tokens are all scored, exactly rounded so that no order matters. `correct`
         counts the tokens that greedy decoding would have chosen, or the pairs with a positive margin."""
 
+    def guess(self, vocab_size: int) -> float:
+        """The loss of a model that knows nothing; a good deal more than that is absurd."""
+        return math.log(vocab_size)
+
     def chunks(self, microbatch: Microbatch) -> tuple[Chunk, ...]:
         """The units of the head, at most `CHUNK` trained tokens each, in order."""
         return split(0, microbatch.num_trained)
@@ -103,6 +107,10 @@ class DynamicFineTuning(Objective):
     def count(self, microbatch: Microbatch) -> int:
         return microbatch.num_trained
 
+    def guess(self, vocab_size: int) -> float:
+        """The most that a token can cost: -p log p at p = 1/e."""
+        return 1.0 / math.e
+
     def weights(self, microbatch: Microbatch, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weight_C = microbatch.weights_T[rows] * microbatch.logprobs_T[rows].exp()
         return weight_C, torch.zeros_like(weight_C)
@@ -126,6 +134,10 @@ class WithKL(Objective):
 
     def count(self, microbatch: Microbatch) -> int:
         return self.inner.count(microbatch)
+
+    def guess(self, vocab_size: int) -> float:
+        """That of `inner`."""
+        return self.inner.guess(vocab_size)
 
     def weights(self, microbatch: Microbatch, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weight_C, uniform_C = self.inner.weights(microbatch, rows)
@@ -155,6 +167,10 @@ class DirectPreference(Objective):
 
     def count(self, microbatch: Microbatch) -> int:
         return len(microbatch.trained_starts) // 2
+
+    def guess(self, vocab_size: int) -> float:
+        """ln 2: neither answer is preferred."""
+        return math.log(2.0)
 
     def chunks(self, microbatch: Microbatch) -> tuple[Chunk, ...]:
         bounds = microbatch.trained_starts[::2].tolist()

@@ -72,7 +72,7 @@ class RunningJob:
             device=decoder.device,
         )
         self._optimizer = make_optimizer(self._adapter, spec.training)
-        self._watch = LossWatch(decoder.config.vocab_size)
+        self._watch = LossWatch(self._objective.guess(decoder.config.vocab_size))
         self.step = 0
         self.last_loss = math.nan
         self._saved_step = 0
@@ -224,7 +224,7 @@ class RunningJob:
             [[self._dataset[i] for i in examples] for examples in microbatches],
             name=f"{self.spec.job_id}/{self.step + 1}",
             job_id=self.spec.job_id,
-            policy=self.spec.job_id,
+            adapter=self.spec.job_id,
             reference=self.reference_key(self.spec),
             pool=self._pool,
             rows=self._rows_by_key,

@@ -28,8 +28,9 @@ class WindowSource(Protocol):
         """The activations."""
         ...
 
-    def window(self, row_start: int, start: int, length: int) -> TrainingWindow:
-        """Tokens [start, start + length) as rows of a batch from `row_start` on."""
+    def window(self, row_start: int, start: int, length: int, *, trains: bool = True) -> TrainingWindow:
+        """Tokens [start, start + length) as rows of a batch from `row_start` on, in a pass that trains or one
+        that only scores."""
         ...
 
 
@@ -63,15 +64,11 @@ def build_forward_batch(
     windows = []
     for span in plan.training_forward:
         microbatch = microbatches[span.sequence.sequence_id]
-        windows.append(microbatch.window(row, span.start, span.length))
+        windows.append(microbatch.window(row, span.start, span.length, trains=span.sequence.trains))
         ids_T.append(microbatch.token_ids_T[span.start : span.start + span.length])
         positions_T.append(microbatch.positions_T[span.start : span.start + span.length])
         row += span.length
-    # A pass that only scores sees the whole of its inputs, whatever its microbatch drops in training.
-    dropped = [
-        window.dropout if span.sequence.trains else None
-        for window, span in zip(windows, plan.training_forward, strict=True)
-    ]
+    dropped = [window.dropout for window in windows]
     lora = _lora_batch(plan.inference, plan.training_forward, dropped, pool, slots, device)
     return ForwardBatch(torch.cat(ids_T), torch.cat(positions_T), inference, windows, lora)
 

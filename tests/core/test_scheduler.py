@@ -218,17 +218,21 @@ def test_a_microbatch_is_scored_by_the_reference_before_it_trains() -> None:
     sim = Simulation(max_tokens=64)
     sequences = sim.job("job", [130, 64, 200], reference=True)
     adapters: dict[int, list[str | None]] = {}
+    units: list[tuple[bool, int]] = []
     seen = 0
     while not all(s.done for s in sequences):
-        before = {s.index: s.adapter for s in sequences}
+        before, trains = {s.index: s.adapter for s in sequences}, {s.index: s.trains for s in sequences}
         plan = sim.step()
+        units += [(trains[s.sequence.index], s.sequence.index) for s in plan.training_backward]
         for span in plan.training_forward:
             adapters.setdefault(span.sequence.index, []).append(before[span.sequence.index])
             seen += span.length
     assert seen == 2 * (130 + 64 + 200)
     assert [sorted(set(a), key=a.index) for _, a in sorted(adapters.items())] == [[None, "job"]] * 3
-    begun = [s.sequence.index for p in sim.plans for s in p.training_backward if s.start == 0]
-    assert sorted(begun) == [0, 0, 1, 1, 2, 2] and sim.pool.num_extent_slabs == 0
+    backward = [index for training, index in units if training]
+    assert backward == sorted(backward) and set(backward) == {0, 1, 2}, "gradients in index order"
+    assert units.index((False, 1)) < len(units) - units[::-1].index((True, 0)), "scores are taken ahead"
+    assert sim.pool.num_extent_slabs == 0
 
 
 def test_a_pass_whose_memory_is_taken_starts_over_and_earlier_scores_stay() -> None:

@@ -152,7 +152,7 @@ def drive(
                 segments = LoraSegments(*(torch.tensor(v, dtype=torch.int32) for v in values))
                 lora = LoraBatch(segments, pool.ranks(rows[key])[..., None].contiguous(), pool)
             assert not (lora and microbatch.dropout_keys_T is not None), "this driver knows no dropout"
-            window = microbatch.window(0, start, length)
+            window = microbatch.window(0, start, length, trains=sequence.trains)
             ids_T, positions_T = microbatch.token_ids_T[span], microbatch.positions_T[span]
             decoder.forward(ForwardBatch(ids_T, positions_T, None, [window], lora))
             sequence.cursor += length

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from coserve.core.training_sequence import TrainingSequence
 from coserve.errors import FailedPrecondition
 from coserve.kernels.dispatch import native
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.models.loader import load_model
 from coserve.training.batch_run import BatchRun, Trainee
 from coserve.training.job import LoraSpec
-from coserve.training.objectives import CrossEntropy, LossSums
+from coserve.training.objectives import CrossEntropy, LossSums, WithKL
 from coserve.training.trainable_adapter import TrainableAdapter
 from coserve.worker.kv_tensors import KVTensors
 from tests.parity.harness import make_reference, save_reference
@@ -34,7 +35,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untype
     return reference, decoder, adapter, pool, KVTensors(decoder.config, 1000, 4, torch.float32)
 
 
-def score(setting, samples, *, policy: str | None = "job", window: int = 64, **more) -> BatchRun:  # type: ignore[no-untyped-def]
+def score(setting, samples, *, key: str | None = "job", window: int = 64, **more) -> BatchRun:  # type: ignore[no-untyped-def]
     _, decoder, _, pool, kv = setting
     run = BatchRun(
         decoder,
@@ -42,15 +43,15 @@ def score(setting, samples, *, policy: str | None = "job", window: int = 64, **m
         samples,
         name="e",
         job_id="job",
-        policy=policy,
+        adapter=key,
         **{"kv": kv, "pool": pool, "rows": ROWS, **more},
     )
     drive(run, decoder, pool, ROWS, kv, window)
     return run
 
 
-@pytest.mark.parametrize("policy", ["job", None])
-def test_scores_are_those_of_transformers(setting, policy: str | None) -> None:
+@pytest.mark.parametrize("key", ["job", None])
+def test_scores_are_those_of_transformers(setting, key: str | None) -> None:
     reference, _, adapter, _, _ = setting
     model = make_peft(reference, adapter, torch.float64, torch.float64).eval()
     samples = make_samples((70, 21, 2, 300), 97)
@@ -58,7 +59,7 @@ def test_scores_are_those_of_transformers(setting, policy: str | None) -> None:
     loss, right, trained = 0.0, 0, 0
     for ids, labels in samples:
         with torch.no_grad():
-            if policy is None:
+            if key is None:
                 with model.disable_adapter():
                     logits = model(torch.tensor([ids])).logits[0, :-1]
             else:
@@ -68,7 +69,7 @@ def test_scores_are_those_of_transformers(setting, policy: str | None) -> None:
         loss += float(torch.nn.functional.cross_entropy(logits[kept], targets[kept], reduction="sum"))
         right += int((logits.argmax(-1) == targets)[kept].sum())
         trained += int(kept.sum())
-    run = score(setting, [samples[:2], samples[2:]], policy=policy)
+    run = score(setting, [samples[:2], samples[2:]], key=key)
     sums = LossSums.total(run.sums())
     assert run.done and sums.count == trained == run.count
     assert sums.loss == pytest.approx(loss, rel=1e-6)
@@ -97,6 +98,28 @@ def test_scoring_takes_less_memory_than_training_and_gives_it_back(setting) -> N
     assert all(m.activations is None for run in (scored, trained) for m in run.microbatches.values())
 
 
+def test_a_scoring_pass_keeps_nothing_for_a_backward(setting) -> None:
+    """The reference goes through a training sequence's memory: keys, values, the output and no more."""
+    _, decoder, adapter, pool, kv = setting
+    trainee, objective = Trainee(adapter, pool, ROWS["job"]), WithKL(CrossEntropy(), 0.1)
+    samples, changed = [make_samples((90, 71), 97)], []
+
+    def look(run: BatchRun, sequence: TrainingSequence) -> None:
+        if sequence.pass_index == 0 and sequence.forward_done:
+            saved = run.microbatches[sequence.sequence_id].saved
+            kept = saved.layer(0)
+            buffers = kept.k_TND, kept.v_TND, saved.x_out_TH, kept.x_in_TH, kept.q_TND, kept.gate_up_T2I
+            changed.append([not bool(buffer.isnan().all()) for buffer in buffers])
+
+    run = BatchRun(
+        decoder, objective, samples, name="e", job_id="job", adapter="job", pool=pool, rows=ROWS,
+        trainee=trainee, kv=kv,
+    )  # fmt: skip
+    adapter.zero_gradients()
+    drive(run, decoder, pool, ROWS, kv, 64, look)
+    assert changed == [[True, True, True, False, False, False]]
+
+
 def test_what_never_fits_is_refused_with_the_way_out(setting) -> None:
     with pytest.raises(FailedPrecondition, match="--kv-cache-memory-bytes"):
         small = KVTensors(setting[1].config, 1, 4, torch.float32)
@@ -112,7 +135,7 @@ def test_a_pass_that_starts_over_gives_the_same(setting) -> None:
     _, decoder, _, pool, kv = setting
     samples = [make_samples((300, 300), 97)]
     run = BatchRun(
-        decoder, CrossEntropy(), samples, name="e", job_id="job", policy="job", pool=pool, rows=ROWS, kv=kv
+        decoder, CrossEntropy(), samples, name="e", job_id="job", adapter="job", pool=pool, rows=ROWS, kv=kv
     )
     (sequence,) = run.sequences
     extent = torch.zeros(sequence.slabs * kv.slab_bytes, dtype=torch.uint8)

@@ -32,7 +32,7 @@ def test_usual_settings_are_not(settings: dict[str, object]) -> None:
 
 
 def test_an_exploding_loss_is_told_once_each_time() -> None:
-    watch = LossWatch(vocab_size=1000)  # guessing costs 6.9
+    watch = LossWatch(6.9)
     losses = [2.0, 5.0, 7.5, 30.0, 3.0, 8.0]
     said = [watch.warning(step, loss) for step, loss in enumerate(losses, 1)]
     assert [text is not None for text in said] == [False, False, True, False, False, True]
@@ -40,6 +40,6 @@ def test_an_exploding_loss_is_told_once_each_time() -> None:
 
 
 def test_a_start_worse_than_guessing_is_no_explosion() -> None:
-    watch = LossWatch(vocab_size=10)
+    watch = LossWatch(2.3)
     assert [watch.warning(step, loss) for step, loss in enumerate([5.0, 6.0, 9.0], 1)] == [None] * 3
     assert watch.warning(4, 11.0) is not None

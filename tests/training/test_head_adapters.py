@@ -98,20 +98,20 @@ def test_scores_include_the_head_of_their_adapter_and_no_dropout(tmp_path: Path)
     adapter.place(pool, rows["job"])
     samples = make_samples((70, 90), 97)
     losses = {}
-    for policy in ("job", None):
+    for key in ("job", None):
         run = BatchRun(
             decoder,
             CrossEntropy(),
             [samples],
             name="e",
             job_id="job",
-            policy=policy,
+            adapter=key,
             pool=pool,
             rows=rows,
             kv=kv,
         )
         drive(run, decoder, pool, rows, kv)
-        losses[policy] = run.sums()[0].loss / run.count
+        losses[key] = run.sums()[0].loss / run.count
     assert losses["job"] == pytest.approx(trainer.gradients(samples), rel=1e-6)
     assert losses[None] != pytest.approx(losses["job"], rel=1e-3)
     with pytest.raises(KeyError):
@@ -121,7 +121,7 @@ def test_scores_include_the_head_of_their_adapter_and_no_dropout(tmp_path: Path)
             [samples],
             name="e",
             job_id="job",
-            policy="gone",
+            adapter="gone",
             pool=pool,
             rows=rows,
             kv=kv,

@@ -63,7 +63,7 @@ class Setting:
         """Gradients and sums of the whole batch."""
         self.adapter.zero_gradients()
         run = BatchRun(
-            self.decoder, objective, microbatches, name="s", job_id="job", policy="job", reference=start,
+            self.decoder, objective, microbatches, name="s", job_id="job", adapter="job", reference=start,
             pool=self.pool, rows=ROWS, trainee=Trainee(self.adapter, self.pool, ROWS["job"]), kv=self.kv,
         )  # fmt: skip
         drive(run, self.decoder, self.pool, ROWS, self.kv, window, before)
