@@ -47,12 +47,15 @@ ACTIONS = st.tuples(st.sampled_from(["load", "read", "done", "unload"]), st.inte
 
 @given(st.lists(ACTIONS, max_size=60))
 def test_no_row_has_two_owners(actions: list[tuple[str, int]]) -> None:
-    slots = AdapterSlots(max_rows=20, max_adapters=3)
+    """And whoever listens hears of every row that its owner leaves."""
+    owned: set[int] = set()
+    slots = AdapterSlots(max_rows=20, max_adapters=3, on_free=owned.difference_update)
     readers: dict[str, int] = {}
     for action, number in actions:
         key = f"a{number}"
         if action == "load" and key not in slots:
-            slots.allocate(key, 2 * number + 1)
+            got = slots.allocate(key, 2 * number + 1)
+            owned.update(got[0].rows if got else ())
         elif action == "read" and key in slots:
             slots.acquire(key)
             readers[key] = readers.get(key, 0) + 1
@@ -63,4 +66,5 @@ def test_no_row_has_two_owners(actions: list[tuple[str, int]]) -> None:
             slots.unload(key)
         rows = [row for held in slots.keys for row in slots.rows(held)]
         assert len(rows) == len(set(rows)) == slots.rows_in_use
+        assert owned == set(rows)
         assert all(held in slots for held, count in readers.items() if count)

@@ -64,8 +64,22 @@ def test_what_peft_saves_is_what_we_load(save_adapter, base_dir, config, dtype):
         {"target_modules": r"model\.layers\.[12]\.mlp\.(up|down)_proj"},
         {"target_modules": ["mlp.up_proj", "o_proj"], "exclude_modules": ["model.layers.0.mlp.up_proj"]},
         {"lora_alpha": 5, "r": 3, "rank_pattern": {r"model.layers.\d+.mlp.*": 1}},
+        {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [1], "rank_pattern": {"lm_head": 7}},
+        {"target_modules": r".*(q_proj|head)", "use_rslora": True},
+        {"target_modules": ["model.layers.0.self_attn.q_proj", "up_proj"], "layers_to_transform": [1]},
     ],
-    ids=["rslora", "patterns", "some-layers", "all-linear", "regex", "excluded", "regex-pattern"],
+    ids=[
+        "rslora",
+        "patterns",
+        "some-layers",
+        "all-linear",
+        "regex",
+        "excluded",
+        "regex-pattern",
+        "head",
+        "head-regex",
+        "path",
+    ],
 )
 def test_scales_and_ranks_are_those_of_peft(save_adapter, base_dir, config, settings):
     """diffusers#14409, axolotl#3673: one alpha / r for modules of mixed ranks."""
