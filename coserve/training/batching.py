@@ -163,7 +163,7 @@ class BatchPlan:
     def _make_packs(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """(examples in the order of the packs, where each pack begins)."""
         if self._group > 1:
-            raise InvalidRequest("preference data isn't packed; leave packing out", param="training.packing")
+            raise InvalidRequest("preferences aren't packed; leave packing out", param="training.packing")
         if limit <= 0:
             raise InvalidRequest("packing needs a max_length", param="training.max_length")
         members = np.arange(len(self._lengths))

@@ -31,6 +31,8 @@ def check_method(method: str, training: TrainingSpec) -> None:
         raise InvalidRequest(
             "dpo is held to its reference by beta; leave kl_coef out", param="training.kl_coef"
         )
+    if training.packing and method == "dpo":
+        raise InvalidRequest("preferences aren't packed; leave packing out", param="training.packing")
     if method == "dpo" and training.beta <= 0.0:
         raise InvalidRequest(f"beta must be above 0, not {training.beta}", param="training.beta")
 

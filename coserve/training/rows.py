@@ -32,6 +32,7 @@ from coserve.training.chat_rows import (
     read_turns,
 )
 from coserve.training.dataset import NOT_TRAINED
+from coserve.training.methods import METHODS
 
 __all__ = ["BadRow", "ChatRow", "CompletionRow", "Kind", "PreferenceRow", "Row", "TokenRow", "check_row"]
 
@@ -84,14 +85,13 @@ _FIELDS = {
     Kind.COMPLETION: ("completion", "prompt"),
 }
 _SINGLE = (Kind.CHAT, Kind.COMPLETION, Kind.TEXT, Kind.TOKENS)
-_KINDS_OF_METHOD = {"supervised": _SINGLE, "dft": _SINGLE, "dpo": (Kind.PREFERENCE,)}
 
 
 def kinds_of(method: str) -> tuple[Kind, ...]:
     """The kinds of rows that a method learns from; InvalidRequest for an unknown method."""
-    if method not in _KINDS_OF_METHOD:
-        raise InvalidRequest(f"method must be one of {', '.join(_KINDS_OF_METHOD)}.", param="method")
-    return _KINDS_OF_METHOD[method]
+    if method not in METHODS:
+        raise InvalidRequest(f"method must be one of {', '.join(METHODS)}.", param="method")
+    return (Kind.PREFERENCE,) if method == "dpo" else _SINGLE
 
 
 def kind_of(value: Any) -> Kind:

@@ -23,6 +23,7 @@ REFUSED = [
     ({"method": {"type": "supervised", "supervised": {"hyperparameters": {"beta": 1}}}}, "beta", 400),
     ({"training": {"beta": 0.2}}, "training.beta", 400),
     ({"method": "dft", "training": {"label_smoothing": 0.1}}, "training.label_smoothing", 400),
+    ({"method": "dpo", "training": {"packing": True}}, "training.packing", 400),
     ({"method": "dpo", "training": {"kl_coef": 0.1}}, "training.kl_coef", 400),
     ({"training": {"label_smoothing": 1}}, "training.label_smoothing", 400),
     (
