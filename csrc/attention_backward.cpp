@@ -22,6 +22,12 @@ struct Backward {
   float* dq_parts;  // [chunk, W, N, Dp]
 };
 
+}  // namespace COSERVE_ISA
+}  // namespace coserve
+#include "attention_backward_bf16.h"
+namespace coserve {
+namespace COSERVE_ISA {
+
 // One task's scratch; per head of the group 64 rows.
 struct Work {
   float *q, *dout, *dq;                       // [group, 64, Dp]
@@ -50,7 +56,7 @@ static Work make_work(const Backward& b) {
 
 // Rows [begin, end) of the window: queries, output gradients and delta = dout . o for all heads of the group.
 template <class T>
-static void load_queries(const Backward& b, const Work& w, int64_t kv_head, int64_t begin, int64_t end) {
+static void load_queries(const T*, const Backward& b, const Work& w, int64_t kv_head, int64_t begin, int64_t end) {
   for (int64_t g = 0; g < b.group; g++) {
     int64_t head = kv_head * b.group + g, rows = end - begin, base = g * KEY_BLOCK;
     auto at = [&](const void* p, int64_t stride, int64_t r) {
@@ -108,7 +114,7 @@ static void add_key_gradient(const Backward& b, const Work& w, const float* left
 }
 
 template <class T>
-static void key_block(const Backward& b, const Work& w, int64_t kv_head, int64_t begin, int64_t rows,
+static void key_block(const T*, const Backward& b, const Work& w, int64_t kv_head, int64_t begin, int64_t rows,
                       int64_t block) {
   int64_t key = block * KEY_BLOCK, count = smaller(KEY_BLOCK, b.window_start + begin + rows - key);
   auto at_key = [&](int64_t j) { return (const T*)b.k + (key + j) * b.k_stride + kv_head * b.D; };
@@ -148,9 +154,17 @@ static Span tile_span(const Backward& b, int64_t tile) {
   return s;
 }
 
-template <class T>
-static void chunk_task(const Backward& b, int64_t kv_head, int64_t chunk, int64_t first_chunk) {
-  Work w = make_work(b);
+static void clear_dq(const Backward& b, const Work& w) {
+  memset(w.dq, 0, b.group * KEY_BLOCK * b.Dp * sizeof(float));
+}
+
+static void copy_dq(const Backward& b, const Work& w, int64_t g, int64_t rows, float* out, int64_t stride) {
+  for (int64_t r = 0; r < rows; r++)
+    memcpy(out + r * stride, w.dq + (g * KEY_BLOCK + r) * b.Dp, b.Dp * sizeof(float));
+}
+
+template <class T, class W>
+static void chunk_tiles(const Backward& b, const W& w, int64_t kv_head, int64_t chunk, int64_t first_chunk) {
   int64_t first_tile = b.window_start / KEY_BLOCK, last_tile = (b.window_start + b.W - 1) / KEY_BLOCK;
   for (int64_t tile = last_tile; tile >= first_tile; tile--) {
     Span s = tile_span(b, tile);
@@ -158,15 +172,23 @@ static void chunk_task(const Backward& b, int64_t kv_head, int64_t chunk, int64_
     int64_t to = smaller(s.last_block, (chunk + 1) * CHUNK_BLOCKS - 1);
     if (from > to) continue;
     int64_t rows = s.end - s.begin;
-    load_queries<T>(b, w, kv_head, s.begin, s.end);
-    memset(w.dq, 0, b.group * KEY_BLOCK * b.Dp * sizeof(float));
-    for (int64_t block = from; block <= to; block++) key_block<T>(b, w, kv_head, s.begin, rows, block);
-    for (int64_t g = 0; g < b.group; g++)
-      for (int64_t r = 0; r < rows; r++) {
-        int64_t row = ((chunk - first_chunk) * b.W + s.begin + r) * b.N + kv_head * b.group + g;
-        memcpy(b.dq_parts + row * b.Dp, w.dq + (g * KEY_BLOCK + r) * b.Dp, b.Dp * sizeof(float));
-      }
+    load_queries((const T*)b.q, b, w, kv_head, s.begin, s.end);
+    clear_dq(b, w);
+    for (int64_t block = from; block <= to; block++) key_block((const T*)b.k, b, w, kv_head, s.begin, rows, block);
+    for (int64_t g = 0; g < b.group; g++) {
+      int64_t row = ((chunk - first_chunk) * b.W + s.begin) * b.N + kv_head * b.group + g;
+      copy_dq(b, w, g, rows, b.dq_parts + row * b.Dp, b.N * b.Dp);
+    }
   }
+}
+
+template <class T>
+static void chunk_task(const Backward& b, int64_t kv_head, int64_t chunk, int64_t first_chunk) {
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == sizeof(bf16))
+    if (b.D % VL == 0) return chunk_tiles<T>(b, make_pair_work(b), kv_head, chunk, first_chunk);
+#endif
+  chunk_tiles<T>(b, make_work(b), kv_head, chunk, first_chunk);
 }
 
 // dq of one tile: the parts of its chunks, added in ascending order.

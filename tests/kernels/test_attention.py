@@ -19,6 +19,9 @@ WINDOWS = [
 ]
 HEADS = [(1, 1, 16), (4, 2, 32), (7, 1, 64), (8, 1, 80), (6, 6, 128), (3, 3, 20), (2, 1, 5)]
 
+# Where weights and slopes are rounded to be factors; torch's own bf16 attention is 4e-3 to 6e-3 off.
+ROUNDED = 4e-3
+
 
 def paged_case(
     lengths: list[int],
@@ -133,7 +136,7 @@ def check_window(case: tuple, window_start: int, cap: float) -> None:
         dq = window_attention_backward(do, q, o, lse, k, v, starts, window_start, scale, dk, dv, cap)
         return o, lse, dq, dk, dv
 
-    check(run, q[window_start:], k, v, do[window_start:], bound=4e-6)
+    check(run, q[window_start:], k, v, do[window_start:], bound=4e-6, bf16_slack=ROUNDED)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
