@@ -9,6 +9,7 @@ import typer
 
 from coserve.cli.connection import DEFAULT_GRPC, ApiKey, CaCert, Grpc, channel, metadata
 from coserve.cli.failure import CommandFailed
+from coserve.cli.values import pairs
 
 app = typer.Typer(help="List, follow and steer fine-tuning jobs.", no_args_is_help=False)
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id (ftjob-...).")]
@@ -21,13 +22,22 @@ _TIMES = ("created_at", "started_at", "estimated_finish", "finished_at")
 
 
 @app.command("list")
-def list_jobs(grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_cert: CaCert = "") -> None:
-    """All jobs, the newest first."""
+def list_jobs(
+    limit: Annotated[int, typer.Option(min=1, help="Show at most so many.")] = 20,
+    tag: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only jobs with this metadata; repeatable.")
+    ] = None,
+    grpc_address: Grpc = DEFAULT_GRPC,
+    api_key: ApiKey = "",
+    ca_cert: CaCert = "",
+) -> None:
+    """Jobs, the newest first."""
+    wanted = dict(pairs(tag or (), "--tag"))
     from coserve.cli.stubs import fine_tuning
 
     with channel(grpc_address, ca_cert) as opened:
         pb, stub = fine_tuning(opened)
-        answer = stub.ListJobs(pb.ListJobsRequest(), metadata=metadata(api_key))
+        answer = stub.ListJobs(pb.ListJobsRequest(limit=limit, metadata=wanted), metadata=metadata(api_key))
     rows = [
         (job.id, job.status, job.adapter, _steps(job), _loss(job, "loss"), _loss(job, "valid_loss"),
          job.method, _time(job.created_at))
@@ -55,6 +65,23 @@ def get(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_
         print(f"{'metadata':17} {key}: {value}")
     if found.error.message:
         print(f"{'error':17} {found.error.message}")
+
+
+@app.command("checkpoints")
+def checkpoints(
+    job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_cert: CaCert = ""
+) -> None:
+    """The checkpoints of a job that are kept, the newest first."""
+    from coserve.cli.stubs import fine_tuning
+
+    with channel(grpc_address, ca_cert) as opened:
+        pb, stub = fine_tuning(opened)
+        answer = stub.ListCheckpoints(pb.ListCheckpointsRequest(job_id=job), metadata=metadata(api_key))
+    rows = [
+        (row.id, str(row.step), f"{row.train_loss:.4f}", _loss(row, "valid_loss"), _time(row.created_at))
+        for row in answer.checkpoints
+    ]
+    print_table(("CHECKPOINT", "STEP", "LOSS", "VALID", "CREATED"), rows)
 
 
 @app.command("watch")
@@ -144,8 +171,8 @@ def _plain(value: Any) -> str:
     """A setting on one line."""
     if isinstance(value, str | bool | int | float):
         return f"{value:g}" if isinstance(value, float) else str(value)
-    pairs = getattr(value, "items", None)
-    return ", ".join(f"{k}={v}" for k, v in pairs()) if pairs else ", ".join(map(str, value))
+    items = getattr(value, "items", None)
+    return ", ".join(f"{k}={v}" for k, v in items()) if items else ", ".join(map(str, value))
 
 
 def _time(seconds: float) -> str:

@@ -53,6 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tuned(server: Address, data: Path) -> Ran:
     flags = "--adapter mate --rank 4 --target-modules q_proj,v_proj --epochs 2 --batch-size 8 --seed 1"
+    flags += " --validation-split 0.25 --eval-steps 2 --tag team=red"
     return coserve(server, "finetune", str(data), *flags.split())
 
 
@@ -60,7 +61,8 @@ def test_finetune_follows_the_job_to_its_end(tuned: Ran) -> None:
     assert (tuned.code, tuned.err) == (0, "")
     steps = [line for line in tuned.out.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in steps] == ["1/4", "2/4", "3/4", "4/4"]
-    assert all(re.search(r" loss \d+\.\d{4} \d+ tok/s", line) for line in steps)
+    assert all(re.search(r" loss \d+\.\d{4}( valid \d+\.\d{4})? \d+ tok/s", line) for line in steps)
+    assert [" valid " in line for line in steps] == [False, True, True, True]
     assert [bool(re.search(r" eta \d+:\d\d$", line)) for line in steps] == [True, True, True, False]
     assert "model=mate" in tuned.out
 
@@ -68,12 +70,18 @@ def test_finetune_follows_the_job_to_its_end(tuned: Ran) -> None:
 def test_jobs_list_get_and_watch(server: Address, tuned: Ran) -> None:
     job = tuned.out.split()[1].rstrip(":")
     assert job.startswith("ftjob-")
-    listed = coserve(server, "jobs", "list").out.splitlines()
-    assert listed[1].split()[:4] == [job, "succeeded", "mate", "4/4"]
+    listed = coserve(server, "jobs", "list", "--tag", "team=red").out.splitlines()
+    assert len(listed) == 2 and listed[1].split()[:4] == [job, "succeeded", "mate", "4/4"]
+    assert all(re.fullmatch(r"\d+\.\d{4}", cell) for cell in listed[1].split()[4:6])
+    assert len(coserve(server, "jobs", "list", "--tag", "team=blue").out.splitlines()) == 1
     found = coserve(server, "jobs", "get", job)
     assert found.code == 0 and "fine_tuned_model  mate" in found.out
     assert "training          n_epochs: 2" in found.out
     assert "lora              target_modules: q_proj, v_proj" in found.out
+    assert "metadata          team: red" in found.out and "training          eval_steps: 2" in found.out
+    kept = [line.split() for line in coserve(server, "jobs", "checkpoints", job).out.splitlines()]
+    assert kept[0][:4] == ["CHECKPOINT", "STEP", "LOSS", "VALID"]
+    assert [row[1] for row in kept[1:]] == ["4", "2"]
     watched = coserve(server, "jobs", "watch", job)
     assert watched.code == 0
     assert [line for line in watched.out.splitlines() if line.startswith("step ")] == [

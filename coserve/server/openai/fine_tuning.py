@@ -13,6 +13,7 @@ from coserve.server.job_store import JobRecord
 from coserve.server.openai.job_bodies import checkpoint_body, event_body, job_body, plain_request
 from coserve.server.openai.paging import list_body, query_limit
 
+_ROOT = "/v1/fine_tuning/jobs"
 _MAX_PAGE = 10_000
 
 
@@ -40,6 +41,20 @@ async def _no_graders(request: Request) -> Response:
 
 def routes(context: Context) -> list[Route]:
     """This resource's routes."""
+    permissions = "/v1/fine_tuning/checkpoints/{name}/permissions"
+    graders = "/v1/fine_tuning/alpha/graders"
+    return [
+        *_job_routes(context),
+        *_log_routes(context),
+        Route("GET", permissions, _no_permissions, ADMIN),
+        Route("POST", permissions, _no_permissions, ADMIN),
+        Route("DELETE", permissions + "/{permission}", _no_permissions, ADMIN),
+        Route("POST", graders + "/run", _no_graders, TUNE),
+        Route("POST", graders + "/validate", _no_graders, TUNE),
+    ]
+
+
+def _job_routes(context: Context) -> list[Route]:
     jobs = context.jobs
 
     def body_of(job: JobRecord) -> dict[str, object]:
@@ -71,15 +86,28 @@ def routes(context: Context) -> list[Route]:
     async def resume(request: Request) -> Response:
         return json_response(body_of(await jobs.resume(request.path_params["id"])))
 
+    return [
+        Route("POST", _ROOT, create, TUNE),
+        Route("GET", _ROOT, list_jobs, TUNE),
+        Route("GET", _ROOT + "/{id}", get_job, TUNE),
+        Route("POST", _ROOT + "/{id}/cancel", cancel, TUNE),
+        Route("POST", _ROOT + "/{id}/pause", pause, TUNE),
+        Route("POST", _ROOT + "/{id}/resume", resume, TUNE),
+    ]
+
+
+def _log_routes(context: Context) -> list[Route]:
+    records = context.jobs.records
+
     async def events(request: Request) -> Response:
-        found = (await jobs.records.events(request.path_params["id"]))[::-1]
+        found = (await records.events(request.path_params["id"]))[::-1]
         limit = query_limit(request, 20, _MAX_PAGE)
         return json_response(list_body(request, found, lambda event: event.id, event_body, limit))
 
     async def checkpoints(request: Request) -> Response:
-        job = await jobs.records.get(request.path_params["id"])
-        found = await jobs.records.checkpoints(job.id)
-        steps = await jobs.records.metrics_of(found)
+        job = await records.get(request.path_params["id"])
+        found = await records.checkpoints(job.id)
+        steps = await records.metrics_of(found)
         limit = query_limit(request, 10, _MAX_PAGE)
         return json_response(
             list_body(
@@ -91,21 +119,7 @@ def routes(context: Context) -> list[Route]:
             )
         )
 
-    root = "/v1/fine_tuning/jobs"
-    permissions = "/v1/fine_tuning/checkpoints/{name}/permissions"
-    graders = "/v1/fine_tuning/alpha/graders"
     return [
-        Route("POST", root, create, TUNE),
-        Route("GET", root, list_jobs, TUNE),
-        Route("GET", root + "/{id}", get_job, TUNE),
-        Route("POST", root + "/{id}/cancel", cancel, TUNE),
-        Route("POST", root + "/{id}/pause", pause, TUNE),
-        Route("POST", root + "/{id}/resume", resume, TUNE),
-        Route("GET", root + "/{id}/events", events, TUNE),
-        Route("GET", root + "/{id}/checkpoints", checkpoints, TUNE),
-        Route("GET", permissions, _no_permissions, ADMIN),
-        Route("POST", permissions, _no_permissions, ADMIN),
-        Route("DELETE", permissions + "/{permission}", _no_permissions, ADMIN),
-        Route("POST", graders + "/run", _no_graders, TUNE),
-        Route("POST", graders + "/validate", _no_graders, TUNE),
+        Route("GET", _ROOT + "/{id}/events", events, TUNE),
+        Route("GET", _ROOT + "/{id}/checkpoints", checkpoints, TUNE),
     ]
