@@ -140,7 +140,8 @@ class DataFile:
         if self.kind is None:
             reason = ""
             if kind not in self._kinds:
-                reason = f"is a {kind} row; method {self._method} takes {', '.join(self._kinds)} rows"
+                hint = "; preferences are for the method dpo" if kind is Kind.PREFERENCE else ""
+                reason = f"is a {kind} row; method {self._method} takes {', '.join(self._kinds)} rows{hint}"
             elif self._like not in (None, kind):
                 reason = f"is a {kind} row; the training file has {self._like} rows"
             if reason:

@@ -138,9 +138,9 @@ def test_a_job_s_log_counts_what_became_of_its_rows(server: ServerThread) -> Non
     events = {event.message: event.level for event in client.fine_tuning.jobs.list_events(job.id)}
     (counts,) = [text for text in events if text.startswith("The training file has 21 examples of")]
     assert "of them trained; the longest has 40" in counts
-    (cut,) = [text for text in events if "were cut at the maximal length and lost" in text]
-    (dropped,) = [text for text in events if "were dropped: no trained token in them" in text]
-    assert cut.startswith("1 examples") and dropped.startswith("1 rows")
+    (cut,) = [text for text in events if "cut at the maximal length (training file" in text]
+    (dropped,) = [text for text in events if "dropped (training file): no trained token in them" in text]
+    assert cut.startswith("1 example was cut") and dropped.startswith("1 row was")
     assert events[counts] == "info" and events[cut] == events[dropped] == "warn"
 
 

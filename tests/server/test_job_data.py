@@ -47,8 +47,8 @@ def test_a_training_file_alone(file: Path, tmp_path: Path) -> None:
     (first, second) = prepared.remarks()
     assert first[0] == "info" and second[0] == "warn"
     assert f"10 examples of {counts.tokens} tokens, {counts.trained_tokens} of them trained" in first[1]
-    assert f"{counts.truncated} examples of the training file were cut" in second[1]
-    assert f"lost {counts.cut_tokens} tokens" in second[1] and counts.cut_tokens > 0
+    assert f"{counts.truncated} examples were cut at the maximal length" in second[1]
+    assert f"(training file, {counts.cut_tokens} tokens lost)" in second[1] and counts.cut_tokens > 0
 
 
 def test_drops_are_told_with_the_reason(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_drops_are_told_with_the_reason(tmp_path: Path) -> None:
     prepared = run(Sources(write(tmp_path / "t", chat("hello"), silent)), tmp_path / "job")
     assert (
         "warn",
-        "1 rows of the training file were dropped: no trained token in them",
+        "1 row was dropped (training file): no trained token in them",
     ) in prepared.remarks()
 
 

@@ -132,6 +132,7 @@ def test_methods_refuse_the_rows_of_others():
     assert (
         error[0] == 1 and "is a preference row; method supervised takes chat, prompt/completion" in error[2]
     )
+    assert error[2].endswith("preferences are for the method dpo")
     (error,) = errors_of(GOOD, method="dpo")
     assert "is a chat row; method dpo takes preference rows" in error[2]
 

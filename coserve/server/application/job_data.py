@@ -62,13 +62,14 @@ def _remarks(name: str, counts: Counts) -> Iterator[tuple[str, str]]:
         f"of them trained; the longest has {counts.longest}",
     )
     if counts.truncated:
+        what = "example was" if counts.truncated == 1 else "examples were"
         yield (
             "warn",
-            f"{counts.truncated} examples of the {name} file were cut at the maximal length and lost "
-            f"{counts.cut_tokens} tokens",
+            f"{counts.truncated} {what} cut at the maximal length "
+            f"({name} file, {counts.cut_tokens} tokens lost)",
         )
     for reason, rows in counts.dropped.items():
-        yield "warn", f"{rows} rows of the {name} file were dropped: {reason}"
+        yield "warn", f"{rows} {'row was' if rows == 1 else 'rows were'} dropped ({name} file): {reason}"
 
 
 class _Stopped(Exception):
