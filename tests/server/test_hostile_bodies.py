@@ -42,6 +42,11 @@ BODIES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"model": BASE, "training_file": "file-x"},
         sorted(REQUEST_FIELDS | {"hyperparameters", "integrations"}),
     ),
+    "/v1/uploads": (
+        {"bytes": 5, "filename": "a", "mime_type": "text/jsonl", "purpose": "fine-tune"},
+        ["bytes", "filename", "mime_type", "purpose", "expires_after"],
+    ),
+    "/v1/uploads/upload_none/complete": ({"part_ids": ["part_1"]}, ["part_ids", "md5"]),
     "/tokenize": ({"prompt": "x"}, ["prompt", "messages", "model", "tools", "add_special_tokens"]),
     "/detokenize": ({"tokens": [1]}, ["tokens", "model"]),
     "/v1/load_lora_adapter": (

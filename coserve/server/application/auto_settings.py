@@ -13,7 +13,6 @@ from collections.abc import Collection
 
 from msgspec.structs import replace
 
-from coserve.training.data_file import Counts
 from coserve.training.job import TrainingSpec
 
 EXAMPLES_SEEN = (100, 25_000)
@@ -27,12 +26,14 @@ BY_METHOD = {"dpo": 0.1}  # preferences move an adapter further a step than answ
 DEFAULTS = TrainingSpec()
 
 
-def choose(training: TrainingSpec, names: Collection[str], counts: Counts, method: str) -> TrainingSpec:
-    """`training` with the settings in `names` chosen for a data set of at least one example."""
+def choose(
+    training: TrainingSpec, names: Collection[str], examples: int, tokens: int, method: str
+) -> TrainingSpec:
+    """`training` with the settings in `names` chosen for data of at least one example, of `tokens` in all."""
     if "n_epochs" in names:
-        training = replace(training, n_epochs=epochs(counts.examples))
+        training = replace(training, n_epochs=epochs(examples))
     if "batch_size" in names:
-        packs = -(-counts.tokens // training.max_length) if training.packing else counts.examples
+        packs = -(-tokens // training.max_length) if training.packing else examples
         training = replace(training, batch_size=batch_size(packs))
     if "learning_rate_multiplier" in names:
         multiplier = learning_rate_multiplier(training.batch_size, method)

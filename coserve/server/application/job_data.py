@@ -47,6 +47,11 @@ class Prepared:
         """Rows that are trained on."""
         return self.counts.examples - self.held_out
 
+    @property
+    def tokens(self) -> int:
+        """About how many tokens they have."""
+        return -(-self.counts.tokens * self.examples // self.counts.examples)
+
     def remarks(self) -> list[tuple[str, str]]:
         """(level, message) for the job's log."""
         found = [*_remarks("training", self.counts)]

@@ -138,7 +138,9 @@ class Jobs:
                     job.seed,
                     self._base.vocab_size,
                 )
-                training = auto_settings.choose(job.training, job.auto, prepared.counts, job.method)
+                training = auto_settings.choose(
+                    job.training, job.auto, prepared.examples, prepared.tokens, job.method
+                )
                 total = await asyncio.to_thread(
                     job_data.total_steps, folder / "data", training, job.seed
                 )
