@@ -248,16 +248,15 @@ class TrainableAdapter:
     def start_from(
         self, directory: str | Path, model: ModelConfig, base_head_VH: torch.Tensor | None = None
     ) -> None:
-        """Set the masters from a PEFT directory so that the adapter computes the same, whatever its scale.
+        """Set the masters from a PEFT directory. As in PEFT the scale is the job's: with another alpha the
+        same weights start out as another function.
 
         Raises InvalidRequest when its modules or ranks differ, NotFound when there is none.
         """
         given = load_adapter(directory, model, base_head_VH=base_head_VH, param="init_from")
         tensors = {}
-        scales = {m.path: m.scale for m in self.modules}
         for place, weights in given.modules.items():
             path = model.module_path(*place)
-            ratio = weights.scale / scales.get(path, weights.scale)
             tensors[tensor_key(path, "A")] = weights.a_RK
-            tensors[tensor_key(path, "B")] = weights.b_NR if ratio == 1.0 else weights.b_NR * ratio
+            tensors[tensor_key(path, "B")] = weights.b_NR
         self.load(tensors)

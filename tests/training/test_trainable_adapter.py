@@ -150,16 +150,31 @@ def test_export_holds_the_fp32_masters(tmp_path: Path) -> None:
     assert all(torch.equal(stored[key], master) for key, master in adapter.tensors().items())
 
 
-def test_starts_from_another_adapter_whatever_its_scale(tmp_path: Path) -> None:
-    given = TrainableAdapter(LoraSpec(r=3, lora_alpha=3.0), CONFIG, seed=0)
+def test_goes_on_from_another_adapter_as_peft_does(tmp_path: Path) -> None:
+    """The weights as they are, the scale by the job's own alpha; another rank is refused."""
+    reference = make_reference("llama")
+    decoder = load_model(save_reference(reference, tmp_path / "base"), "cpu", torch.float32)
+    given = TrainableAdapter(LoraSpec(r=3, lora_alpha=3.0), decoder.config, seed=0)
     fill_b(given)
     write_adapter(tmp_path / "given", given.tensors(), given.config)
-    adapter = TrainableAdapter(LoraSpec(r=3, lora_alpha=12.0), CONFIG, seed=9)
-    adapter.start_from(tmp_path / "given", CONFIG)
-    for ours, theirs in zip(adapter.modules, given.modules, strict=True):
-        assert torch.equal(ours.a_RK, theirs.a_RK)
-        torch.testing.assert_close(ours.b_RN * ours.scale, theirs.b_RN * theirs.scale)
-    with pytest.raises(InvalidRequest, match="differs"):
-        TrainableAdapter(LoraSpec(r=4), CONFIG, seed=9).start_from(tmp_path / "given", CONFIG)
+    adapter = TrainableAdapter(LoraSpec(r=3, lora_alpha=12.0), decoder.config, seed=9)
+    adapter.start_from(tmp_path / "given", decoder.config)
+    assert torch.equal(adapter.parameters, given.parameters)
+
+    config = LoraConfig.from_pretrained(tmp_path / "given")
+    config.lora_alpha = 12
+    model = PeftModel.from_pretrained(reference, tmp_path / "given", config=config, is_trainable=True).eval()
+    tokens = list(range(5, 30))
+    with torch.no_grad():
+        theirs = model(torch.tensor([tokens])).logits[0, -1:]
+    trainer = Trainer.make(decoder, adapter)
+    ours = Sequences(decoder, 1).run({0: tokens}, trainer.lora_batch(len(tokens)))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
+
+    with pytest.raises(InvalidRequest, match=r"lora_A\.weight has shape \[3, 48\], not \[4, 48\]"):
+        TrainableAdapter(LoraSpec(r=4), decoder.config, seed=9).start_from(tmp_path / "given", decoder.config)
+    fewer = TrainableAdapter(LoraSpec(r=3, target_modules=("q_proj",)), decoder.config, seed=9)
+    with pytest.raises(InvalidRequest, match=r"it has base_model\..*\(and \d+ more tensors\)"):
+        fewer.start_from(tmp_path / "given", decoder.config)
     with pytest.raises(NotFound):
-        adapter.start_from(tmp_path / "absent", CONFIG)
+        adapter.start_from(tmp_path / "absent", decoder.config)
