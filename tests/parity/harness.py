@@ -119,7 +119,7 @@ MODELS: dict[str, tuple[type[PreTrainedModel], type, dict[str, object]]] = {
             "query_pre_attn_scalar": 20,
             "sliding_window": 10,
             "attn_logit_softcapping": 3.0,
-            "final_logit_softcapping": 4.0,
+            "final_logit_softcapping": 0.7,
         },
     ),
     "gemma3": (
@@ -177,7 +177,9 @@ def make_reference(kind: str, seed: int = 0, **changes: object) -> PreTrainedMod
             elif name.endswith("bias"):
                 parameter.copy_(0.2 * torch.randn_like(parameter))
             elif "embed" in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.5)
+                # Gemma multiplies by sqrt(H): a larger table, tied, would only repeat the last token.
+                size = 0.05 if kind.startswith("gemma") else 0.5
+                parameter.copy_(torch.randn_like(parameter) * size)
             else:
                 parameter.copy_(torch.randn_like(parameter) * parameter.shape[1] ** -0.5)
     return model
