@@ -175,6 +175,16 @@ def arena(saved: MicrobatchActivations) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),))
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
+def test_in_bfloat16_windows_cut_alike_give_the_same_bits(kind: str) -> None:
+    trainer = make_trainer(kind, "all", torch.bfloat16)
+    trainer.gradients(SAMPLES, forward_window=64, backward_window=64)
+    kept = trainer.adapter.gradients.clone()
+    for level in (0, 2, 5):
+        trainer.gradients(SAMPLES, forward_window=64, backward_window=64, level=level)
+        assert torch.equal(trainer.adapter.gradients, kept), level
+
+
 @pytest.mark.parametrize("spec", ["all", "mlp-top"])
 def test_in_bfloat16_the_policies_stay_within_its_own_error(spec: str) -> None:
     exact = make_trainer("qwen3", spec)
