@@ -246,6 +246,8 @@ def test_validation_data_of_its_own_and_held_out(server: ServerThread, http: htt
     wait_for(lambda: job["id"] in server.engine.jobs)
     events = http.get(f"/v1/fine_tuning/jobs/{job['id']}/events").json()["data"]
     assert ["says little" in event["message"] for event in events if event["level"] == "warn"] == [True]
+    said = f"Validating training file: {train} and validation file: {train}"
+    assert said in [event["message"] for event in events]
 
     split = {"model": BASE, "training_file": train, "training": {"validation_split": 0.25}}
     job = http.post("/v1/fine_tuning/jobs", json=split).json()

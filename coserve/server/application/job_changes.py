@@ -31,7 +31,7 @@ def event_of(job: JobRecord, kind: str, message: str, level: str = "info", **val
 
 
 _STATUS_MESSAGES = {
-    "validating_files": "Validating training file: {file}",
+    "validating_files": "Validating {files}",
     "queued": "Files validated, moving job to queued state",
     "running": "Fine-tuning job started",
     "paused": "Fine-tuning job paused",
@@ -44,7 +44,10 @@ _STATUS_MESSAGES = {
 def status_event(job: JobRecord) -> JobEvent:
     """The event that says which status the job has."""
     error = job.error.message if job.error else ""
-    message = _STATUS_MESSAGES[job.status].format(file=job.training_file, error=error)
+    files = f"training file: {job.training_file}"
+    if job.validation_file:
+        files += f" and validation file: {job.validation_file}"
+    message = _STATUS_MESSAGES[job.status].format(files=files, error=error)
     level = "error" if job.status == "failed" else "info"
     return event_of(
         job, "status", message, level=level, status=job.status, step=job.step, total_steps=job.total_steps
