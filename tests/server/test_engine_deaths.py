@@ -56,11 +56,20 @@ def test_a_job_the_engine_keeps_dying_of_is_given_up(server: ServerThread) -> No
     poison, healthy = create(server), create(server)
     begun(server, poison, healthy)
     server.call(server.engine.step(poison, 1, 3))
-    for death in range(FATAL_DEATHS):
-        assert job(server, poison)["status"] == "running"
-        server.call(server.engine.step(healthy, death + 1, 9))
+    server.call(server.engine.step(healthy, 1, 9))
+    die(server)
+    # The suspects are tried one at a time; the healthy one commits a step, which lets the other one in.
+    wait_for(lambda: len(server.engine.jobs) == 1)
+    if healthy in server.engine.jobs:
+        server.call(server.engine.step(healthy, 2, 9))
+        begun(server, poison, healthy)
         die(server)
-        begun(server, healthy, *([poison] if death + 1 < FATAL_DEATHS else []))
+    for _ in range(FATAL_DEATHS):
+        wait_for(lambda: set(server.engine.jobs) == {poison})
+        server.call(server.engine.step(poison, 1, 3))  # replayed: no progress
+        assert job(server, poison)["status"] == "running"
+        die(server)
+    begun(server, healthy)
     given_up = job(server, poison)
     assert (given_up["status"], given_up["error"]["code"]) == ("failed", "engine_died")
     assert "after step 1;" in given_up["error"]["message"] and "log" in given_up["error"]["message"]
@@ -110,19 +119,75 @@ def test_an_engine_that_dies_of_a_submission(server: ServerThread, monkeypatch: 
     assert poison not in server.engine.jobs
 
 
-def test_counting() -> None:
-    deaths = EngineDeaths()
-    assert deaths.count({"a": 5, "b": 0}) == []
-    assert deaths.count({"a": 5, "b": 1}) == []
-    assert deaths.count({"a": 5, "b": 1}) == ["a"]
-    assert deaths.count({"b": 1}) == ["b"]
-    assert [deaths.count({"c": 1}), deaths.count({"c": 1}), deaths.count({}), deaths.count({"c": 1})] == [
-        []
-    ] * 4
+def make() -> tuple[EngineDeaths, list[str]]:
+    released: list[str] = []
+    return EngineDeaths(released.append), released
+
+
+def test_deaths_of_a_job_alone_are_counted_until_it_moves() -> None:
+    deaths, _ = make()
+    assert [deaths.count({"a": 5}), deaths.count({"a": 5}), deaths.count({"a": 5})] == [[], [], ["a"]]
+    assert [deaths.count({"b": 1}), deaths.count({"b": 1}), deaths.count({"b": 2})] == [[], [], []]
+    assert [deaths.count({"b": 2}), deaths.count({}), deaths.count({"b": 2})] == [[], [], []]
+
+
+def test_suspects_are_tried_one_at_a_time_and_newcomers_wait() -> None:
+    deaths, released = make()
+    assert deaths.count({"a": 5, "b": 3}) == []
+    assert deaths.admits("a", 5) and not deaths.admits("b", 3) and not deaths.admits("new", 0)
+    deaths.progressed("a", 5)
+    assert released == []
+    deaths.progressed("a", 6)
+    assert released == ["b"] and deaths.admits("b", 3) and not deaths.admits("new", 0)
+    deaths.report("b", "running")
+    assert deaths.take_in_hand() == {"b"} and deaths.count({"b": 3}) == []
+    assert deaths.admits("b", 3), "it is tried again"
+    deaths.report("b", "paused")
+    assert released == ["b", "new"]
+    deaths.clear("new")
+    assert deaths.admits("anyone", 0) and deaths.admits("b", 3)
+
+
+def test_one_that_ends_while_it_waits_is_passed_over() -> None:
+    deaths, released = make()
+    deaths.count({"a": 0, "b": 0, "c": 0})
+    deaths.clear("b")
+    assert released == []
+    deaths.report("a", "failed")
+    assert released == ["c"]
+
+
+@pytest.mark.parametrize("names", [["bad", "good", "fine"], ["good", "bad", "fine"], ["good", "fine", "bad"]])
+def test_an_innocent_never_fails_beside_a_bad_one(names: list[str]) -> None:
+    """The bad job kills every engine that has it before its next step; the others commit a step whenever
+    they are let in."""
+    deaths, _ = make()
+    steps, over, died = dict.fromkeys(names, 4), [], 0
+    in_hand: list[str] = []
+    while died < 10:
+        for job_id in [name for name in names if name not in (*over, *in_hand)]:
+            if deaths.admits(job_id, steps[job_id]):
+                in_hand.append(job_id)
+                deaths.report(job_id, "running")
+        if "bad" in in_hand:
+            died += 1
+            deaths.take_in_hand()
+            for job_id in deaths.count({job_id: steps[job_id] for job_id in in_hand}):
+                over.append(job_id)
+                deaths.clear(job_id)
+            in_hand = []
+            continue
+        for job_id in in_hand:
+            steps[job_id] += 1
+            deaths.progressed(job_id, steps[job_id])
+        if over and len(in_hand) == 2:
+            break
+    assert over == ["bad"] and died <= 2 * FATAL_DEATHS
+    assert steps["good"] > 4 and steps["fine"] > 4
 
 
 def test_who_is_in_hand() -> None:
-    deaths = EngineDeaths()
+    deaths, _ = make()
     for job_id in ("a", "b", "c"):
         deaths.report(job_id, "running")
     deaths.report("b", "paused")

@@ -91,6 +91,7 @@ class JobReports:
             job_store.save(db, job_changes.progressed(job, event))
             return True
 
+        self._deaths.progressed(progress.job_id, metrics.step)
         if await self._database.run(record):
             self._metrics.finetune_step(metrics.trained_tokens)
         self._records.changes.notify(progress.job_id)

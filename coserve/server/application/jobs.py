@@ -68,9 +68,10 @@ class Jobs:
         self._lifecycle = lifecycle
         self._factory = JobFactory(base, model_config, state, files, adapters, max_rank)
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._releases: set[asyncio.Task[None]] = set()
         self._submitted: set[str] = set()
         self._submission = asyncio.Lock()  # one at a time, so that an engine that dies of one says which
-        self._deaths = EngineDeaths()
+        self._deaths = EngineDeaths(self._submit_later)
         self.records = JobRecords(database, lifecycle, metrics, self._ended)
         self.reports = JobReports(
             records=self.records,
@@ -171,6 +172,8 @@ class Jobs:
             # Without an engine nothing is to be done: `resume_all` comes when it is back.
             if job.is_over or job_id in self._submitted or not self._engine.ready:
                 return
+            if not self._deaths.admits(job_id, job.step):
+                return
             folder = self._state.job(job_id)
             (folder / "checkpoints").mkdir(exist_ok=True)
             validation = folder / "validation"
@@ -189,6 +192,17 @@ class Jobs:
                 validation_path=str(validation) if validation.is_dir() else None,
             )
             await self._hand_over(spec)
+
+    def _submit_later(self, job_id: str) -> None:
+        """A job that was held back may go to the engine."""
+        task = asyncio.create_task(self._prepare_again(job_id))
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+
+    async def _prepare_again(self, job_id: str) -> None:
+        job = await self.records.get(job_id)
+        if job_id not in self._tasks:
+            self._prepare_soon(job)
 
     async def _hand_over(self, spec: JobSpec) -> None:
         self._submitted.add(spec.job_id)
@@ -234,7 +248,7 @@ class Jobs:
 
     async def close(self) -> None:
         """Stop preparing; what is unfinished begins again at the next start."""
-        tasks = list(self._tasks.values())
+        tasks = [*self._tasks.values(), *self._releases]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -290,6 +304,7 @@ class Jobs:
     def _ended(self, job_id: str) -> None:
         """A job is over: nobody need prepare it any more."""
         self._submitted.discard(job_id)
+        self._deaths.clear(job_id)
         with contextlib.suppress(KeyError):
             if self._tasks[job_id] is not asyncio.current_task():
                 self._tasks[job_id].cancel()
