@@ -10,6 +10,7 @@ import msgspec
 
 from coserve.training.job import LoraSpec, TrainingSpec
 
+EVENT_PREFIX = "ftevent-"
 TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
 
 
@@ -98,7 +99,7 @@ class JobEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def id(self) -> str:
         """As clients see it; ids sort like the events."""
-        return f"ftevent-{self.seq:012d}"
+        return f"{EVENT_PREFIX}{self.seq:012d}"
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,28 @@ def events_after(connection: sqlite3.Connection, job_id: str, seq: int) -> list[
         "SELECT seq, record FROM events WHERE job_id = ? AND seq > ? ORDER BY seq", (job_id, seq)
     )
     return [_read(row) for row in rows]
+
+
+def newest_events(
+    connection: sqlite3.Connection, job_id: str, before: int | None, limit: int
+) -> list[JobEvent]:
+    """A job's last events (before one), newest first."""
+    rows = connection.execute(
+        "SELECT seq, record FROM events WHERE job_id = ? AND seq < ? ORDER BY seq DESC LIMIT ?",
+        (job_id, 2**62 if before is None else before, limit),
+    )
+    return [_read(row) for row in rows]
+
+
+def event_seq(connection: sqlite3.Connection, job_id: str, event_id: str) -> int | None:
+    """The place of a job's event in the order of all; None when the job has no such event."""
+    number = event_id.removeprefix(EVENT_PREFIX)
+    if number == event_id or not number.isascii() or not number.isdecimal() or len(number) > 18:
+        return None
+    row = connection.execute(
+        "SELECT seq FROM events WHERE job_id = ? AND seq = ?", (job_id, int(number))
+    ).fetchone()
+    return row["seq"] if row else None
 
 
 def add_checkpoint(connection: sqlite3.Connection, checkpoint: CheckpointRow) -> bool:

@@ -215,6 +215,33 @@ def test_init_from_takes_the_shape(server: ServerThread, http: httpx.Client) -> 
     assert louder.json()["peft"]["lora_alpha"] == 16 and louder.json()["peft"]["r"] == 4
 
 
+def test_events_come_in_pages(server: ServerThread, http: httpx.Client) -> None:
+    client = server.openai()
+    jobs = [client.fine_tuning.jobs.create(model=BASE, training_file=upload(client)).id for _ in range(2)]
+    for job in jobs:
+        until_over(client, job)
+    whole, strange = (
+        http.get(f"/v1/fine_tuning/jobs/{job}/events", params={"limit": 100}).json() for job in jobs
+    )
+    ids = [event["id"] for event in whole["data"]]
+    assert ids == sorted(ids, reverse=True) and len(ids) > 6 and not whole["has_more"]
+    paged: list[str] = []
+    after: dict[str, str] = {}
+    while True:
+        query = {"limit": "3", **after}
+        page = http.get(f"/v1/fine_tuning/jobs/{jobs[0]}/events", params=query).json()
+        paged += [event["id"] for event in page["data"]]
+        assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], paged[-1])
+        if not page["has_more"]:
+            break
+        after = {"after": page["last_id"]}
+    assert paged == ids
+    nowhere = ("", "x", "ftevent-", "ftevent-99999999999999999999", "ftevent-²", strange["first_id"])
+    for name in nowhere:
+        refused = http.get(f"/v1/fine_tuning/jobs/{jobs[0]}/events", params={"after": name})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "after", name
+
+
 def test_lists_page_and_filter(server: ServerThread) -> None:
     server.engine.auto_train = False
     client = server.openai()

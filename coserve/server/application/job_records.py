@@ -74,13 +74,25 @@ class JobRecords:
         await self.get(job_id)
         return await self._database.run(lambda db: job_store.events_after(db, job_id, 0))
 
+    async def newest_events(self, job_id: str, after: str | None, limit: int) -> tuple[list[JobEvent], bool]:
+        """(a page of a job's events, newest first, whether older ones follow).
+
+        Raises NotFound, InvalidRequest for an unknown `after`.
+        """
+        await self.get(job_id)
+        before = None if after is None else await self._seq_of(job_id, after)
+        found = await self._database.run(
+            lambda db: job_store.newest_events(db, job_id, before, limit + 1)
+        )
+        return found[:limit], len(found) > limit
+
     async def watch(self, job_id: str, after: str = "") -> AsyncIterator[JobEvent]:
         """A job's events from the start (or after one) as they come, until its terminal status.
 
         Raises NotFound, InvalidRequest for an unknown `after`, Unavailable when the server stops.
         """
         job = await self.get(job_id)
-        seq = await self._seq_of(job_id, after)
+        seq = await self._seq_of(job_id, after) if after else 0
         stopped = asyncio.ensure_future(self._lifecycle.stopped.wait())
         try:
             while True:
@@ -104,12 +116,10 @@ class JobRecords:
         return await self._database.run(lambda db: job_store.events_after(db, job_id, seq))
 
     async def _seq_of(self, job_id: str, event_id: str) -> int:
-        if not event_id:
-            return 0
-        for event in await self.events(job_id):
-            if event.id == event_id:
-                return event.seq
-        raise InvalidRequest(f"after names no event of this job: {event_id[:100]!r}.", param="after")
+        seq = await self._database.run(lambda db: job_store.event_seq(db, job_id, event_id))
+        if seq is None:
+            raise InvalidRequest(f"after names no event of this job: {event_id[:100]!r}.", param="after")
+        return seq
 
     # ------------------------------------------------------------------ changing
 

@@ -11,7 +11,7 @@ from coserve.server.context import Context
 from coserve.server.http import Route, json_response, read_json
 from coserve.server.job_store import JobRecord
 from coserve.server.openai.job_bodies import checkpoint_body, event_body, job_body, plain_request
-from coserve.server.openai.paging import list_body, query_limit
+from coserve.server.openai.paging import list_body, page_body, query_limit
 
 _ROOT = "/v1/fine_tuning/jobs"
 _MAX_PAGE = 10_000
@@ -100,9 +100,9 @@ def _log_routes(context: Context) -> list[Route]:
     records = context.jobs.records
 
     async def events(request: Request) -> Response:
-        found = (await records.events(request.path_params["id"]))[::-1]
-        limit = query_limit(request, 20, _MAX_PAGE)
-        return json_response(list_body(request, found, lambda event: event.id, event_body, limit))
+        limit, after = query_limit(request, 20, _MAX_PAGE), request.query_params.get("after")
+        found, more = await records.newest_events(request.path_params["id"], after, limit)
+        return json_response(page_body(found, more, lambda event: event.id, event_body))
 
     async def checkpoints(request: Request) -> Response:
         job = await records.get(request.path_params["id"])

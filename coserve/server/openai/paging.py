@@ -28,6 +28,13 @@ def list_body(
 ) -> dict[str, Any]:
     """One page of `items` after the query's `after`."""
     shown, more = page(items, [key(item) for item in items], request.query_params.get("after"), limit)
+    return page_body(shown, more, key, body)
+
+
+def page_body(
+    shown: Sequence[_T], more: bool, key: Callable[[_T], str], body: Callable[[_T], Any]
+) -> dict[str, Any]:
+    """A page as it is sent; `more` says whether others follow."""
     return {
         "object": "list",
         "data": [body(item) for item in shown],
