@@ -244,7 +244,7 @@ class JobManager:
         self._model.observe_unit(kind, unit.tokens, seconds)
         self._charge(sequence.job_id, seconds)
         if sequence.done:
-            self._backward_tokens += sequence.num_tokens
+            self._backward_tokens += sequence.num_tokens if sequence.trains else 0
             self._queue.release(sequence)
 
     def _charge(self, job_id: str, seconds: float) -> None:

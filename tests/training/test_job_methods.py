@@ -129,6 +129,19 @@ def test_preferences_are_validated_against_the_same_reference(model, pairs, pref
     assert first.valid_accuracy == second.accuracy and second.valid_loss < first.valid_loss
 
 
+def test_a_scoring_pass_counts_as_forward_tokens_alone(model, pairs, tmp_path, monkeypatch) -> None:
+    local, counts = world.make_engine(model), []
+    take = local.engine.jobs.take_token_counts
+    monkeypatch.setattr(local.engine.jobs, "take_token_counts", lambda: counts.append(take()) or counts[-1])
+    spec = job(pairs, tmp_path, "dpo", n_epochs=1, batch_size=8)
+    world.submit(local, msgspec.structs.replace(spec, validation_path=str(pairs)))
+    world.finish(local, "ftjob-1")
+    (step,) = told(local)
+    # The reference and the adapter over the step's tokens, then both over the validation set's.
+    local.engine.jobs.take_token_counts()
+    assert tuple(map(sum, zip(*counts, strict=True))) == (4 * step.tokens, step.tokens)
+
+
 def test_rows_are_taken_for_adapter_and_reference_or_for_none(model, pairs, preferred, tmp_path) -> None:
     start = str(max(Path(preferred[0].checkpoint_dir).iterdir()))
     local = world.make_engine(model)
