@@ -6,6 +6,7 @@ A job that was idle comes back at the others' virtual time, so it can't claim wh
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from coserve.core.span import SpanKind, TrainingSpan
 from coserve.core.training_sequence import TILE, TrainingSequence
 
 EVICTIONS_TO_LOWEST = 2
+LEAD = 0.02  # seconds of virtual time that a job may run ahead of one that waits for the next step
 MAX_IN_FLIGHT = 2  # microbatches of one job that hold activations: one goes forward, one backward
 
 
@@ -199,7 +201,8 @@ class TrainingQueue:
 
         `budget` is in seconds, `max_tokens` bounds the forward windows, `kv_headroom` slabs stay free for
         requests. Where a target leaves less than one unit a step, the steps' shares are saved up in `credit`
-        until they pay for it, so training keeps moving; a step without inference runs at least one unit.
+        until they pay for it, so training keeps moving; a step without inference runs at least one unit. It
+        ends early rather than let others run away from a job that has had all it can have of one step.
         Windows that rest go on before anything else begins, beside requests once a layer is paid for.
         """
         resting = self.resting
@@ -212,11 +215,16 @@ class TrainingQueue:
         spent, tokens = 0.0, max_tokens
         virtual = {job_id: job.virtual_time for job_id, job in self._jobs.items()}
         blocked: set[str] = set()
+        furthest = math.inf
         while len(blocked) < len(virtual):
             job = self._jobs[min((j for j in virtual if j not in blocked), key=lambda j: (virtual[j], j))]
+            if virtual[job.job_id] > furthest:
+                break
             choice = self._next_span(job, forward, backward, tokens, kv_headroom, budget - spent, mixed)
             if choice is None:
                 blocked.add(job.job_id)
+                if not mixed and virtual[job.job_id] > job.virtual_time:
+                    furthest = min(furthest, virtual[job.job_id] + LEAD)
                 continue
             span, cost = choice
             if spent + cost > budget and (forward or backward or (mixed and not self._afford(cost, budget))):
