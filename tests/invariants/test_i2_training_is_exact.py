@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import count
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from coserve.engine import messages as m
+from coserve.training.job import JobSpec
 
 from . import world
 
@@ -43,8 +45,30 @@ def test_odd_windows_agree_within_tolerance(model, data, tmp_path, quiet) -> Non
         assert (tensor - quiet[0][name]).abs().max() <= 1e-4 * quiet[0][name].abs().max()
 
 
+# Jobs of every other kind that may share batches and steps with the one that is watched.
+NEIGHBOURS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "other batches": ({"learning_rate": 1e-3, "batch_size": 3}, {}, "supervised"),
+    "high rank": ({"optimizer": "adamw_8bit"}, {"r": 8, "lora_alpha": 4.0}, "supervised"),
+    "few targets": (
+        {"optimizer": "sgd", "priority": -1},
+        {"r": 2, "target_modules": ("up_proj",)},
+        "supervised",
+    ),
+    "dropout": ({"batch_size": 12}, {"lora_dropout": 0.5, "freeze_a": True}, "supervised"),
+    "odd windows": ({"window_tokens": 7, "label_smoothing": 0.1}, {}, "supervised"),
+    "dft": ({"packing": True, "max_length": 128, "batch_size": 1}, {}, "dft"),
+    "diverging": ({"learning_rate": 1e30, "max_grad_norm": 0.0, "warmup_steps": 0}, {}, "supervised"),
+}
+
+
+def neighbour(kind: str, data, folder) -> JobSpec:
+    training, lora, method = NEIGHBOURS[kind]
+    spec = world.make_job(data, folder, f"ftjob-{kind.replace(' ', '-')}", **training)
+    return replace(spec, lora=replace(spec.lora, **lora), method=method)
+
+
 @settings(
-    max_examples=6,
+    max_examples=8,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -52,22 +76,24 @@ def test_odd_windows_agree_within_tolerance(model, data, tmp_path, quiet) -> Non
 @given(
     arrivals=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 150), st.integers(1, 30)), max_size=10),
     pause_at=st.one_of(st.none(), st.integers(1, 30)),
-    neighbour=st.booleans(),
+    beside=st.lists(st.sampled_from(sorted(NEIGHBOURS)), max_size=3, unique=True),
+    window=st.sampled_from([0, 64, 128]),
+    one_unit_a_step=st.booleans(),
     slabs=st.sampled_from([300, 450, 1000]),
 )
 def test_load_pauses_and_neighbours_change_no_bit(
-    model, data, adapters, tmp_path_factory, quiet, arrivals, pause_at, neighbour, slabs
+    model, data, adapters, tmp_path_factory, quiet, arrivals, pause_at, beside, window, one_unit_a_step, slabs
 ) -> None:
     folder = tmp_path_factory.mktemp("busy")
     slab = 2 * 2 * 16 * 2 * 8 * 4
     local = world.make_engine(model, max_model_len=256, kv_cache_memory_bytes=slabs * slab)
-    spec = world.make_job(data, folder)
+    if one_unit_a_step:
+        local.engine.arrivals = lambda: True
+    spec = world.make_job(data, folder, window_tokens=window)
     world.submit(local, spec)
-    if neighbour:
-        world.submit(local, world.make_job(data, folder, "ftjob-2", learning_rate=1e-3, batch_size=3))
-    calls = count(1)
-    # Now and then a message seems to wait, so that forward windows rest between two layers.
-    local.engine.arrivals = lambda: next(calls) % 3 == 0
+    others = [neighbour(kind, data, folder) for kind in beside]
+    for other in others:
+        world.submit(local, other)
     for step in range(42):
         for index, (at, prompt, output) in enumerate(arrivals):
             if at == step:
@@ -79,7 +105,11 @@ def test_load_pauses_and_neighbours_change_no_bit(
             local.engine.step()
             local.call(lambda i: m.ControlJob(call_id=i, job_id=spec.job_id, action="resume"))
         local.engine.step()
-    world.finish(local, spec.job_id, *(["ftjob-2"] if neighbour else []))
+    local.engine.arrivals = lambda: False
+    good = [other.job_id for other in others if other.training.learning_rate < 1.0]
+    world.finish(local, spec.job_id, *good)
+    if "diverging" in beside:
+        local.run_until(lambda: world.status_of(local, "ftjob-diverging") == "failed", 5000)
     local.run_until(lambda: not local.engine.scheduler.has_requests, 5000)
     assert world.same_bits(world.final_adapter(spec), quiet[0])
     assert world.progress(local, spec.job_id) == quiet[1]
