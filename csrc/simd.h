@@ -31,11 +31,19 @@ struct bf16 {
 static inline vf splat(float x) {
   return x - vf{};  // x + 0 would turn -0 into 0 and cost an addition
 }
-static inline vf vmax(vf a, vf b) {
+static inline vf vmax(vf a, vf b) {  // b where either is NaN
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
   return a > b ? a : b;
+#endif
 }
 static inline vf vmin(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#else
   return a < b ? a : b;
+#endif
 }
 
 static inline vf fma(vf a, vf b, vf c) {
@@ -138,9 +146,14 @@ static inline vf vexp(vf x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p * r, r, r + 1.0f);
+#if defined(__AVX512F__)
+  __mmask16 vanishes = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_LT_OQ);
+  return (vf)_mm512_mask_scalef_ps(_mm512_setzero_ps(), ~vanishes, (__m512)p, (__m512)n);
+#else
   vi exponent = ((vi)shifted - (vi)magic + 127) << 23;
   vf result = p * (vf)exponent;
   return x < low ? vf{} : result;
+#endif
 }
 static inline float exp1(float x) {
   return vexp(splat(x))[0];
