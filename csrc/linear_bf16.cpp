@@ -7,9 +7,9 @@ namespace COSERVE_ISA {
 
 #if defined(__AVX512BF16__)
 
-constexpr int64_t DEPTH = 512;         // rows of W of a block (two, if that is all there is)
+constexpr int64_t DEPTH = 256;         // rows of W of a block (two, if that is all there is)
 constexpr int64_t MOST_ROWS = 512;     // of dy that share a block
-constexpr int64_t BLOCK_BYTES = 512 << 10;  // of an interleaved block: half of an L2 cache
+constexpr int64_t BLOCK_BYTES = 512 << 10;  // of an interleaved block, at most: half of an L2 cache
 
 struct InputGradient {
   const bf16* dy;
@@ -62,6 +62,10 @@ static void step_rows(int64_t rows, const Step& s) {
   }
 }
 
+static void fetch(const char* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
+}
+
 // Rows [first, first + rows) of the panels [from, to).
 static void gradient_block(const InputGradient& op, int64_t from, int64_t to, int64_t first, int64_t rows) {
   int64_t panel_size = op.depth * PAIR_COLUMNS, width = (to - from) * PAIR_COLUMNS;
@@ -72,6 +76,9 @@ static void gradient_block(const InputGradient& op, int64_t from, int64_t to, in
     int64_t depth = smaller(op.depth, op.N - n);
     interleave_rows([&](int64_t i) { return op.w + (n + i) * op.K; }, depth, from * PAIR_COLUMNS,
                     smaller(op.K, to * PAIR_COLUMNS), panel_size, block);
+    // W streams from memory: while this block is multiplied, the next one's rows come nearer.
+    int64_t ahead = n + op.depth, next_depth = smaller(op.depth, op.N - ahead), fetched = 0;
+    int64_t line_bytes = (smaller(op.K, to * PAIR_COLUMNS) - from * PAIR_COLUMNS) * sizeof(bf16);
     for (int64_t m = 0; m < rows;) {
       int64_t left = divide_up(rows - m, PAIR_ROWS), height = divide_up(rows - m, left);
       for (int64_t panel = from; panel < to; panel++) {
@@ -82,6 +89,8 @@ static void gradient_block(const InputGradient& op, int64_t from, int64_t to, in
                            op.K - column});
       }
       m += height;
+      for (int64_t due = next_depth * m / rows; fetched < due; fetched++)
+        fetch((const char*)(op.w + (ahead + fetched) * op.K + from * PAIR_COLUMNS), line_bytes);
     }
   }
 }

@@ -82,11 +82,10 @@ class BlockPool:
 
     def longest_run(self) -> int:
         """Number of slabs of the largest extent that could be reserved now."""
-        longest = run = 0
-        for block in range(self.num_blocks):
-            run = run + 1 if self._is_free[block] or block in self._idle else 0
-            longest = max(longest, run)
-        return longest
+        free = bytearray(self._is_free)
+        for block in self._idle:
+            free[block] = 1
+        return max(map(len, free.split(b"\0")))
 
     def reserve_extent(self, count: int) -> int | None:
         """First slab of `count` neighbouring ones, found from the top; None when no such run is free."""
