@@ -139,8 +139,8 @@ class Attention:
         if not self.window:
             return sample_start_W
         oldest = start + 1 - self.window
-        reach_W = torch.arange(oldest, oldest + len(sample_start_W), dtype=torch.int32)
-        return torch.maximum(sample_start_W, reach_W.to(sample_start_W.device))
+        end, device = oldest + len(sample_start_W), sample_start_W.device
+        return torch.maximum(sample_start_W, torch.arange(oldest, end, dtype=torch.int32, device=device))
 
     def is_adapted(self, lora: dict[int, ModuleGradient]) -> bool:
         """Some projection has an adapter among `lora`."""
