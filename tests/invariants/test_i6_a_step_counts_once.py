@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from coserve.engine import messages as m
 from coserve.engine.local import LocalEngine
 from coserve.training import optimizer
+from coserve.training.dataset import TokenDataset
 from coserve.training.job import JobSpec
 
 from . import world
@@ -87,6 +88,9 @@ CASES: dict[str, dict[str, Any]] = {
     "sgd-without-momentum": {"optimizer": "sgd", "learning_rate": 0.5, "momentum": 0.0},
     "dropout": {"lora_dropout": 0.4, "freeze_a": True},
     "packing": {"packing": True, "max_length": 128, "batch_size": 2},
+    "kl": {"kl_coef": 0.3, "label_smoothing": 0.1},
+    "dpo": {"method": "dpo", "learning_rate": 1e-2, "eval_steps": 2, "validation": True, "batch_size": 2},
+    "dpo-from-an-adapter": {"method": "dpo", "learning_rate": 1e-2, "init": True, "batch_size": 2},
     "validation": {"validation": True, "eval_steps": 2, "checkpoint_steps": 3},
     "early-stopping": {
         "validation": True, "eval_steps": 1, "n_epochs": 30, "learning_rate": 5e-2, "warmup_steps": 0,
@@ -102,6 +106,9 @@ class Cases:
         self.model, self.folder = model, folder
         self.data = world.make_data(folder / "train")
         self.validation = world.make_data(folder / "validation", examples=20, seed=8)
+        self.pairs = folder / "pairs"
+        rows = TokenDataset.open(self.data)
+        TokenDataset.write(self.pairs, (rows[i] for i in range(len(rows))), pairs=True)
         self.outcome = cache(self._outcome)
         self.count = 0
 
@@ -109,16 +116,22 @@ class Cases:
         """A job of its own folder."""
         changes = dict(CASES[case])
         lora = {name: changes.pop(name) for name in ("lora_dropout", "freeze_a") if name in changes}
+        method, init = changes.pop("method", "supervised"), changes.pop("init", False)
+        data, validation = (self.pairs,) * 2 if method == "dpo" else (self.data, self.validation)
         if changes.pop("validation", False):
-            changes["validation"] = self.validation
+            changes["validation"] = validation
         self.count += 1
-        spec = world.make_job(self.data, self.folder / str(self.count), **changes)
-        return replace(spec, lora=replace(spec.lora, **lora))
+        spec = world.make_job(data, self.folder / str(self.count), **changes)
+        start = self.outcome("adamw") and str(self.folder / "start") if init else None
+        return replace(spec, lora=replace(spec.lora, **lora), method=method, init_path=start)
 
     def _outcome(self, case: str) -> tuple[Any, ...]:
         local, spec = world.make_engine(self.model), self.job(case)
         world.submit(local, spec)
         world.finish(local, spec.job_id)
+        if case == "adamw":
+            newest = max(Path(spec.checkpoint_dir).iterdir())
+            shutil.copytree(newest, self.folder / "start")
         return self.result(local, spec)
 
     @staticmethod
