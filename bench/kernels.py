@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from coserve.kernels.adamw import adamw_
+from coserve.kernels.adamw_8bit import QuantizedMoments, adamw_8bit_
 from coserve.kernels.cross_entropy import logit_gradient_, token_scores
 from coserve.kernels.dropout import Dropout, module_salt, row_keys
 from coserve.kernels.linear import PackedLinear
@@ -205,6 +206,13 @@ def loss_and_optimizer() -> Iterator[Case]:
         "adamw",
         {"dtype": "float32", "parameters": size},
         lambda: adamw_(*state, **settings),
+        lambda: optimizer.step(),
+    )
+    moments = QuantizedMoments.zeros([(0, size, 1.0)])
+    yield (
+        "adamw_8bit",
+        {"dtype": "float32", "parameters": size, "peer": "torch's fused AdamW, moments fp32"},
+        lambda: adamw_8bit_(state[0], state[1], moments, **settings),
         lambda: optimizer.step(),
     )
 

@@ -110,9 +110,12 @@ class Evaluation:
         """Why the job stopped early."""
         margin, state = self._spec.training.early_stopping_threshold, self.state
         by = f" by more than {margin:g}" if margin else ""
+        best = "none was finite"
+        if state.best_loss is not None:
+            best = f"the best, {state.best_loss:.4f}, came after step {state.best_step}"
         return (
             f"Stopped early after step {state.evaluated}: in {state.misses} evaluations the validation loss "
-            f"hasn't improved{by}; the best, {state.best_loss}, came after step {state.best_step}."
+            f"hasn't improved{by}; {best}."
         )
 
 
