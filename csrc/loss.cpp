@@ -20,11 +20,17 @@ static void score_row(const T* row, int64_t target, int64_t V, float* lse, float
   float sum = 0, total = 0;  // added up a thousand at a time, so that the error does not grow with V
   for (int64_t i = 0; i < V;) {
     vf part{}, plain{};
-    for (int64_t end = smaller(V, i + 1024); i < end; i += VL) {
-      vf z = load_at(row, i, V) - highest, p = vexp(z);
-      if (i + VL > V) p = load_n((float*)&p, V - i), z = load_n((float*)&z, V - i);
-      part += p;
+    int64_t end = smaller(V, i + 1024);
+    for (; i + VL <= end; i += VL) {
+      vf z = load(row + i) - highest;
+      part += vexp(z);
       plain += z;
+    }
+    if (i < end) {
+      vf z = load_n(row + i, end - i) - highest, p = vexp(z);
+      part += load_n((float*)&p, end - i);
+      plain += load_n((float*)&z, end - i);
+      i = end;
     }
     sum += reduce_add(part);
     total += reduce_add(plain);
