@@ -22,6 +22,7 @@ from coserve.training.batching import BatchPlan, StepBatch
 from coserve.training.dataset import TokenDataset
 from coserve.training.divergence import Diverged, LossWatch, diverged
 from coserve.training.early_stopping import EvaluationState
+from coserve.training.end_tokens import untrained_end_tokens, warning
 from coserve.training.evaluation import Evaluation
 from coserve.training.job import JobSpec, StepMetrics
 from coserve.training.methods import check_data, needs_reference
@@ -286,9 +287,13 @@ class RunningJob:
     def remarks(self, metrics: StepMetrics) -> list[tuple[str, str]]:
         """(level, text) of what is to be said of a step that is over; once for each."""
         said = []
-        warning = self._watch.warning(metrics.step, metrics.loss)
-        if warning is not None:
-            said.append(("warn", warning))
+        if metrics.step == 1 and not self._adapter.adapts_head:
+            eos, head = self._decoder.config.eos_token_ids, self._decoder.head.weight
+            unlearnt = untrained_end_tokens(head, eos, self._dataset.labels)
+            said += [("warn", warning(unlearnt))] if unlearnt else []
+        exploded = self._watch.warning(metrics.step, metrics.loss)
+        if exploded is not None:
+            said.append(("warn", exploded))
         if metrics.valid_accuracy is not None and metrics.valid_loss is None:
             said.append(("warn", f"Step {metrics.step}: the validation loss is not finite."))
         if self._evaluation is not None and self._evaluation.state.stopped:

@@ -134,6 +134,11 @@ class TrainableAdapter:
         return max(module.rank for module in self.modules)
 
     @property
+    def adapts_head(self) -> bool:
+        """One of its modules sits on lm_head."""
+        return self._head is not None
+
+    @property
     def lowest_layer(self) -> int:
         """The lowest layer with an adapter; no backward goes below it. The number of layers where only the
         head has one."""
