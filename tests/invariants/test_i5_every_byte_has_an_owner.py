@@ -76,21 +76,22 @@ def test_requests_take_levels_of_activations_and_no_work_is_lost(model, data, tm
     asked = 0
 
     def step_under_pressure() -> bool:
-        """Ask for a little more than what is free, whenever the last requests have gone."""
+        """Ten requests of 13 blocks once training holds so much that it must give some up; they leave two
+        microbatches of 56 slabs at the least what they need."""
         nonlocal asked
-        if blocks.num_extent_slabs and len(tight.finished) == asked and asked < 80:
-            for _ in range(-(-(blocks.num_free + 4) // 12)):
-                tight.add(str(asked), [3 + asked] * 16 * 12, world.GREEDY)
+        if blocks.num_extent_slabs > 130 and len(tight.finished) == asked:
+            for _ in range(10):
+                tight.add(str(asked), [3 + asked % 90] * 16 * 12, world.GREEDY)
                 asked += 1
         mixed.extend(tight.engine.stats.snapshot(1).activation_policies.values())
         return world.status_of(tight, again.job_id) in ("succeeded", "failed")
 
     tight.run_until(step_under_pressure, 20_000)
     tight.run_until(lambda: len(tight.finished) == asked, 2000)
-    assert queue.num_downgrades > 1 and queue.num_evictions == 0
-    assert {letter for layers in mixed for letter, n in layers.items() if n} == {"A", "B", "C"}
+    assert queue.num_downgrades > 0 and queue.num_evictions == 0
+    assert {letter for layers in mixed for letter, n in layers.items() if n} >= {"A", "B"}
     for index in range(0, asked, 7):
-        alone = quiet.generate([3 + index] * 16 * 12, world.GREEDY)
+        alone = quiet.generate([3 + index % 90] * 16 * 12, world.GREEDY)
         assert tight.tokens[str(index)] == alone, "training left the slabs it gave up alone"
     assert world.same_bits(world.final_adapter(again), world.final_adapter(spec))
     assert world.pool_is_empty(tight)
