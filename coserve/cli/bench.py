@@ -15,7 +15,7 @@ from coserve.errors import ConfigError
 
 
 def bench(
-    name: Annotated[str, typer.Argument(help="serve, lora, finetune, coserve, kernels, step or simulate.")],
+    name: Annotated[str, typer.Argument(help="A program of bench/, such as finetune.")],
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[--out FILE] [--quick] ...", help="Passed on to the bench.")
     ] = None,
