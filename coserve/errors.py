@@ -79,7 +79,8 @@ class DatasetError(InvalidRequest):
         listed = "; ".join(str(line) for line in lines)
         more = f" (and {total - len(lines)} more)" if total > len(lines) else ""
         noun = "line" if total == 1 else "lines"
-        super().__init__(f"{total} bad {noun}: {listed}{more}", param=param)
+        where = " in the validation file" if param == "validation_file" else ""
+        super().__init__(f"{total} bad {noun}{where}: {listed}{more}", param=param)
         self.lines = tuple(lines)
         self.total = total
 

@@ -98,6 +98,7 @@ def test_a_validation_file_of_another_kind_is_refused_by_line(
     with pytest.raises(DatasetError, match=words) as caught:
         run(Sources(file, write(tmp_path / "valid.jsonl", *rows)), tmp_path / "job")
     assert caught.value.param == "validation_file" and caught.value.lines[0].line == line
+    assert caught.value.message.startswith("1 bad line in the validation file: ")
     assert not (tmp_path / "job" / "data").exists()
 
 
