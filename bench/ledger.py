@@ -27,6 +27,7 @@ Work = tuple[float, float]  # arithmetic (multiply and add count two), bytes
 
 KERNELS = {
     "adamw": ("adamw_",),
+    "adamw_8bit": ("adamw_8bit_",),
     "kv_store": ("kv_store",),
     "cross_entropy": ("token_scores", "logit_gradient_"),
     "lora": ("lora_forward_", "lora_backward"),
@@ -71,7 +72,7 @@ def _lora_forward(arguments: Arguments, result: torch.Tensor) -> Work:
 def _lora_backward(arguments: Arguments, result: None) -> Work:
     dy, x, rank = arguments["dy_TN"], arguments["x_TK"], len(arguments["rows"])
     features = dy.shape[1] + x.shape[1]
-    sums = arguments["da_rK"].nbytes + arguments["db_rN"].nbytes
+    sums = _nbytes(arguments["da_rK"]) + _nbytes(arguments["db_rN"])
     # h and db, dh and dx, da: the bottleneck is made again.
     work = 2.0 * len(x) * rank * (2 * dy.shape[1] + 3 * x.shape[1])
     return work, 3 * _nbytes(x) + _nbytes(dy) + 2 * sums + rank * features * x.element_size()
@@ -91,7 +92,7 @@ def _paged(arguments: Arguments, result: torch.Tensor) -> Work:
 
 def _window(arguments: Arguments, result: Any, passes: float) -> Work:
     q, start = arguments["q_WND"], arguments["window_start"]
-    first = arguments["sample_start_W"].double()
+    first = arguments["first_key_W"].double()
     pairs = float((torch.arange(start, start + len(q)) + 1 - first).sum())
     return passes * 2.0 * pairs * q.shape[1] * q.shape[2], _touched(arguments, result)
 
