@@ -9,6 +9,7 @@ IDLE_WINDOW = 256  # tokens of a forward window then; it rests between two layer
 AUTO_RATIO = 1.2  # of the predicted inference-only step
 AUTO_FLOOR = 0.012  # seconds between tokens below which no reader sees a difference
 PROBE_EVERY = 16  # steps with inference between two that carry no training, to see it alone
+AUTO_GUARD = 0.1  # most of the model's error that counts then: half of what the ratio leaves
 SAFETY = 0.9  # of an explicit target
 
 
@@ -31,8 +32,12 @@ class LatencyTargets:
         """Seconds of training that a step with inference can carry.
 
         `inference_alone` is the predicted time of its inference, `guard` the model's own relative error, and
-        `oldest_first_token_wait` how long the longest-waiting request has had no first token.
+        `oldest_first_token_wait` how long the longest-waiting request has had no first token. The automatic
+        target promises nobody a time, so the error takes half of it at most: on a machine whose steps vary
+        by a fifth training would stand still otherwise.
         """
+        if self.tpot == 0.0:
+            guard = min(guard, AUTO_GUARD)
         budget = self.step_target(inference_alone) - inference_alone * (1.0 + guard)
         if self.ttft > 0.0 and oldest_first_token_wait is not None:
             budget = min(budget, self.ttft * SAFETY - oldest_first_token_wait - inference_alone)

@@ -72,6 +72,13 @@ def test_the_target_leaves_the_rest_to_training(
     assert targets.training_budget(alone, 0.0, None) == pytest.approx(expected)
 
 
+def test_the_automatic_target_lets_training_move_however_unsure_the_model_is() -> None:
+    targets = LatencyTargets()
+    assert targets.training_budget(0.1, 0.05, None) == pytest.approx(0.015)
+    assert targets.training_budget(0.1, 0.1, None) == pytest.approx(0.01)
+    assert targets.training_budget(0.1, 3.0, None) == pytest.approx(0.01)
+
+
 def test_the_models_error_comes_off_the_budget() -> None:
     targets = LatencyTargets(tpot=0.05)
     assert targets.training_budget(0.02, 0.5, None) == pytest.approx(0.9 * 0.05 - 0.03)
