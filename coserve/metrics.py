@@ -98,6 +98,7 @@ class Metrics:
         self.registry.register(self._lora)
         self._make_engine_gauges(cache_config or {})
         self._make_request_metrics()
+        self._make_finetuning()
         self._make_own(slo_targets or {})
 
     # ------------------------------------------------------------------ making
@@ -177,7 +178,7 @@ class Metrics:
         )
         self._decode = self._histogram("request_decode_time_seconds", "First token to end.", _LATENCY)
 
-    def _make_own(self, slo_targets: Mapping[str, float]) -> None:
+    def _make_finetuning(self) -> None:
         registry = self.registry
         tokens = Counter(
             "coserve_finetune_tokens", "Fine-tuning tokens by kind of work.", ("kind",), registry=registry
@@ -203,6 +204,9 @@ class Metrics:
         self._share = Gauge(
             "coserve_finetune_share", "Fine-tuning's share of the step's time, 0-1.", registry=registry
         )
+
+    def _make_own(self, slo_targets: Mapping[str, float]) -> None:
+        registry = self.registry
         self._step_seconds = Histogram(
             "coserve_step_seconds", "Duration of a step.", ("kind",), buckets=_STEP, registry=registry
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from coserve.kernels.dispatch import native_for, require
+from coserve.kernels.dispatch import native_for, require_flat
 
 
 def adamw_(
@@ -36,16 +36,7 @@ def adamw_(
     decay = 1 - lr * weight_decay
     native = native_for(param)
     if native is not None:
-        for name, tensor in (
-            ("param", param),
-            ("grad", grad),
-            ("exp_avg", exp_avg),
-            ("exp_avg_sq", exp_avg_sq),
-        ):
-            require(
-                tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.numel() == param.numel(),
-                f"{name} must be contiguous fp32 with {param.numel()} elements",
-            )
+        require_flat(param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
         native.adamw(
             param.data_ptr(),
             grad.data_ptr(),

@@ -17,7 +17,7 @@ from functools import cache
 
 import torch
 
-from coserve.kernels.dispatch import native_for, require
+from coserve.kernels.dispatch import native_for, require_flat
 
 BLOCK = 256
 DECADES = 7
@@ -105,11 +105,7 @@ def adamw_8bit_(
 
     `grad` is kept; `grad_scale` multiplies it first (clipping).
     """
-    for name, tensor in (("param", param), ("grad", grad)):
-        require(
-            tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.shape == param.shape,
-            f"{name} must be contiguous fp32 with {param.numel()} elements",
-        )
+    require_flat(param, grad=grad)
     step_size = lr / (1 - beta1**step)
     root_correction = (1 - beta2**step) ** 0.5
     numbers = (step_size, beta1, beta2, eps, lr * weight_decay, root_correction, grad_scale)

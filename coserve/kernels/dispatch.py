@@ -107,6 +107,15 @@ def require_like(x: torch.Tensor, /, *, contiguous: bool = False, **others: torc
             )
 
 
+def require_flat(param: torch.Tensor, /, **others: torch.Tensor) -> None:
+    """An optimizer's buffers: `param` and each of `others` must be contiguous fp32 of its shape."""
+    for name, tensor in {"param": param, **others}.items():
+        require(
+            tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.shape == param.shape,
+            f"{name} must be contiguous fp32 with {param.numel()} elements",
+        )
+
+
 def require_index(dtype: torch.dtype, **tensors: torch.Tensor) -> None:
     """Each tensor must be a contiguous CPU tensor of the integer `dtype`."""
     for name, tensor in tensors.items():

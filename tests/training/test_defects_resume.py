@@ -18,16 +18,6 @@ from coserve.training.trainable_adapter import TrainableAdapter
 from tests.invariants import world
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.make_data(tmp_path_factory.mktemp("data") / "train")
-
-
 def make_job(data: Path, folder: Path, **training: object) -> JobSpec:
     """Shuffled data, dropout, a schedule that never stands still."""
     spec = world.make_job(data, folder, lr_scheduler_type="cosine", warmup_steps=2, **training)

@@ -113,16 +113,6 @@ def test_a_rate_outside_its_range_is_refused(trained, rate: float) -> None:
 # ------------------------------------------------------------------ in the engine
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.make_data(tmp_path_factory.mktemp("data") / "train")
-
-
 def make_job(data: Path, folder: Path, rate: float = 0.3, **training: object) -> JobSpec:
     spec = world.make_job(data, folder, **training)
     return msgspec.structs.replace(spec, lora=msgspec.structs.replace(spec.lora, lora_dropout=rate))

@@ -17,16 +17,6 @@ from tests.parity.training_harness import peft_loss
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.make_data(tmp_path_factory.mktemp("data") / "train")
-
-
-@pytest.fixture(scope="module")
 def validation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seventy examples: two groups of microbatches."""
     return world.make_data(tmp_path_factory.mktemp("validation") / "data", examples=70, seed=9)

@@ -17,16 +17,6 @@ from coserve.training.running_job import RunningJob
 from tests.invariants import world
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.make_data(tmp_path_factory.mktemp("data") / "train")
-
-
 def control(local: LocalEngine, job_id: str, action: str) -> m.Reply:
     return local.call(lambda i: m.ControlJob(call_id=i, job_id=job_id, action=action))
 

@@ -19,11 +19,6 @@ from tests.invariants import world
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prompts of unequal lengths; the answer in even numbers is preferred to the one in odd numbers."""
     generator = torch.Generator().manual_seed(8)
@@ -36,11 +31,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("data") / "pairs"
     TokenDataset.write(target, rows, pairs=True)
     return target
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.make_data(tmp_path_factory.mktemp("data") / "train")
 
 
 def job(data: Path, folder: Path, method: str, job_id: str = "ftjob-1", **more: Any) -> JobSpec:
