@@ -17,6 +17,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     `dtype` is "auto" (fp32 for the demo model and fp32 checkpoints, else bf16), "float32" or "bfloat16".
     `kv_cache_memory_bytes` 0 derives the pool's size from `gpu_memory_utilization` of the free memory.
+    `deterministic` asks a GPU for products whose rows don't depend on the batch; a CPU's never do.
     """
 
     model: str
@@ -35,6 +36,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_cpu_loras: int = 128
     slo_tpot_ms: float = 0.0
     slo_ttft_ms: float = 0.0
+    deterministic: bool = False
     seed: int = 0
     log_file: str = ""
 

@@ -51,6 +51,7 @@ def serve(
     shutdown_timeout: flags.ShutdownTimeout = 25.0,
     slo_ttft_ms: flags.SloTtftMs = 0.0,
     slo_tpot_ms: flags.SloTpotMs = 0.0,
+    deterministic: flags.Deterministic = False,
     seed: flags.Seed = 0,
 ) -> None:
     """Serve a model over HTTP (OpenAI's API) and gRPC, and fine-tune adapters of it beside that."""

@@ -24,6 +24,7 @@ from coserve.engine.device import memory_plan, resolve_device, resolve_dtype, re
 from coserve.engine.outbox import Outbox
 from coserve.engine.stats import StatsKeeper
 from coserve.errors import CoserveError
+from coserve.kernels.dispatch import set_batch_invariant
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.lora.adapter_tiers import AdapterTiers
 from coserve.models.config import ModelConfig
@@ -54,6 +55,7 @@ class Engine:
         self.stopped = False
         self.model_config = ModelConfig.from_dir(config.model)
         torch.set_num_threads(resolve_threads(self.model_config))
+        set_batch_invariant(config.deterministic)
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, self.model_config, device)
         self.decoder = load_model(config.model, device, dtype, config.max_model_len)

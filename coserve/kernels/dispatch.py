@@ -40,6 +40,7 @@ def _load() -> ModuleType | None:
 
 native = _load()
 _backend: Backend = "auto"
+_batch_invariant = False
 
 
 @contextmanager
@@ -53,6 +54,17 @@ def use_backend(name: Backend) -> Iterator[None]:
         yield
     finally:
         _backend = before
+
+
+def set_batch_invariant(wanted: bool) -> None:
+    """Whether a GPU's products must give a row the same bits in every batch (`--deterministic`)."""
+    global _batch_invariant
+    _batch_invariant = wanted
+
+
+def batch_invariant() -> bool:
+    """What `set_batch_invariant` was told. A CPU's products don't ask: they always are."""
+    return _batch_invariant
 
 
 def native_for(x: torch.Tensor) -> ModuleType | None:
