@@ -1,4 +1,4 @@
-"""Which implementation an operation runs on: C++ for CPU tensors, the torch reference elsewhere.
+"""Which implementation an operation runs on: C++ for CPU tensors, Triton for CUDA tensors, torch for oracles.
 
 `native` is the compiled module or None. It is loaded once, after torch, so that both share one pool of
 OpenMP threads: the module names no OpenMP library of its own and takes the one that torch has loaded.
@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 
-Backend = Literal["reference", "auto"]
+from coserve.errors import ConfigError
+
+Operation = TypeVar("Operation", bound=Callable[..., Any])
+Backend = Literal["reference", "auto", "triton"]
 ISA_LEVELS = ("plain", "avx2", "avx512", "avx512bf16")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -45,10 +51,13 @@ _batch_invariant = False
 
 @contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
-    """Run the block on the torch references ("reference") or on the best there is ("auto")."""
+    """Run the block on the torch references ("reference"), on what the device has ("auto"), or on Triton's
+    interpreter ("triton": CPU tensors too, in a process started with TRITON_INTERPRET=1)."""
     global _backend
-    if name not in ("reference", "auto"):
-        raise ValueError(f"unknown backend {name!r}: use 'reference' or 'auto'")
+    if name not in get_args(Backend):
+        raise ValueError(f"unknown backend {name!r}: use one of {', '.join(get_args(Backend))}")
+    if name == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("Triton runs on CPU tensors in its interpreter alone: set TRITON_INTERPRET=1 first")
     before, _backend = _backend, name
     try:
         yield
@@ -72,6 +81,28 @@ def native_for(x: torch.Tensor) -> ModuleType | None:
     if native is not None and _backend == "auto" and x.is_cpu and x.dtype in DTYPE_CODES:
         return native
     return None
+
+
+def triton_or_reference(x: torch.Tensor, reference: Operation) -> Operation:
+    """What runs where the C++ doesn't: `reference`, or on CUDA tensors such as `x` the Triton kernel for it.
+
+    `_name_reference` of kernels/file.py has its kernel as `name` in kernels/triton/file.py, with the same
+    arguments. ConfigError for CUDA tensors without triton: the references are never run in its place unasked.
+    """
+    wanted = _backend == "triton" or (_backend == "auto" and x.is_cuda)
+    if not wanted or x.dtype == torch.float64:
+        return reference
+    return cast(Operation, _triton_kernel(reference))
+
+
+@cache
+def _triton_kernel(reference: Callable[..., Any]) -> Callable[..., Any]:
+    if find_spec("triton") is None:
+        raise ConfigError("CUDA needs the package triton, which is not installed; use --device cpu.")
+    file = reference.__module__.rpartition(".")[2]
+    name = reference.__name__.removeprefix("_").replace("_reference", "")
+    kernel: Callable[..., Any] = getattr(importlib.import_module(f"coserve.kernels.triton.{file}"), name)
+    return kernel
 
 
 def isa() -> str:

@@ -11,14 +11,21 @@ from __future__ import annotations
 
 import torch
 
-from coserve.kernels.dispatch import DTYPE_CODES, native_for, require, require_like, wide
+from coserve.kernels.dispatch import (
+    DTYPE_CODES,
+    native_for,
+    require,
+    require_like,
+    triton_or_reference,
+    wide,
+)
 
 
 def rms_norm(x_TH: torch.Tensor, w_H: torch.Tensor, eps: float) -> torch.Tensor:
     """Norm of every row of `x` [..., H]; fp32 or bf16, result in x's dtype."""
     native = native_for(x_TH)
     if native is None:
-        return _rms_norm_reference(x_TH, w_H, eps)
+        return triton_or_reference(x_TH, _rms_norm_reference)(x_TH, w_H, eps)
     H = w_H.numel()
     contiguous = x_TH.is_contiguous()
     if w_H.dtype is not x_TH.dtype or x_TH.shape[-1] != H or not (w_H.is_contiguous() and contiguous):
@@ -61,8 +68,7 @@ def add_rms_norm(
     """`(norm(x + residual), x + residual)`, the sum rounded to the dtype before it is normed."""
     native = native_for(x_TH)
     if native is None:
-        total = x_TH + residual_TH
-        return _rms_norm_reference(total, w_H, eps), total
+        return triton_or_reference(x_TH, _add_rms_norm_reference)(x_TH, residual_TH, w_H, eps)
     H = w_H.numel()
     whole = x_TH.is_contiguous() and residual_TH.is_contiguous() and w_H.is_contiguous()
     dtype, shape = x_TH.dtype, x_TH.shape
@@ -92,7 +98,7 @@ def rms_norm_backward(dy_TH: torch.Tensor, x_TH: torch.Tensor, w_H: torch.Tensor
     """Gradient w.r.t. `x` [..., H], in dy's dtype."""
     native = native_for(dy_TH)
     if native is None:
-        return _rms_norm_backward_reference(dy_TH, x_TH, w_H, eps)
+        return triton_or_reference(dy_TH, _rms_norm_backward_reference)(dy_TH, x_TH, w_H, eps)
     H = x_TH.shape[-1]
     require_like(dy_TH, contiguous=True, dy=dy_TH, x=x_TH)
     require(dy_TH.shape == x_TH.shape, f"dy {tuple(dy_TH.shape)}, x {tuple(x_TH.shape)}")
@@ -115,6 +121,13 @@ def _rms_norm_reference(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.T
     xf = wide(x)
     r = torch.rsqrt(xf.square().mean(-1, keepdim=True) + eps)
     return (xf * r).to(x.dtype) * w if w.dtype == x.dtype else (xf * r * w).to(x.dtype)
+
+
+def _add_rms_norm_reference(
+    x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total = x + residual
+    return _rms_norm_reference(total, w, eps), total
 
 
 def _rms_norm_backward_reference(
