@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from coserve.kernels.dispatch import is_index, native_for, require, require_index, require_like
+from coserve.kernels.dispatch import (
+    is_index,
+    native_for,
+    require,
+    require_index,
+    require_like,
+    triton_or_reference,
+)
 
 
 def kv_store(
@@ -21,7 +28,8 @@ def kv_store(
     """
     native = native_for(k_TND)
     if native is None:
-        return _kv_store_reference(k_TND, v_TND, k_cache_BSND, v_cache_BSND, slots_T)
+        store = triton_or_reference(k_TND, _kv_store_reference)
+        return store(k_TND, v_TND, k_cache_BSND, v_cache_BSND, slots_T)
     T, N, D = k_TND.shape
     block_size, inner, dtype = k_cache_BSND.shape[1], (D, 1), k_TND.dtype
     if not (

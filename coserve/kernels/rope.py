@@ -17,6 +17,7 @@ from coserve.kernels.dispatch import (
     require,
     require_index,
     require_like,
+    triton_or_reference,
     wide,
 )
 
@@ -34,7 +35,9 @@ def apply_rope_(
     """
     native = native_for(x_TND)
     if native is None:
-        return _rope_reference_(x_TND, positions_T, cos_PD2, sin_PD2, inverse)
+        return triton_or_reference(x_TND, _apply_rope_reference_)(
+            x_TND, positions_T, cos_PD2, sin_PD2, inverse
+        )
     T, N, D = x_TND.shape
     half = cos_PD2.shape[1]
     if not (
@@ -74,7 +77,7 @@ def _check(x: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: tor
     require(positions.shape == (T,), f"positions of shape {tuple(positions.shape)} for {T} tokens")
 
 
-def _rope_reference_(
+def _apply_rope_reference_(
     x: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool
 ) -> torch.Tensor:
     half = cos.shape[1]

@@ -13,7 +13,14 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from coserve.kernels.dispatch import DTYPE_CODES, native_for, require, require_like, wide
+from coserve.kernels.dispatch import (
+    DTYPE_CODES,
+    native_for,
+    require,
+    require_like,
+    triton_or_reference,
+    wide,
+)
 
 Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh")
@@ -24,7 +31,7 @@ def swiglu(gate_up_T2I: torch.Tensor, act: Activation = "silu") -> torch.Tensor:
     _check_activation(act)
     native = native_for(gate_up_T2I)
     if native is None:
-        return _swiglu_reference(gate_up_T2I, act)
+        return triton_or_reference(gate_up_T2I, _swiglu_reference)(gate_up_T2I, act)
     T, double = gate_up_T2I.shape
     if double % 2 or not gate_up_T2I.is_contiguous():
         require_like(gate_up_T2I, contiguous=True, gate_up=gate_up_T2I)
@@ -46,7 +53,7 @@ def swiglu_backward(dy_TI: torch.Tensor, gate_up_T2I: torch.Tensor, act: Activat
     _check_activation(act)
     native = native_for(gate_up_T2I)
     if native is None:
-        return _swiglu_backward_reference(dy_TI, gate_up_T2I, act)
+        return triton_or_reference(gate_up_T2I, _swiglu_backward_reference)(dy_TI, gate_up_T2I, act)
     T, width = dy_TI.shape
     require_like(gate_up_T2I, contiguous=True, gate_up=gate_up_T2I, dy=dy_TI)
     require(

@@ -6,6 +6,9 @@ depends on other rows. The row is read a second time to be normed, from the cach
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +21,7 @@ from coserve.kernels.triton.tuning import Tuned
 MAX_BLOCK = 1024
 
 
-def _example(device: torch.device):
+def _example(device: torch.device) -> Callable[[], Any]:
     x = torch.randn(256, 4096, device=device, dtype=torch.bfloat16)
     w = torch.ones(4096, device=device, dtype=torch.bfloat16)
     return lambda: rms_norm(x, w, 1e-6)
