@@ -55,7 +55,7 @@ def _touched(arguments: Arguments, result: Any) -> float:
 def _product(arguments: Arguments, result: torch.Tensor) -> Work:
     linear = arguments["self"]
     rows = len(result)
-    moved = linear.weight.nbytes + rows * (linear.in_features + linear.out_features) * result.element_size()
+    moved = linear.weight_nbytes + rows * (linear.in_features + linear.out_features) * result.element_size()
     return 2.0 * rows * linear.in_features * linear.out_features, moved
 
 

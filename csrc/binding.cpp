@@ -115,9 +115,9 @@ PyMethodDef method(const char* name) {
 }
 
 PyMethodDef METHODS[] = {
-    method<&Kernels::pack>("pack"),
+    method<&Kernels::pack_weight>("pack_weight"),
+    method<&Kernels::gather_rows>("gather_rows"),
     method<&Kernels::linear>("linear"),
-    method<&Kernels::linear_input_gradient>("linear_input_gradient"),
     method<&Kernels::paged_attention>("paged_attention"),
     method<&Kernels::window_attention>("window_attention"),
     method<&Kernels::window_attention_backward>("window_attention_backward"),

@@ -8,12 +8,11 @@ namespace coserve {
 
 struct Kernels {
   // linear.cpp
-  void (*pack)(const float* w, int64_t n_stride, int64_t k_stride, int64_t N, int64_t K, float* pack);
-  void (*linear)(const float* x, int64_t x_stride, int64_t M, const float* pack, int64_t N, int64_t K,
-                 const float* bias, float* y, int64_t y_stride);
-  // linear_bf16.cpp; null on levels without AVX512-BF16
-  void (*linear_input_gradient)(const void* dy, int64_t dy_stride, int64_t M, const void* w, int64_t N, int64_t K,
-                                void* dx, int64_t dx_stride);
+  void (*pack_weight)(int64_t dtype, const void* w, int64_t stride, int64_t first, int64_t count, int64_t K,
+                      void* pack);
+  void (*gather_rows)(int64_t dtype, const void* pack, int64_t K, const int64_t* rows, int64_t count, void* out);
+  void (*linear)(int64_t dtype, int64_t transposed, const void* a, int64_t a_stride, int64_t M, const void* pack,
+                 int64_t N, int64_t K, const void* bias, void* out, int64_t out_stride);
   // attention.cpp
   void (*paged_attention)(int64_t dtype, const void* q, int64_t q_stride, const void* k, const void* v,
                           int64_t k_block_stride, int64_t v_block_stride, int64_t block_size,

@@ -6,7 +6,6 @@ namespace COSERVE_ISA {
 
 void add_adamw_8bit(Kernels&);
 void add_linear(Kernels&);
-void add_linear_bf16(Kernels&);
 void add_attention(Kernels&);
 void add_attention_backward(Kernels&);
 void add_lora(Kernels&);
@@ -17,7 +16,6 @@ static Kernels make() {
   Kernels table{};
   add_adamw_8bit(table);
   add_linear(table);
-  add_linear_bf16(table);
   add_attention(table);
   add_attention_backward(table);
   add_lora(table);

@@ -68,7 +68,7 @@ class Engine:
         self.blocks = BlockPool(num_blocks, PrefixCache() if config.enable_prefix_caching else None)
         self.slots = AdapterSlots(self.pool.max_rows, max_adapters, on_free=self.pool.free_heads)
         self.adapters = AdapterTiers(
-            self.model_config, self.pool, self.slots, config.max_cpu_loras, self.decoder.head.weight
+            self.model_config, self.pool, self.slots, config.max_cpu_loras, self.decoder.head
         )
         self.model = LatencyModel()
         self.scheduler = Scheduler(

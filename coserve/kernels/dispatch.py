@@ -110,11 +110,6 @@ def isa() -> str:
     return "none" if native is None else ISA_LEVELS[native.get_isa()]
 
 
-def has_pair_dots() -> bool:
-    """The C++ kernels run with AVX512-BF16's dot products: their bf16 products beat torch's, AMX apart."""
-    return isa() == "avx512bf16"
-
-
 @contextmanager
 def use_isa(level: str) -> Iterator[None]:
     """Run the block's C++ kernels on a lower instruction set; ValueError if this CPU lacks it."""

@@ -1,115 +1,156 @@
-"""A frozen linear layer with its weight packed once: y = x W^T + b and dx = dy W.
+"""A frozen linear layer on the one packed copy of its weight: y = x W^T + b and dx = dy W.
 
-On the CPU in fp32 a row's result does not depend on how many rows its batch has: each element sums 256
-ascending k at a time in one chain of multiply-adds and adds those sums in order, whatever the tile or the
-thread. In bf16 the CPU uses oneDNN's prepacked product, elsewhere torch's linear. dx in bf16 reads the raw
-weight: by a kernel of our own where the CPU has AVX512-BF16 and no AMX, else by torch's product.
+On the CPU in fp32 and bf16 the weight lies in panels of 16 of its rows (csrc/weight_pack.h) that serve both
+products, lookups of rows too, and no other copy is kept. A row's result does not depend on how many rows its
+batch has: each element is one chain over ascending k (fp32: sums of 256 k each, added in order), whatever the
+tile or the thread. On other devices, in float64 and without the compiled module the weight lies as it came
+and torch multiplies.
 """
 
 from __future__ import annotations
 
+import mmap
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
-from coserve.kernels.dispatch import has_pair_dots, native_for, require
+from coserve.kernels import dispatch
+from coserve.kernels.dispatch import DTYPE_CODES, native_for, require
 
-COLUMN_STEP = 16
-ONEDNN_PACK_ROWS = 64
+PANEL = 16  # rows of the weight
+PAIR_STEP = 32  # columns of a bf16 weight that a panel's depth is filled up to
+HUGE_PAGE = 2 << 20
+CONVERTED_AT_ONCE = 4 << 20  # elements
 
 
 class PackedLinear:
-    """Weight [N, K] (fp32 or bf16) and optional bias [N], both frozen.
+    """Weight [N, K] and optional bias [N], both frozen, in `dtype` (default: the weight's) on its device.
 
-    The raw weight is kept (it may be the embedding's storage) and must not change after construction.
+    A sequence of weights is taken as one, their rows in that order. What is packed is not referred to.
     """
 
-    def __init__(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> None:
-        self.weight = weight_NK
+    def __init__(
+        self,
+        weight_NK: torch.Tensor | Sequence[torch.Tensor],
+        bias_N: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        parts = [weight_NK] if isinstance(weight_NK, torch.Tensor) else list(weight_NK)
+        self.dtype, self.device = dtype or parts[0].dtype, parts[0].device
+        self.out_features, self.in_features = sum(map(len, parts)), parts[0].shape[1]
         self.bias = bias_N
-        self.out_features, self.in_features = weight_NK.shape
         if bias_N is not None:
             require(
                 bias_N.shape == (self.out_features,)
-                and bias_N.dtype == weight_NK.dtype
+                and bias_N.dtype == self.dtype
                 and bias_N.is_contiguous(),
-                f"bias must be contiguous [{self.out_features}] of {weight_NK.dtype}",
+                f"bias must be contiguous [{self.out_features}] of {self.dtype}",
             )
+        self._weight: torch.Tensor | None = None
         self._pack: torch.Tensor | None = None
-        self._transposed_pack: torch.Tensor | None = None
-        self._onednn_pack: torch.Tensor | None = None
-        self._own_gradient = (
-            weight_NK.dtype == torch.bfloat16
-            and weight_NK.is_cpu
-            and weight_NK.is_contiguous()
-            and self.out_features % 2 == 0
-            and not torch.cpu._is_amx_tile_supported()
-        )
-        if weight_NK.dtype == torch.float32 and native_for(weight_NK):
-            self._pack = _pack(weight_NK)
-        elif weight_NK.dtype == torch.bfloat16 and weight_NK.is_cpu and _onednn_takes_bf16():
-            self._onednn_pack = torch.ops.mkldnn._reorder_linear_weight(weight_NK.detach(), ONEDNN_PACK_ROWS)
+        if native_for(torch.empty(0, dtype=self.dtype, device=self.device)):
+            self._pack = _zeros(_pack_elements(self.out_features, self.in_features, self.dtype), self.dtype)
+            first = 0
+            for part_NK in parts:
+                self.fill(first, part_NK)
+                first += len(part_NK)
+        else:
+            self._weight = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.dtype)
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes of the weight as it is held, its padding included."""
+        held = self._weight if self._pack is None else self._pack
+        assert held is not None
+        return held.nbytes
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weight, the bias and the packs made so far."""
-        held = (self.weight, self.bias, self._pack, self._transposed_pack, self._onednn_pack)
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
+        """Bytes of the weight and the bias."""
+        return self.weight_nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def fill(self, first: int, weight_nK: torch.Tensor) -> None:
+        """Write rows [first, first + n) of the weight; other floats are converted a few rows at a time."""
+        if self._pack is None:
+            assert self._weight is not None
+            self._weight[first : first + len(weight_nK)] = weight_nK
+            return
+        K = self.in_features
+        require(weight_nK.shape[1] == K, f"the weight has {weight_nK.shape[1]} columns, expected {K}")
+        ready = weight_nK.dtype == self.dtype and weight_nK.stride(1) == 1 and weight_nK.is_cpu
+        step = len(weight_nK) if ready else max(PANEL, CONVERTED_AT_ONCE // max(K, 1) // PANEL * PANEL)
+        for start in range(0, len(weight_nK), max(step, 1)):
+            rows = weight_nK[start : start + step]
+            rows = rows if ready else rows.to(device="cpu", dtype=self.dtype).contiguous()
+            code = DTYPE_CODES[self.dtype]
+            assert dispatch.native is not None
+            dispatch.native.pack_weight(
+                code, rows.data_ptr(), rows.stride(0), first + start, len(rows), K, self._pack.data_ptr()
+            )
+
+    def rows(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Rows [T, K] of the weight, of int64 ids that all lie inside it."""
+        if self._pack is None:
+            assert self._weight is not None
+            return self._weight.index_select(0, ids_T)
+        ids_T = ids_T.contiguous()
+        require(ids_T.dtype == torch.int64 and ids_T.is_cpu, f"ids are {ids_T.dtype} on {ids_T.device}")
+        rows_TK = torch.empty((len(ids_T), self.in_features), dtype=self.dtype)
+        code = DTYPE_CODES[self.dtype]
+        assert dispatch.native is not None
+        dispatch.native.gather_rows(
+            code, self._pack.data_ptr(), self.in_features, ids_T.data_ptr(), len(ids_T), rows_TK.data_ptr()
+        )
+        return rows_TK
+
+    def unpacked(self) -> torch.Tensor:
+        """The weight [N, K]: a copy where it is packed. For tests, files and the references."""
+        if self._pack is None:
+            assert self._weight is not None
+            return self._weight
+        return self.rows(torch.arange(self.out_features))
 
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
         """y [T, N] of x [T, K], in x's dtype, which is the weight's; x's row stride is free."""
         if self._pack is not None and native_for(x_TK):
-            return _linear(x_TK, self._pack, self.out_features, self.in_features, self.bias)
-        if self._onednn_pack is not None and len(x_TK):
-            return torch.ops.mkldnn._linear_pointwise(x_TK, self._onednn_pack, self.bias, "none", [], "")
-        return F.linear(x_TK, self.weight, self.bias)
+            return self._multiply(x_TK, "x", self.in_features, self.out_features, transposed=False)
+        return F.linear(x_TK, self.unpacked(), self.bias)
 
     def backward_input(self, dy_TN: torch.Tensor) -> torch.Tensor:
-        """dx [T, K] of dy [T, N], in dy's dtype."""
+        """dx [T, K] of dy [T, N], in dy's dtype, which is the weight's; dy's row stride is free."""
         if self._pack is not None and native_for(dy_TN):
-            if self._transposed_pack is None:
-                self._transposed_pack = _pack(self.weight.t())
-            return _linear(dy_TN, self._transposed_pack, self.in_features, self.out_features, None)
-        if self._own_gradient and has_pair_dots() and native_for(dy_TN) and dy_TN.stride(1) == 1:
-            return _input_gradient(dy_TN, self.weight)
-        return dy_TN @ self.weight
+            return self._multiply(dy_TN, "dy", self.out_features, self.in_features, transposed=True)
+        return dy_TN @ self.unpacked()
+
+    def _multiply(self, x: torch.Tensor, name: str, into: int, out: int, transposed: bool) -> torch.Tensor:
+        pack = self._pack
+        assert pack is not None and dispatch.native is not None
+        M, width = x.shape
+        if width != into or x.dtype is not self.dtype or (x.stride(1) != 1 and into > 1):
+            raise ValueError(
+                f"{name} is {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()}, "
+                f"expected {self.dtype} [T, {into}] with contiguous rows"
+            )
+        y = torch.empty((M, out), dtype=self.dtype)
+        bias = 0 if transposed or self.bias is None else self.bias.data_ptr()
+        dispatch.native.linear(
+            DTYPE_CODES[self.dtype], transposed, x.data_ptr(), x.stride(0), M, pack.data_ptr(),
+            self.out_features, self.in_features, bias, y.data_ptr(), out,
+        )  # fmt: skip
+        return y
 
 
-def _onednn_takes_bf16() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def _pack_elements(N: int, K: int, dtype: torch.dtype) -> int:
+    depth = K if dtype == torch.float32 else -(-K // PAIR_STEP) * PAIR_STEP
+    return -(-N // PANEL) * PANEL * depth
 
 
-def _input_gradient(dy_TN: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
-    native = native_for(dy_TN)
-    assert native is not None
-    (T, width), (N, K) = dy_TN.shape, weight_NK.shape
-    given = f"{dy_TN.dtype} [T, {width}]"
-    require(width == N and dy_TN.dtype is torch.bfloat16, f"dy is {given}, expected bf16 [T, {N}]")
-    dx_TK = torch.empty((T, K), dtype=torch.bfloat16)
-    native.linear_input_gradient(
-        dy_TN.data_ptr(), dy_TN.stride(0), T, weight_NK.data_ptr(), N, K, dx_TK.data_ptr(), K
-    )
-    return dx_TK
-
-
-def _pack(weight_NK: torch.Tensor) -> torch.Tensor:
-    N, K = weight_NK.shape
-    pack = torch.empty(K * -(-N // COLUMN_STEP) * COLUMN_STEP, dtype=torch.float32)
-    native = native_for(pack)
-    assert native is not None
-    native.pack(weight_NK.data_ptr(), weight_NK.stride(0), weight_NK.stride(1), N, K, pack.data_ptr())
-    return pack
-
-
-def _linear(x: torch.Tensor, pack: torch.Tensor, N: int, K: int, bias: torch.Tensor | None) -> torch.Tensor:
-    native = native_for(x)
-    assert native is not None
-    M, width = x.shape
-    if width != K or x.dtype is not torch.float32 or x.stride(1) != 1:
-        raise ValueError(
-            f"x is {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()}, "
-            f"expected fp32 [T, {K}] with contiguous rows"
-        )
-    y = torch.empty((M, N), dtype=torch.float32)
-    bias_pointer = 0 if bias is None else bias.data_ptr()
-    native.linear(x.data_ptr(), x.stride(0), M, pack.data_ptr(), N, K, bias_pointer, y.data_ptr(), N)
-    return y
+def _zeros(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeroed memory, in huge pages where the system gives them: streaming it misses the TLB less."""
+    nbytes = elements * dtype.itemsize
+    if nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(elements, dtype=dtype)
+    memory = mmap.mmap(-1, nbytes)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)

@@ -19,21 +19,19 @@ from coserve.layers.batch import LoraBatch, ModuleGradient
 
 
 class AdaptedLinear:
-    """`weights` [N_m, K] of the modules numbered `modules`, merged row-wise in that order."""
+    """`weights` [N_m, K] of the modules numbered `modules`, merged row-wise in that order and
+    held in `dtype` (default: the weights' own), which is the biases'."""
 
     def __init__(
         self,
         modules: Sequence[int],
         weights: Sequence[torch.Tensor],
         biases: Sequence[torch.Tensor | None],
+        dtype: torch.dtype | None = None,
     ) -> None:
-        if len(weights) == 1:
-            weight, bias = weights[0], biases[0]
-        else:
-            weight = torch.cat(list(weights))
-            given = [b for b in biases if b is not None]
-            bias = torch.cat(given) if given else None
-        self.packed = PackedLinear(weight, bias)
+        given = [b for b in biases if b is not None]
+        bias = (torch.cat(given) if len(given) > 1 else given[0]) if given else None
+        self.packed = PackedLinear(weights, bias, dtype)
         self.parts: list[tuple[int, slice]] = []
         end = 0
         for module, part in zip(modules, weights, strict=True):

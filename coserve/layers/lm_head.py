@@ -29,7 +29,7 @@ class HeadRun(NamedTuple):
 
 
 class LMHead(PackedLinear):
-    """Frozen linear [V, H]; with tied weights its `weight` is the embedding's tensor itself."""
+    """Frozen linear [V, H]; with tied weights the embedding looks its rows up here."""
 
     def forward(self, h_SH: torch.Tensor, runs: Sequence[HeadRun] = ()) -> torch.Tensor:
         """[S, V] of normed hidden states [S, H], in their dtype."""

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from coserve.errors import InvalidRequest
+from coserve.kernels.linear import PackedLinear
 from coserve.lora.peft_files import (
     BASE_HEAD_KEY,
     TENSOR_FILE,
@@ -53,18 +54,18 @@ def load_adapter(
     model: LinearShapes,
     max_rank: int | None = None,
     *,
-    base_head_VH: torch.Tensor | None = None,
+    base_head: PackedLinear | None = None,
     param: str = "lora_path",
 ) -> HostAdapter:
     """Check and load a PEFT directory (F32, F16 and BF16 tensors become fp32); `max_rank` None: any rank.
 
     Raises NotFound and InvalidRequest as `read_adapter_info` does, for weights that are not finite, and where
-    the files carry the base's head beside an adapter on it and it isn't `base_head_VH`.
+    the files carry the base's head beside an adapter on it and it isn't `base_head`'s weight.
     """
     info = read_adapter_info(path, model, max_rank, param=param)
     tensors = load_file(Path(info.path) / TENSOR_FILE)
     carried_VH = tensors.get(BASE_HEAD_KEY)
-    if carried_VH is not None and base_head_VH is not None and not _same(carried_VH, base_head_VH.cpu()):
+    if carried_VH is not None and base_head is not None and not _same(carried_VH, base_head.unpacked().cpu()):
         raise InvalidRequest(
             f"cannot load the adapter: its {BASE_HEAD_KEY} is not the head of this base model; it was made "
             "for another one",

@@ -12,10 +12,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import torch
-
 from coserve.core.adapter_slots import AdapterSlots
 from coserve.errors import CoserveError, FailedPrecondition, InternalError, NotFound
+from coserve.kernels.linear import PackedLinear
 from coserve.lora.adapter import HostAdapter, load_adapter
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.models.config import ModelConfig
@@ -47,14 +46,14 @@ class AdapterTiers:
         pool: AdapterPool,
         slots: AdapterSlots,
         max_host: int,
-        base_head_VH: torch.Tensor | None = None,
+        base_head: PackedLinear | None = None,
     ) -> None:
         self.swaps: Counter[str] = Counter()
         self._config = config
         self._pool = pool
         self._slots = slots
         self._max_host = max_host
-        self._base_head_VH = base_head_VH
+        self._base_head = base_head
         self._known: dict[str, KnownAdapter] = {}
         self._host: OrderedDict[str, HostAdapter] = OrderedDict()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter-load")
@@ -153,7 +152,7 @@ class AdapterTiers:
     def _start(self, known: KnownAdapter) -> None:
         if known.loading is None:
             known.loading = self._reader.submit(
-                load_adapter, known.path, self._config, base_head_VH=self._base_head_VH
+                load_adapter, known.path, self._config, base_head=self._base_head
             )
 
     def _place(self, digest: str) -> bool:

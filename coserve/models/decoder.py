@@ -138,19 +138,17 @@ class Decoder:
     @property
     def dtype(self) -> torch.dtype:
         """The activations' dtype."""
-        return self.embedding.weight.dtype
+        return self.head.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.embedding.weight.device
+        return self.head.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights and their packed copies; a shared table counts once."""
-        total = self.head.nbytes
-        if self.embedding.weight.data_ptr() != self.head.weight.data_ptr():
-            total += self.embedding.weight.nbytes
+        """Bytes of the base's matrices and biases as they are held; a shared table counts once."""
+        total = self.head.nbytes + self.embedding.nbytes
         for layer in self.layers:
             merged = layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down
             total += sum(linear.packed.nbytes for linear in merged)

@@ -152,9 +152,11 @@ def build_decoder(config: ModelConfig, fetch: Fetch, device: torch.device | str)
         before, after, middle, last = (norm(f"{prefix}.{name}") if name else None for name in names)
         return DecoderLayer(before, attention, middle, mlp, after, last)
 
-    embedding = Embedding(fetch(EMBEDDING), config.hidden_size**0.5 if config.scaled_embeddings else 1.0)
+    scale = config.hidden_size**0.5 if config.scaled_embeddings else 1.0
+    tied = LMHead(fetch(EMBEDDING)) if config.tie_word_embeddings else None
+    embedding = Embedding(fetch(EMBEDDING) if tied is None else tied, scale)
     layers = [block(layer) for layer in range(config.num_layers)]
-    head = LMHead(embedding.weight if config.tie_word_embeddings else fetch(HEAD))
+    head = LMHead(fetch(HEAD)) if tied is None else tied
     return Decoder(config, embedding, layers, norm(NORM.removesuffix(".weight")), head)
 
 

@@ -11,21 +11,28 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from coserve.kernels.linear import PackedLinear
+
 SMALL = 0.25  # of the median row's norm
 LOOKED_AT = 1 << 16  # labels, and rows of the head
 
 
 def untrained_end_tokens(
-    head_VH: torch.Tensor, eos_token_ids: Sequence[int], labels: np.ndarray
+    head: PackedLinear, eos_token_ids: Sequence[int], labels: np.ndarray
 ) -> list[int]:
     """Those of `eos_token_ids` that the first `labels` train although their row of the head is tiny."""
-    wanted = [token for token in eos_token_ids if token < len(head_VH)]
+    wanted = [token for token in eos_token_ids if token < head.out_features]
     wanted = [token for token in wanted if bool((labels[:LOOKED_AT] == token).any())]
     if not wanted:
         return []
-    step = -(-len(head_VH) // LOOKED_AT)
-    median = float(head_VH[::step].float().norm(dim=1).median())
-    return [token for token in wanted if float(head_VH[token].float().norm()) < SMALL * median]
+    step = -(-head.out_features // LOOKED_AT)
+    median = float(_norms(head, torch.arange(0, head.out_features, step)).median())
+    sizes = _norms(head, torch.tensor(wanted)).tolist()
+    return [token for token, size in zip(wanted, sizes, strict=True) if size < SMALL * median]
+
+
+def _norms(head: PackedLinear, ids: torch.Tensor) -> torch.Tensor:
+    return head.rows(ids.to(head.device)).float().norm(dim=1)
 
 
 def warning(tokens: Sequence[int]) -> str:

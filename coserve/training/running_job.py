@@ -288,7 +288,7 @@ class RunningJob:
         """(level, text) of what is to be said of a step that is over; once for each."""
         said = []
         if metrics.step == 1 and not self._adapter.adapts_head:
-            eos, head = self._decoder.config.eos_token_ids, self._decoder.head.weight
+            eos, head = self._decoder.config.eos_token_ids, self._decoder.head
             unlearnt = untrained_end_tokens(head, eos, self._dataset.labels)
             said += [("warn", warning(unlearnt))] if unlearnt else []
         exploded = self._watch.warning(metrics.step, metrics.loss)
@@ -345,7 +345,7 @@ class RunningJob:
 
     def _load_start(self) -> None:
         assert self.spec.init_path is not None
-        self._adapter.start_from(self.spec.init_path, self._decoder.config, self._decoder.head.weight)
+        self._adapter.start_from(self.spec.init_path, self._decoder.config, self._decoder.head)
 
 
 def _numbered(examples: Sequence[int]) -> str:

@@ -21,6 +21,7 @@ import torch
 
 from coserve.errors import InvalidRequest
 from coserve.kernels.dropout import Dropout, module_salt
+from coserve.kernels.linear import PackedLinear
 from coserve.layers.batch import LoraPool, ModuleGradient
 from coserve.lora.adapter import load_adapter
 from coserve.lora.peft_files import tensor_key
@@ -251,14 +252,14 @@ class TrainableAdapter:
             master.copy_(tensors[key])
 
     def start_from(
-        self, directory: str | Path, model: ModelConfig, base_head_VH: torch.Tensor | None = None
+        self, directory: str | Path, model: ModelConfig, base_head: PackedLinear | None = None
     ) -> None:
         """Set the masters from a PEFT directory. As in PEFT the scale is the job's: with another alpha the
         same weights start out as another function.
 
         Raises InvalidRequest when its modules or ranks differ, NotFound when there is none.
         """
-        given = load_adapter(directory, model, base_head_VH=base_head_VH, param="init_from")
+        given = load_adapter(directory, model, base_head=base_head, param="init_from")
         tensors = {}
         for place, weights in given.modules.items():
             path = model.module_path(*place)

@@ -41,7 +41,7 @@ def block(decoder: Decoder, x_TH: torch.Tensor) -> torch.Tensor:
     outputs = []
     for x in x_TH.split(LENGTHS):
         normed = norm(x, layer.attn_norm.weight, config.rms_norm_eps)
-        qkv = normed @ attention.qkv.packed.weight.double().t() + attention.qkv.packed.bias.double()
+        qkv = normed @ attention.qkv.packed.unpacked().double().t() + attention.qkv.packed.bias.double()
         q, k, v = qkv.view(len(x), -1, config.head_dim).split((4, 2, 2), 1)
         if attention.q_norm is not None and attention.k_norm is not None:
             q = norm(q, attention.q_norm.weight, config.rms_norm_eps)
@@ -52,11 +52,11 @@ def block(decoder: Decoder, x_TH: torch.Tensor) -> torch.Tensor:
         )
         heads = [t.transpose(0, 1)[None] for t in (q, k, v)]
         o = scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-        x = x + o.reshape(len(x), -1) @ attention.out.packed.weight.double().t()
+        x = x + o.reshape(len(x), -1) @ attention.out.packed.unpacked().double().t()
         normed = norm(x, layer.mlp_norm.weight, config.rms_norm_eps)
-        gate, up = (normed @ mlp.gate_up.packed.weight.double().t()).chunk(2, -1)
+        gate, up = (normed @ mlp.gate_up.packed.unpacked().double().t()).chunk(2, -1)
         gate = silu(gate) if config.hidden_act == "silu" else gelu(gate, approximate="tanh")
-        outputs.append(x + (gate * up) @ mlp.down.packed.weight.double().t())
+        outputs.append(x + (gate * up) @ mlp.down.packed.unpacked().double().t())
     return torch.cat(outputs)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from coserve.engine import messages as m
+from coserve.kernels.linear import PackedLinear
 from coserve.training.dataset import TokenDataset
 from coserve.training.end_tokens import untrained_end_tokens, warning
 from tests.invariants import world
@@ -16,11 +17,11 @@ from tests.invariants import world
 V, H = 64, 16
 
 
-def head(small: int | None = None) -> torch.Tensor:
+def head(small: int | None = None) -> PackedLinear:
     weight = torch.randn(V, H, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     if small is not None:
         weight[small] *= 0.05
-    return weight
+    return PackedLinear(weight)
 
 
 def test_a_tiny_row_that_is_trained_on_is_told() -> None:
@@ -47,7 +48,8 @@ def test_a_job_says_so_once(tmp_path: Path, shrunk: bool, times_told: int) -> No
     local = world.make_engine(world.make_model(tmp_path / "model"))
     (end,) = local.engine.model_config.eos_token_ids
     if shrunk:
-        local.engine.decoder.head.weight[end] *= 0.01
+        head = local.engine.decoder.head
+        head.fill(end, head.rows(torch.tensor([end])) * 0.01)
     TokenDataset.write(tmp_path / "data", [([5, 9, 7, end], [-100, 9, 7, end])] * 4)
     spec = world.make_job(tmp_path / "data", tmp_path, n_epochs=3)
     world.submit(local, spec)

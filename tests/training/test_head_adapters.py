@@ -136,7 +136,7 @@ def test_a_job_trains_serves_and_exports_the_head(tmp_path: Path) -> None:
     lora = LoraSpec(r=4, target_modules=("q_proj", "lm_head"), lora_dropout=0.1)
     spec = msgspec.structs.replace(spec, lora=lora)
     local = world.make_engine(model)
-    table = local.engine.decoder.embedding.weight.clone()
+    table = local.engine.decoder.head.unpacked()
     empty = local.engine.pool.nbytes
     world.submit(local, spec)
     head = 4 * 4 * (97 + 32)
@@ -144,8 +144,8 @@ def test_a_job_trains_serves_and_exports_the_head(tmp_path: Path) -> None:
     ledger = local.engine.stats.snapshot(0).memory_bytes
     assert ledger["adapters"] == empty // local.engine.pool.max_rows * 4 + head
     world.finish(local, spec.job_id)
-    assert torch.equal(local.engine.decoder.embedding.weight, table)
-    assert local.engine.decoder.head.weight.data_ptr() == local.engine.decoder.embedding.weight.data_ptr()
+    assert torch.equal(local.engine.decoder.head.unpacked(), table)
+    assert local.engine.decoder.embedding.table is local.engine.decoder.head
     local.run_until(lambda: not local.engine.has_work, 1000)
     assert local.engine.pool.nbytes == empty, "the job's head is freed with its rows"
 
@@ -168,5 +168,5 @@ def test_goes_on_from_an_adapter_with_a_head(tmp_path: Path) -> None:
     write_adapter(tmp_path / "given", trainer.adapter.tensors(), trainer.adapter.config)
     decoder = trainer.decoder
     again = TrainableAdapter(SPECS["patterns"], decoder.config, seed=1)
-    again.start_from(tmp_path / "given", decoder.config, decoder.head.weight)
+    again.start_from(tmp_path / "given", decoder.config, decoder.head)
     assert torch.equal(again.parameters, trainer.adapter.parameters)

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from coserve.errors import InvalidRequest
+from coserve.kernels.linear import PackedLinear
 from coserve.lora.adapter import load_adapter
 from coserve.models.loader import load_model
 from tests.worker.conftest import Models, make_adapter
@@ -68,7 +69,7 @@ def test_each_row_gets_the_head_of_its_adapter(models: Models) -> None:
     assert "base_model.model.lm_head.base_layer.weight" in load_file(
         models.adapters["head"] / "adapter_model.safetensors"
     )
-    table = models.decoder.embedding.weight.clone()
+    table = models.decoder.head.unpacked()
     engine = served(models, max_tokens=16)
     for name, (prompt, adapter) in PROMPTS.items():
         engine.add(name, prompt, adapter=adapter, prompt_logprobs=1, logprobs=1)
@@ -84,7 +85,7 @@ def test_each_row_gets_the_head_of_its_adapter(models: Models) -> None:
         scored = [entry.logprob for entry in engine.prompt_logprobs[name][1:]]
         sampled = [entry.logprob for entry in engine.logprobs[name]]
         assert scored + sampled == pytest.approx(theirs, abs=2e-4)
-    assert torch.equal(models.decoder.embedding.weight, table)
+    assert torch.equal(models.decoder.head.unpacked(), table)
 
 
 def test_memory_is_that_of_the_heads_there_are(models: Models) -> None:
@@ -101,15 +102,15 @@ def test_memory_is_that_of_the_heads_there_are(models: Models) -> None:
 
 def test_the_head_of_another_base_is_refused(models: Models, tmp_path: Path) -> None:
     folder = make_adapter(models.path, tmp_path / "other", 1, **HEAD)
-    own = models.decoder.head.weight
-    assert load_adapter(folder, models.decoder.config, base_head_VH=own)
-    assert load_adapter(folder, models.decoder.config, base_head_VH=own.bfloat16())
+    own = models.decoder.head
+    assert load_adapter(folder, models.decoder.config, base_head=own)
+    assert load_adapter(folder, models.decoder.config, base_head=PackedLinear(own.unpacked().bfloat16()))
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
     tensors["base_model.model.lm_head.base_layer.weight"][3, 4] += 0.5
     save_file(tensors, file)
     with pytest.raises(InvalidRequest, match="not the head of this base"):
-        load_adapter(folder, models.decoder.config, base_head_VH=own)
+        load_adapter(folder, models.decoder.config, base_head=own)
     tensors["base_model.model.lm_head.base_layer.weight"] = torch.zeros(95, 32)
     save_file(tensors, file)
     with pytest.raises(InvalidRequest, match=r"lm_head\.base_layer\.weight has shape"):
