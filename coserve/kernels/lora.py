@@ -20,7 +20,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from coserve.kernels.dispatch import DTYPE_CODES, native_for, require, require_index, require_like, wide
+from coserve.kernels.dispatch import (
+    DTYPE_CODES,
+    native_for,
+    require,
+    require_index,
+    require_like,
+    triton_or_reference,
+    wide,
+)
 from coserve.kernels.dropout import NO_DROPOUT, Dropout, keep_mask
 
 TILE = 64
@@ -74,7 +82,8 @@ def lora_forward_(
     """
     native = native_for(y_TN)
     if native is None:
-        return _lora_forward_reference_(y_TN, x_TK, a_RK, b_RN, segments, ranks_S, dropout)
+        run = triton_or_reference(y_TN, _lora_forward_reference_)
+        return run(y_TN, x_TK, a_RK, b_RN, segments, ranks_S, dropout)
     N, K, dtype = y_TN.shape[1], x_TK.shape[1], y_TN.dtype
     if not (
         x_TK.dtype is dtype
@@ -131,9 +140,8 @@ def lora_backward(
     """
     native = native_for(dy_TN)
     if native is None:
-        return _lora_backward_reference(
-            dy_TN, x_TK, a_RK, b_RN, rows, dx_TK, da_rK, db_rN, token_offset, dropout
-        )
+        run = triton_or_reference(dy_TN, _lora_backward_reference)
+        return run(dy_TN, x_TK, a_RK, b_RN, rows, dx_TK, da_rK, db_rN, token_offset, dropout)
     (T, N), K, rank = dy_TN.shape, x_TK.shape[1], len(rows)
     require_like(dy_TN, dy=dy_TN, x=x_TK, dx=dx_TK)
     require_like(dy_TN, contiguous=True, a=a_RK, b=b_RN)
