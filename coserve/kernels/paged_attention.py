@@ -20,6 +20,7 @@ from coserve.kernels.dispatch import (
     require,
     require_index,
     require_like,
+    triton_or_reference,
     wide,
 )
 
@@ -44,7 +45,7 @@ def paged_attention(
     """
     native = native_for(q_TND)
     if native is None:
-        return _paged_attention_reference(
+        return triton_or_reference(q_TND, _paged_attention_reference)(
             q_TND, k_cache, v_cache, block_tables_SB, query_start_S1, context_lens_S, scale, window, soft_cap
         )
     (_, N, D), dtype, S = q_TND.shape, q_TND.dtype, context_lens_S.numel()

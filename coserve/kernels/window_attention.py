@@ -17,7 +17,15 @@ from __future__ import annotations
 
 import torch
 
-from coserve.kernels.dispatch import DTYPE_CODES, native_for, require, require_index, require_like, wide
+from coserve.kernels.dispatch import (
+    DTYPE_CODES,
+    native_for,
+    require,
+    require_index,
+    require_like,
+    triton_or_reference,
+    wide,
+)
 
 TILE = 64
 
@@ -38,7 +46,9 @@ def window_attention(
     """
     native = native_for(q_WND)
     if native is None:
-        return _window_attention_reference(q_WND, k_TND, v_TND, first_key_W, window_start, scale, soft_cap)
+        return triton_or_reference(q_WND, _window_attention_reference)(
+            q_WND, k_TND, v_TND, first_key_W, window_start, scale, soft_cap
+        )
     W, N, D = q_WND.shape
     _check(q_WND, k_TND, v_TND, first_key_W, window_start)
     o_WND = torch.empty(q_WND.shape, dtype=q_WND.dtype)
@@ -82,7 +92,7 @@ def window_attention_backward(
     """Gradient w.r.t. the window's `q`, in its dtype; adds those of all keys it sees into fp32 `dk`, `dv`."""
     native = native_for(q_WND)
     if native is None:
-        return _window_attention_backward_reference(
+        return triton_or_reference(q_WND, _window_attention_backward_reference)(
             do_WND,
             q_WND,
             o_WND,
