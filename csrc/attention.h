@@ -8,6 +8,8 @@ namespace COSERVE_ISA {
 
 constexpr int64_t KEY_BLOCK = 64;
 constexpr int64_t D_STEP = 16;  // head dims are padded to this in scratch
+constexpr int64_t CHUNK_BLOCKS = 8, CHUNK_KEYS = CHUNK_BLOCKS * KEY_BLOCK;  // what threads share out: fixed, so that
+                                                                            // no sum depends on their number
 
 #if defined(__AVX512F__)
 static const vi LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -18,7 +20,7 @@ static const vi LANE = {0, 1, 2, 3};
 #endif
 
 template <int STEP>
-static inline void exchange(vf* rows) {  // swaps the off-diagonal STEP x STEP blocks
+__attribute__((always_inline)) static inline void exchange(vf* rows) {  // swaps the off-diagonal STEP x STEP blocks
   const vi low = (LANE & STEP) ? LANE - STEP + VL : LANE;
   const vi high = (LANE & STEP) ? LANE + VL : LANE + STEP;
 #pragma GCC unroll 16
@@ -30,7 +32,7 @@ static inline void exchange(vf* rows) {  // swaps the off-diagonal STEP x STEP b
     }
 }
 
-static inline void transpose(vf* rows) {  // VL x VL
+__attribute__((always_inline)) static inline void transpose(vf* rows) {  // VL x VL, in registers
   exchange<1>(rows);
   exchange<2>(rows);
 #if defined(__AVX2__)
@@ -62,6 +64,42 @@ static void load_rows(const At& at, int64_t count, int64_t height, int64_t D, fl
   for (int64_t j = 0; j < height; j++)
     for (int64_t d = 0; d < Dp; d += VL)
       store(out + j * Dp + d, j < count && d < D ? load_at(at(j), d, D) * scale : vf{});
+}
+
+// 2^x for x <= 0: to about 1 ulp, or where ROUGH 3e-6 off, a thousandth of what rounding to bf16 costs. A minimax
+// polynomial on [0, 1).
+template <bool ROUGH>
+static inline vf vexp2(vf x) {
+#if defined(__AVX512F__)
+  const vf r = (vf)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
+#else
+  const vf magic = splat(12582912.0f), clamped = vmax(x, splat(-126.0f));  // 1.5 * 2^23: adding it rounds
+  vf shifted = (clamped - 0.5f) + magic, r = clamped - (shifted - magic);
+#endif
+  vf p;
+  if constexpr (ROUGH) {
+    p = fma(r, splat(1.353416791e-2f), splat(5.201146062e-2f));
+    p = fma(p, r, splat(2.414427569e-1f));
+    p = fma(p, r, splat(6.930038345e-1f));
+    p = fma(p, r, splat(1.000002593f));
+  } else {
+    p = fma(r, splat(2.170225546e-4f), splat(1.243968783e-3f));
+    p = fma(p, r, splat(9.678840996e-3f));
+    p = fma(p, r, splat(5.548334198e-2f));
+    p = fma(p, r, splat(2.402298363e-1f));
+    p = fma(p, r, splat(6.931469838e-1f));
+    p = fma(p, r, splat(1.0f));
+  }
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+  vi exponent = ((vi)shifted - (vi)magic + 127) << 23;
+  vf result = p * (vf)exponent;
+  return x < -126.0f ? vf{} : result;
+#endif
+}
+static inline float exp2_1(float x) {
+  return vexp2<false>(vmax(splat(x), splat(-1000.0f)))[0];
 }
 
 // The lanes of a block's VL keys from `key` on that lie in [first, last].

@@ -6,8 +6,6 @@
 namespace coserve {
 namespace COSERVE_ISA {
 
-constexpr int64_t CHUNK_BLOCKS = 8;  // key blocks of a chunk: fixed, so that dq does not depend on threads
-
 struct Backward {
   const void *dout, *q, *o;
   int64_t dout_stride, q_stride, o_stride;

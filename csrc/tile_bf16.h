@@ -39,13 +39,19 @@ static inline void pair_tile(int64_t pairs, const bf16* A, int64_t row_stride, c
   }
 }
 
-// Interleaves 32 columns of two rows: out[0..31] the first 16 columns' pairs, out[32..63] the others'.
-static inline void interleave(__m512i even, __m512i odd, bf16* out) {
+// Interleaves 32 columns of two rows: the pairs of the first 16 columns, and of the others.
+static inline void interleave(__m512i even, __m512i odd, __m512i* first, __m512i* others) {
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                        37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(even, low, odd));
-  _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(even, high, odd));
+  *first = _mm512_permutex2var_epi16(even, low, odd);
+  *others = _mm512_permutex2var_epi16(even, high, odd);
+}
+static inline void interleave(__m512i even, __m512i odd, bf16* out) {
+  __m512i first, others;
+  interleave(even, odd, &first, &others);
+  _mm512_storeu_si512(out, first);
+  _mm512_storeu_si512(out + 32, others);
 }
 
 // Elements [i, i + 32) of a row of n, 0 beyond its end.

@@ -5,8 +5,9 @@
 With a sliding window of w, only the last w of these keys are seen (Beltagy et al. 2020); with a soft cap c,
 scores u become c * tanh(u / c) (Gemma 2).
 
-The keys of a sequence are cut into blocks of 64 anchored at its key 0, with an online softmax over them
-(Dao et al. 2022), so a token's output does not depend on what it is batched with.
+The keys of a sequence are cut into chunks of 512 and blocks of 64 anchored at its key 0: an online softmax
+over a chunk's blocks (Dao et al. 2022), the chunks merged in ascending order, whoever computed them (flash
+decoding's split, at fixed points). So a token's output depends neither on its batch nor on the threads.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ def paged_attention(
         and is_index(context_lens_S, torch.int32)
         and query_start_S1.numel() == S + 1
         and block_tables_SB.shape[0] == S
+        and scale > 0
     ):
-        _check(q_TND, k_cache, v_cache, block_tables_SB, query_start_S1, context_lens_S)
+        _check(q_TND, k_cache, v_cache, block_tables_SB, query_start_S1, context_lens_S, scale)
     o_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype)
     native.paged_attention(
         DTYPE_CODES[q_TND.dtype],
@@ -99,6 +101,7 @@ def _check(
     block_tables: torch.Tensor,
     query_start: torch.Tensor,
     context_lens: torch.Tensor,
+    scale: float,
 ) -> None:
     N, Nkv, S = q.shape[1], k_cache.shape[2], len(context_lens)
     require_like(q, q=q, k_cache=k_cache, v_cache=v_cache)
@@ -106,6 +109,7 @@ def _check(
     require(k_cache.shape == v_cache.shape, "k_cache and v_cache differ in shape")
     require(k_cache.shape[3] == q.shape[2], f"head dim of k_cache {k_cache.shape[3]}, of q {q.shape[2]}")
     require(N % Nkv == 0, f"{N} query heads are no multiple of {Nkv} KV heads")
+    require(scale > 0, f"scale must be positive, not {scale}")
     require(len(query_start) == S + 1 and len(block_tables) == S, f"tables are not those of {S} sequences")
 
 

@@ -50,7 +50,7 @@ def window_attention(
             q_WND, k_TND, v_TND, first_key_W, window_start, scale, soft_cap
         )
     W, N, D = q_WND.shape
-    _check(q_WND, k_TND, v_TND, first_key_W, window_start)
+    _check(q_WND, k_TND, v_TND, first_key_W, window_start, scale)
     o_WND = torch.empty(q_WND.shape, dtype=q_WND.dtype)
     lse_WN = torch.empty((W, N), dtype=torch.float32)
     native.window_attention(
@@ -107,7 +107,7 @@ def window_attention_backward(
             soft_cap,
         )
     W, N, D = q_WND.shape
-    _check(q_WND, k_TND, v_TND, first_key_W, window_start)
+    _check(q_WND, k_TND, v_TND, first_key_W, window_start, scale)
     require_like(q_WND, do=do_WND, o=o_WND)
     require(do_WND.shape == q_WND.shape and o_WND.shape == q_WND.shape, "do, o and q differ in shape")
     require(lse_WN.shape == (W, N) and lse_WN.is_contiguous(), f"lse must be contiguous [{W}, {N}]")
@@ -144,8 +144,14 @@ def window_attention_backward(
 
 
 def _check(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_key: torch.Tensor, window_start: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first_key: torch.Tensor,
+    window_start: int,
+    scale: float,
 ) -> None:
+    require(scale > 0, f"scale must be positive, not {scale}")
     require_like(q, q=q, k=k, v=v)
     require_index(torch.int32, first_key=first_key)
     require(k.shape == v.shape and k.shape[2] == q.shape[2], "k, v and q differ in shape")

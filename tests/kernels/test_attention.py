@@ -76,8 +76,11 @@ def test_paged_window_sees_its_last_keys_only() -> None:
 
 
 @pytest.mark.parametrize("how", [(0, 0.0), (50, 0.0), (64, 3.0)])
-def test_paged_prefill_and_decode_agree_to_the_bit(isa: str, how: tuple[int, float]) -> None:
-    q, k, v, tables, _, lengths, scale = paged_case([150], [150], (4, 2, 64), torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_paged_prefill_and_decode_agree_to_the_bit(
+    isa: str, dtype: torch.dtype, how: tuple[int, float]
+) -> None:
+    q, k, v, tables, _, lengths, scale = paged_case([150], [150], (4, 2, 64), dtype)
     whole = paged_attention(q, k, v, tables, ints(0, 150), lengths, scale, *how)
     for cut in (1, 37, 64, 149):
         parts = [
@@ -108,6 +111,8 @@ def test_paged_attention_refuses_wrong_tables() -> None:
         paged_attention(q, k, v, tables.long(), starts, lengths, scale)
     with pytest.raises(ValueError, match="k_cache"):
         paged_attention(q, k.bfloat16(), v, tables, starts, lengths, scale)
+    with pytest.raises(ValueError, match="scale"):
+        paged_attention(q, k, v, tables, starts, lengths, -scale)
     with pytest.raises(ValueError, match="multiple"):
         paged_attention(
             q.repeat(1, 2, 1)[:, :3], k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1), tables, starts, lengths, 1.0

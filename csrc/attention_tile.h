@@ -1,0 +1,233 @@
+// Forward attention of one tile: rows (queries of one KV head) against blocks of 64 keys anchored at key 0, an online
+// softmax over the blocks of a chunk of 512 keys, and the chunks merged in ascending order. A row's arithmetic is
+// the same chain of operations whatever the tile, and wherever its chunks were computed.
+#pragma once
+#include "attention_bf16.h"
+#include "attention_few.h"
+
+namespace coserve {
+namespace COSERVE_ISA {
+
+constexpr int64_t TILE_QUERIES = 128;  // query rows (tokens x heads of a group) that share a block's load
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+
+// Running sums of a tile's rows: o [rows, Dp], the largest score (in powers of two) and the weights' total.
+struct Sums {
+  float *o, *top, *total;
+};
+
+static inline int64_t sums_floats(int64_t rows, int64_t Dp) {
+  return rows * (Dp + 2);
+}
+static inline Sums sums_at(float* p, int64_t rows, int64_t Dp) {
+  return {p, p + rows * Dp, p + rows * (Dp + 1)};
+}
+static inline void clear(const Sums& s, int64_t rows, int64_t Dp) {
+  memset(s.o, 0, rows * Dp * sizeof(float));
+  for (int64_t r = 0; r < rows; r++) s.top[r] = -__builtin_inff(), s.total[r] = 0;
+}
+
+// Rows ordered token-major, with the keys [first, last] that each one sees.
+struct Tile {
+  int64_t rows, D, Dp;
+  bool pairs;
+  float factor, cap, turn;  // exponents are factor * score, or factor * tanh(turn * score) where there is a cap
+  Sums sums, chunk;
+  float *q, *scores, *keys, *values;
+  bf16 *q_pairs, *weights;  // [rows, D], [rows, KEY_BLOCK], where the products run on pairs
+  int64_t *first, *last;
+};
+
+// Whether queries of type T run on pairs.
+template <class T>
+static bool on_pairs(int64_t D) {
+#if defined(__AVX512BF16__)
+  return sizeof(T) == sizeof(bf16) && D % VL == 0;
+#else
+  (void)D;
+  return false;
+#endif
+}
+
+static Tile make_tile(int64_t D, float scale, float cap, bool pairs) {
+  Tile t{};
+  t.D = D;
+  t.pairs = pairs;
+  t.cap = cap;
+  t.turn = cap > 0 ? scale / cap : 0;
+  t.factor = (cap > 0 ? cap : scale) * LOG2_E;
+  t.Dp = round_up(D, D_STEP);
+  int64_t value_width = larger(t.Dp, 32);  // room for a panel of pairs
+  int64_t sums = sums_floats(TILE_QUERIES, t.Dp);
+  int64_t floats = 2 * sums + TILE_QUERIES * (t.Dp + KEY_BLOCK) + KEY_BLOCK * (t.Dp + value_width);
+  int64_t halves = pairs ? TILE_QUERIES * (D + KEY_BLOCK) : 0;
+  float* p = (float*)scratch(0, floats * 4 + halves * 2 + TILE_QUERIES * 16);
+  t.sums = sums_at(p, TILE_QUERIES, t.Dp), p += sums;
+  t.chunk = sums_at(p, TILE_QUERIES, t.Dp), p += sums;
+  t.q = p, p += TILE_QUERIES * t.Dp;
+  t.scores = p, p += TILE_QUERIES * KEY_BLOCK;
+  t.keys = p, p += KEY_BLOCK * t.Dp;
+  t.values = p, p += KEY_BLOCK * value_width;
+  t.first = (int64_t*)p;
+  t.last = t.first + TILE_QUERIES;
+  t.q_pairs = (bf16*)(t.last + TILE_QUERIES);
+  t.weights = t.q_pairs + TILE_QUERIES * D;
+  return t;
+}
+
+// Turns a row's scores of one block into weights and brings its running sums up to date.
+template <bool CAPPED, bool PAIRS, bool WHOLE>
+static inline void softmax_block(const Tile& t, int64_t row, int64_t key) {
+  float *s = t.scores + row * KEY_BLOCK, *o = t.chunk.o + row * t.Dp;
+  const vf hidden = splat(-3e38f);
+  vf highest = hidden;
+  for (int64_t j = 0; j < KEY_BLOCK; j += VL) {
+    vf score = load(s + j);
+    if constexpr (CAPPED) score = vtanh(score * t.turn);
+    if constexpr (!WHOLE) score = visible(key + j, t.first[row], t.last[row]) ? score : hidden;
+    if constexpr (CAPPED || !WHOLE) store(s + j, score);
+    highest = vmax(score, highest);
+  }
+  float before = t.chunk.top[row], top = reduce_max(highest) * t.factor;
+  if (top > before) {
+    float shrink = exp2_1(before - top);  // 0 for the chunk's first block
+    t.chunk.top[row] = top;
+    t.chunk.total[row] *= shrink;
+    for (int64_t d = 0; d < t.Dp; d += VL) store(o + d, load(o + d) * shrink);
+  } else {
+    top = before;
+  }
+  vf sum{}, factor = splat(t.factor), offset = splat(-top);
+  for (int64_t j = 0; j < KEY_BLOCK; j += VL) {
+    vf exponent = fma(load(s + j), factor, offset);
+    if constexpr (!WHOLE) exponent = vmax(exponent, splat(-1000.0f));
+    vf p = vexp2<PAIRS>(exponent);
+    if constexpr (PAIRS)
+      store(t.weights + row * KEY_BLOCK + j, p);
+    else
+      store(s + j, p);
+    sum += p;
+  }
+  t.chunk.total[row] += reduce_add(sum);
+}
+
+template <bool CAPPED, bool PAIRS>
+static void softmax_rows(const Tile& t, int64_t from, int64_t to, int64_t key) {
+  for (int64_t r = from; r < to; r++) {
+    if (t.last[r] < key || t.first[r] >= key + KEY_BLOCK) {
+      memset(t.scores + r * KEY_BLOCK, 0, KEY_BLOCK * sizeof(float));
+      if (PAIRS) memset(t.weights + r * KEY_BLOCK, 0, KEY_BLOCK * sizeof(bf16));
+    } else if (t.first[r] <= key && t.last[r] >= key + KEY_BLOCK - 1) {
+      softmax_block<CAPPED, PAIRS, true>(t, r, key);
+    } else {
+      softmax_block<CAPPED, PAIRS, false>(t, r, key);
+    }
+  }
+}
+
+template <bool PAIRS>
+static void softmax(const Tile& t, int64_t from, int64_t to, int64_t key) {
+  if (t.cap > 0)
+    softmax_rows<true, PAIRS>(t, from, to, key);
+  else
+    softmax_rows<false, PAIRS>(t, from, to, key);
+}
+
+// Rows [from, to) against `count` keys from `key` on.
+template <class T>
+static void attend_block(const Tile& t, int64_t from, int64_t to, int64_t key, int64_t count, const Pointers<T>& at) {
+  int64_t rows = to - from;
+  auto at_key = [&](int64_t j) { return at.keys[j]; };
+  auto at_value = [&](int64_t j) { return at.values[j]; };
+  float *scores = t.scores + from * KEY_BLOCK, *o = t.chunk.o + from * t.Dp;
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == sizeof(bf16))
+    if (t.pairs) {
+      const bf16 *q = t.q_pairs + from * t.D, *weights = t.weights + from * KEY_BLOCK;
+      if (rows <= FEW_ROWS) {
+        few_pair_scores(rows, q, t.D, at.keys, count, scores);
+        softmax<true>(t, from, to, key);
+        return few_pair_outputs(rows, weights, at.values, count, t.D, o, t.Dp);
+      }
+      int64_t panel = KEY_BLOCK * PAIR_COLUMNS;
+      bf16 *keys = (bf16*)t.keys, *values = (bf16*)t.values;
+      load_pairs_transposed(at_key, count, t.D, keys);
+      pair_product(rows, round_up(count, VL), {t.D / 2, q, t.D, keys, KEY_BLOCK, scores, KEY_BLOCK, false});
+      softmax<true>(t, from, to, key);
+      interleave_rows(at_value, count, 0, t.D, panel, values);
+      return pair_products(rows, t.D, panel,
+                           {divide_up(count, 2), weights, KEY_BLOCK, values, PAIR_COLUMNS, o, t.Dp, true});
+    }
+#endif
+  const float* q = t.q + from * t.Dp;
+  if (rows <= FEW_ROWS) {
+    few_scores(rows, q, t.D, t.Dp, at.keys, count, scores);
+    softmax<false>(t, from, to, key);
+    return few_outputs(rows, scores, at.values, count, t.D, t.Dp, o);
+  }
+  load_transposed(at_key, count, count, t.D, t.keys);
+  matmul(rows, round_up(count, D_STEP), {t.D, q, t.Dp, 1, t.keys, KEY_BLOCK, scores, KEY_BLOCK, Into::SET});
+  softmax<false>(t, from, to, key);
+  load_rows(at_value, count, count, t.D, 1.0f, t.values);
+  matmul(rows, t.Dp, {count, scores, KEY_BLOCK, 1, t.values, t.Dp, o, t.Dp, Into::RESUME});
+}
+
+// Adds a chunk's sums of one row to those of the chunks before it.
+static inline void merge_row(const Sums& into, const Sums& chunk, int64_t row, int64_t Dp) {
+  float before = into.top[row], now = chunk.top[row], *o = into.o + row * Dp;
+  const float* part = chunk.o + row * Dp;
+  if (chunk.total[row] == 0) return;
+  float top = now > before ? now : before, keep = exp2_1(before - top), add = exp2_1(now - top);
+  into.top[row] = top;
+  into.total[row] = into.total[row] * keep + chunk.total[row] * add;
+  for (int64_t d = 0; d < Dp; d += VL) store(o + d, fma(load(part + d), splat(add), load(o + d) * keep));
+}
+
+// The sums of one chunk into t.chunk. locate(key, count, at) finds the rows of keys and values.
+template <class T, class Locate>
+static void attend_chunk(const Tile& t, int64_t chunk, int64_t first, int64_t last, const Locate& locate) {
+  clear(t.chunk, t.rows, t.Dp);
+  int64_t begin = larger(first / KEY_BLOCK, chunk * CHUNK_BLOCKS) * KEY_BLOCK;
+  int64_t end = smaller(last + 1, (chunk + 1) * CHUNK_BLOCKS * KEY_BLOCK);
+  Pointers<T> both[2];
+  locate(begin, smaller(KEY_BLOCK, end - begin), both[0]);
+  for (int64_t key = begin, turn = 0; key < end; key += KEY_BLOCK, turn ^= 1) {
+    int64_t next = key + KEY_BLOCK;
+    if (next < end) {
+      locate(next, smaller(KEY_BLOCK, end - next), both[turn ^ 1]);
+      fetch(both[turn ^ 1], smaller(KEY_BLOCK, end - next), t.D);
+    }
+    int64_t from = 0, to = t.rows;
+    while (from < to && (t.last[from] < key || t.first[from] >= next)) from++;
+    while (from < to && (t.last[to - 1] < key || t.first[to - 1] >= next)) to--;
+    if (from < to) attend_block(t, from, to, key, smaller(KEY_BLOCK, end - key), both[turn]);
+  }
+}
+
+struct Reach {
+  int64_t first, last;
+};
+
+// The keys that any row sees.
+static Reach reach(const Tile& t) {
+  Reach r{t.first[0], t.last[0]};
+  for (int64_t i = 1; i < t.rows; i++) {
+    r.first = smaller(r.first, t.first[i]);
+    r.last = larger(r.last, t.last[i]);
+  }
+  return r;
+}
+
+// All of a tile's chunks into t.sums.
+template <class T, class Locate>
+static void attend(const Tile& t, const Locate& locate) {
+  Reach keys = reach(t);
+  clear(t.sums, t.rows, t.Dp);
+  for (int64_t chunk = keys.first / CHUNK_KEYS; chunk <= keys.last / CHUNK_KEYS; chunk++) {
+    attend_chunk<T>(t, chunk, keys.first, keys.last, locate);
+    for (int64_t r = 0; r < t.rows; r++) merge_row(t.sums, t.chunk, r, t.Dp);
+  }
+}
+
+}  // namespace COSERVE_ISA
+}  // namespace coserve
