@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from coserve.kernels.dispatch import native_for, require_flat
+from coserve.kernels.dispatch import native_for, require_flat, triton_or_reference
 
 
 def adamw_(
@@ -52,9 +52,8 @@ def adamw_(
             grad_scale,
         )
         return
-    _adamw_reference_(
-        param, grad, exp_avg, exp_avg_sq, step_size, beta1, beta2, eps, decay, root_correction, grad_scale
-    )
+    run = triton_or_reference(param, _adamw_reference_)
+    run(param, grad, exp_avg, exp_avg_sq, step_size, beta1, beta2, eps, decay, root_correction, grad_scale)
 
 
 def _adamw_reference_(

@@ -17,7 +17,7 @@ from functools import cache
 
 import torch
 
-from coserve.kernels.dispatch import native_for, require_flat
+from coserve.kernels.dispatch import native_for, require_flat, triton_or_reference
 
 BLOCK = 256
 DECADES = 7
@@ -111,7 +111,7 @@ def adamw_8bit_(
     numbers = (step_size, beta1, beta2, eps, lr * weight_decay, root_correction, grad_scale)
     native = native_for(param)
     if native is None:
-        _adamw_8bit_reference_(param, grad, moments, *numbers)
+        triton_or_reference(param, _adamw_8bit_reference_)(param, grad, moments, *numbers)
         return
     native.adamw_8bit(
         param.data_ptr(),

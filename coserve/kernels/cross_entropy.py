@@ -14,7 +14,15 @@ from typing import NamedTuple
 
 import torch
 
-from coserve.kernels.dispatch import DTYPE_CODES, native_for, require, require_index, require_like, wide
+from coserve.kernels.dispatch import (
+    DTYPE_CODES,
+    native_for,
+    require,
+    require_index,
+    require_like,
+    triton_or_reference,
+    wide,
+)
 
 IGNORED = -100
 
@@ -31,14 +39,14 @@ class TokenScores(NamedTuple):
 
 def token_scores(logits_CV: torch.Tensor, targets_C: torch.Tensor) -> TokenScores:
     """Scores of `targets` int64 [C] under `logits` [C, V] (fp32 or bf16). ValueError for a target outside
-    the vocabulary."""
+    the vocabulary; on CUDA, where nobody waits for the answer, its log-probability is NaN instead."""
     C, V = logits_CV.shape
     require(len(targets_C) == C, f"{len(targets_C)} targets for {C} rows of logits")
-    inside = C == 0 or (0 <= int(targets_C.min()) and int(targets_C.max()) < V)
+    inside = C == 0 or targets_C.is_cuda or (0 <= int(targets_C.min()) and int(targets_C.max()) < V)
     require(inside, f"a target lies outside the vocabulary of {V}")
     native = native_for(logits_CV)
     if native is None:
-        return _token_scores_reference(logits_CV, targets_C)
+        return triton_or_reference(logits_CV, _token_scores_reference)(logits_CV, targets_C)
     require_like(logits_CV, contiguous=True, logits=logits_CV)
     require_index(torch.int64, targets=targets_C)
     scores = TokenScores(*(torch.empty(C) for _ in range(3)), torch.empty(C, dtype=torch.bool))
@@ -67,7 +75,8 @@ def logit_gradient_(
     """
     native = native_for(logits_CV)
     if native is None:
-        _logit_gradient_reference_(logits_CV, targets_C, lse_C, weight_C, uniform_C, soft_cap)
+        run = triton_or_reference(logits_CV, _logit_gradient_reference_)
+        run(logits_CV, targets_C, lse_C, weight_C, uniform_C, soft_cap)
         return
     C, V = logits_CV.shape
     require_like(logits_CV, contiguous=True, logits=logits_CV)

@@ -4,12 +4,14 @@ g = grad * grad_scale + weight_decay * p
 buf = momentum * buf + g
 p -= lr * buf                 (momentum 0: p -= lr * g, no buffer)
 
-Three passes bound by memory, so torch's own operations are as good as a loop of ours.
+Three passes bound by memory, so on the CPU torch's own operations are as good as a loop of ours.
 """
 
 from __future__ import annotations
 
 import torch
+
+from coserve.kernels.dispatch import triton_or_reference
 
 
 def sgd_(
@@ -26,6 +28,19 @@ def sgd_(
 
     `grad_scale` multiplies the gradient first (clipping).
     """
+    run = triton_or_reference(param, _sgd_reference_)
+    run(param, grad, momentum_buffer, lr, momentum, weight_decay, grad_scale)
+
+
+def _sgd_reference_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    momentum_buffer: torch.Tensor | None,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    grad_scale: float,
+) -> None:
     g = grad * grad_scale
     if weight_decay:
         g.add_(param, alpha=weight_decay)
