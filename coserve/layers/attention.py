@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from coserve.kernels.kv_store import kv_store
+from coserve.kernels.norm_rope_store import CacheSlots, HeadNorms, norm_rope_store
 from coserve.kernels.paged_attention import paged_attention
 from coserve.kernels.rope import apply_rope_
 from coserve.kernels.window_attention import window_attention, window_attention_backward
@@ -50,6 +50,9 @@ class Attention:
         self.rope = rope
         self.q_norm = q_norm
         self.k_norm = k_norm
+        self.norms = None
+        if q_norm is not None and k_norm is not None:
+            self.norms = HeadNorms(q_norm.weight, k_norm.weight, q_norm.eps)
         self.whole_norm = config.whole_qk_norm
         self.window = window
         self.scale, self.soft_cap = config.attention_scale, config.attention_cap
@@ -62,7 +65,6 @@ class Attention:
             rows = batch.inference
             n = rows.rows
             k_cache, v_cache = rows.kv.layer(layer)
-            kv_store(k_TND[:n], v_TND[:n], k_cache, v_cache, rows.slots_T)
             tables = rows.block_tables_SB, rows.query_start_S1, rows.context_lens_S
             how = self.scale, self.window, self.soft_cap
             parts.append(paged_attention(q_TND[:n], k_cache, v_cache, *tables, *how))
@@ -75,19 +77,16 @@ class Attention:
     def _project(
         self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q, k (normed, rotated) and v, [T, heads, D]."""
-        n, m = self.heads, self.heads + self.kv_heads
+        """q, k (normed, rotated) and v, [T, heads, D]; the inference rows' k and v are in the cache then."""
         qkv_TMD = self.qkv.forward(x_TH, batch.lora, layer).view(len(x_TH), -1, self.dim)
-        qk_TMD, v_TND = qkv_TMD[:, :m], qkv_TMD[:, m:]
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.norms is not None:
             for window in batch.windows:
-                window.saved.layer(layer).keep(window.stream, qk_raw_TND=qk_TMD[window.batch_rows])
-            q_TND = self._rotate(self._norm(self.q_norm, qk_TMD[:, :n]), batch.positions_T)
-            k_TND = self._rotate(self._norm(self.k_norm, qk_TMD[:, n:]), batch.positions_T)
-        else:
-            self._rotate(qk_TMD, batch.positions_T)
-            q_TND, k_TND = qk_TMD[:, :n], qk_TMD[:, n:]
-        return q_TND, k_TND, v_TND
+                raw_WMD = qkv_TMD[window.batch_rows, : self.heads + self.kv_heads]
+                window.saved.layer(layer).keep(window.stream, qk_raw_TND=raw_WMD)
+        rows = batch.inference
+        cache = None if rows is None else CacheSlots(*rows.kv.layer(layer), rows.slots_T)
+        rope = batch.positions_T, self.rope.cos, self.rope.sin
+        return norm_rope_store(qkv_TMD, self.heads, *rope, self.norms, cache)
 
     def _norm(self, norm: RMSNorm, x_TND: torch.Tensor) -> torch.Tensor:
         """Each head by itself, or a token's whole projection."""
