@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from coserve.kernels.linear import PackedLinear
+from coserve.worker.standing_batch import StandingBatches
 
 Arguments = dict[str, Any]
 Work = tuple[float, float]  # arithmetic (multiply and add count two), bytes
@@ -191,6 +192,8 @@ def installed(ledger: Ledger) -> Iterator[Ledger]:
         undo.append((owner, attribute, getattr(owner, attribute)))
         setattr(owner, attribute, timed)
 
+    # A tape's calls pass no stopwatch.
+    replace(StandingBatches, "takes", lambda batches, spans: False)
     for attribute, name in (("forward", "base linear"), ("backward_input", "base linear, dx")):
         replace(PackedLinear, attribute, ledger.timed(name, getattr(PackedLinear, attribute)))
     for module_name, functions in KERNELS.items():

@@ -44,7 +44,7 @@ def _load() -> ModuleType | None:
         return None
 
 
-native = _load()
+native: ModuleType | None = _load()
 _backend: Backend = "auto"
 _batch_invariant = False
 
@@ -103,6 +103,17 @@ def _triton_kernel(reference: Callable[..., Any]) -> Callable[..., Any]:
     name = reference.__name__.removeprefix("_").replace("_reference", "")
     kernel: Callable[..., Any] = getattr(importlib.import_module(f"coserve.kernels.triton.{file}"), name)
     return kernel
+
+
+@contextmanager
+def native_replaced(module: ModuleType) -> Iterator[None]:
+    """`module` stands in for the compiled one inside the block: kernels/tape.py listens to its calls."""
+    global native
+    before, native = native, module
+    try:
+        yield
+    finally:
+        native = before
 
 
 def isa() -> str:

@@ -41,6 +41,7 @@ class AdapterPool:
         self._b = [torch.zeros(*sizes, outputs, dtype=dtype, device=device) for outputs, _ in shapes]
         self._ranks: dict[int, torch.Tensor] = {}  # by an adapter's first row
         self._heads: dict[int, HeadAdapter] = {}  # likewise
+        self.placements = 0  # counts them, so that tables made of rows and ranks can tell that they are old
 
     @property
     def nbytes(self) -> int:
@@ -85,6 +86,7 @@ class AdapterPool:
     def place(self, rows: Sequence[int], ranks_LM: torch.Tensor) -> None:
         """Clear `rows` for an adapter with these ranks [L, modules], whose modules are then written."""
         self.clear(rows)
+        self.placements += 1
         self._ranks[rows[0]] = ranks_LM.to(torch.int32)
 
     def write_module(

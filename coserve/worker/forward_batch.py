@@ -69,7 +69,7 @@ def build_forward_batch(
         positions_T.append(microbatch.positions_T[span.start : span.start + span.length])
         row += span.length
     dropped = [window.dropout for window in windows]
-    lora = _lora_batch(plan.inference, plan.training_forward, dropped, pool, slots, device)
+    lora = lora_batch(plan.inference, plan.training_forward, dropped, pool, slots, device)
     return ForwardBatch(torch.cat(ids_T), torch.cat(positions_T), inference, windows, lora)
 
 
@@ -103,7 +103,7 @@ def _inference_rows(
     )
 
 
-def _lora_batch(
+def lora_batch(
     inference: Sequence[InferenceSpan],
     training: Sequence[TrainingSpan],
     dropped: Sequence[Dropout | None],
@@ -111,6 +111,7 @@ def _lora_batch(
     slots: AdapterRows,
     device: torch.device,
 ) -> LoraBatch | None:
+    """Which adapter each row of these spans uses; None when none does. KeyError as above."""
     keys: list[str] = []
     starts: list[int] = []
     ends: list[int] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -15,9 +16,10 @@ from coserve.layers.batch import ForwardBatch, LayerSaver
 from coserve.layers.lm_head import HeadRun
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.models.decoder import Decoder
-from coserve.worker.forward_batch import AdapterRows, WindowSource, build_forward_batch
+from coserve.worker.forward_batch import AdapterRows, WindowSource, build_forward_batch, lora_batch
 from coserve.worker.kv_tensors import KVTensors
 from coserve.worker.sampler import SamplingRow, TokenLogprob, sample, score
+from coserve.worker.standing_batch import StandingBatches
 
 HEAD_ROWS = 64  # rows of logits made at a time when a prompt is scored
 
@@ -58,6 +60,7 @@ class ModelRunner:
         self._slots = slots
         self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}
         self._resting: RestingForward | None = None
+        self._standing = StandingBatches(decoder, kv)
 
     def run(self, plan: StepPlan, microbatches: Mapping[str, WindowSource]) -> StepResult:
         """Forward all of the plan's inference spans and training windows (but those apart), and sample.
@@ -70,6 +73,8 @@ class ModelRunner:
         if not plan.inference and not plan.training_forward:
             return StepResult()
         with torch.inference_mode():
+            if not plan.training_forward and self._standing.takes(plan.inference):
+                return self._decode(plan)
             batch = build_forward_batch(plan, microbatches, self._kv, self._pool, self._slots)
             x_TH = self._decoder.forward(batch)
             self._score_prompts(plan, x_TH)
@@ -114,6 +119,16 @@ class ModelRunner:
         """The request is gone before its first output."""
         self._prompt_logprobs.pop(request.sequence_id, None)
 
+    def _decode(self, plan: StepPlan) -> StepResult:
+        """A step that only decodes, every row of which is due."""
+        spans = plan.inference
+        adapters = [span.request.adapter for span in spans]
+        # A running request holds its adapter's rows where they are; others may be placed meanwhile.
+        layout = (self._pool.placements, *adapters) if any(adapters) else None
+        make_lora = partial(lora_batch, spans, (), (), self._pool, self._slots, self._kv.device)
+        h_SH = self._standing.forward(spans, layout, make_lora)
+        return self._choose(spans, self._logits(h_SH, adapters))
+
     def _sample(self, plan: StepPlan, x_TH: torch.Tensor) -> StepResult:
         due: list[InferenceSpan] = []
         last_rows: list[int] = []
@@ -126,7 +141,11 @@ class ModelRunner:
         if not due:
             return StepResult()
         adapters = [span.request.adapter for span in due]
-        logits_SV = self._logits(x_TH[torch.tensor(last_rows, device=x_TH.device)], adapters)
+        x_SH = x_TH[torch.tensor(last_rows, device=x_TH.device)]
+        return self._choose(due, self._logits(self._decoder.final_norm(x_SH), adapters))
+
+    @staticmethod
+    def _choose(due: Sequence[InferenceSpan], logits_SV: torch.Tensor) -> StepResult:
         chosen = sample(logits_SV, [_sampling_row(span.request) for span in due])
         return StepResult(
             {
@@ -152,11 +171,12 @@ class ModelRunner:
                 stop = min(begin + HEAD_ROWS, end)
                 rows_SH = x_TH[first_row + begin - span.start : first_row + stop - span.start]
                 targets = request.token_ids[begin + 1 : stop + 1]
-                logits_SV = self._logits(rows_SH, [request.adapter] * len(rows_SH))
+                adapters = [request.adapter] * len(rows_SH)
+                logits_SV = self._logits(self._decoder.final_norm(rows_SH), adapters)
                 entries[begin + 1 : stop + 1] = score(logits_SV, targets, top)
 
-    def _logits(self, x_SH: torch.Tensor, adapters: Sequence[str | None]) -> torch.Tensor:
-        """fp32 [S, V], every row with its adapter's part of the head."""
+    def _logits(self, h_SH: torch.Tensor, adapters: Sequence[str | None]) -> torch.Tensor:
+        """fp32 [S, V] of normed states, every row with its adapter's part of the head."""
         runs = []
         start = 0
         for key, rows in groupby(adapters):
@@ -165,7 +185,7 @@ class ModelRunner:
             if head is not None:
                 runs.append(HeadRun(start, end, head))
             start = end
-        return self._decoder.logits(self._decoder.final_norm(x_SH), runs)
+        return self._decoder.logits(h_SH, runs)
 
 
 def _sampling_row(request: Request) -> SamplingRow:
