@@ -18,13 +18,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import made_tokenizer
+
 from coserve.config import ALLOCATOR, EngineConfig
 
 RESULTS = Path(__file__).parent / "results"
+CACHE = Path.home() / ".cache" / "coserve-bench"  # models and peers' environments, made once
 THREADS = os.cpu_count() or 1
 
 # Qwen2.5-0.5B's published shape; the weights are random.
-M1 = {
+M1: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
     "vocab_size": 151936,
@@ -44,16 +47,54 @@ M1 = {
     "eos_token_id": 151645,
 }
 
+# Llama-3.2-1B's published shape.
+M2: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 128000,
+    "eos_token_id": 128009,
+}
+QUICK_VOCABULARY = {"vocab_size": 8192, "bos_token_id": 8190, "eos_token_id": 8191}
+SHAPES = {"0.5b": ("m1", M1), "1b": ("m2", M2)}  # the folder's name and the configuration
+
 # The engine's own settings, given to both sides, and more room at the heap's top, which PEFT gains by.
 TUNED_ALLOCATOR = f"{ALLOCATOR}:glibc.malloc.top_pad=268435456"
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """The command line all benches have."""
+def arguments(
+    description: str, add: Callable[[argparse.ArgumentParser], Any] = lambda parser: None
+) -> argparse.Namespace:
+    """The command line all benches have, and what `add` puts to it."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, help="result file (default: under bench/results)")
     parser.add_argument("--quick", action="store_true", help="a small model and few rounds, to see it work")
+    add(parser)
     return parser.parse_args()
+
+
+def without_peer(parser: argparse.ArgumentParser) -> None:
+    """The flag of the benches whose peer has an environment of its own."""
+    parser.add_argument("--without-peer", action="store_true", help="measure coserve alone; install nothing")
 
 
 def with_tuned_allocator() -> None:
@@ -63,22 +104,29 @@ def with_tuned_allocator() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
 
-def model_directory(quick: bool, cache: Path | None = None) -> Path:
-    """A directory with the bench's model in bf16, written once (a narrow, short one for `quick`)."""
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    folder = (cache or Path.home() / ".cache" / "coserve-bench") / ("m1-quick" if quick else "m1")
-    if (folder / "model.safetensors").exists():
-        return folder
-    shape = dict(M1)
+def model_directory(quick: bool, cache: Path | None = None, shape: str = "0.5b") -> Path:
+    """A directory with the bench's model in bf16 and a made tokenizer, written once (a narrow, short one for
+    `quick`)."""
+    name, config = SHAPES[shape]
+    folder = (cache or CACHE) / (f"{name}-quick" if quick else name)
     if quick:
-        shape |= {"num_hidden_layers": 4, "vocab_size": 8192, "bos_token_id": 8190, "eos_token_id": 8191}
-    torch.manual_seed(0)
-    config = Qwen2Config(**{k: v for k, v in shape.items() if k != "architectures"})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
+        config = config | {"num_hidden_layers": 4} | QUICK_VOCABULARY
+    if not (folder / "model.safetensors").exists():
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        settings = AutoConfig.for_model(**{k: v for k, v in config.items() if k != "architectures"})
+        AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16).save_pretrained(folder)
+    if not (folder / "tokenizer.json").exists():
+        special = {config["bos_token_id"]: "<|begin|>", config["eos_token_id"]: "<|end|>"}
+        made_tokenizer.write(folder, config["vocab_size"], special)
     return folder
+
+
+def vocabulary(quick: bool, shape: str = "0.5b") -> int:
+    """Entries of the model's vocabulary."""
+    return int((QUICK_VOCABULARY if quick else SHAPES[shape][1])["vocab_size"])
 
 
 def engine_config(model: Path, **settings: Any) -> EngineConfig:
@@ -110,7 +158,10 @@ def paired(
 def headline(
     what: str, unit: str, ours: list[float], peer: list[float], load: dict[str, Any]
 ) -> dict[str, Any]:
-    """Medians, the median ratio of the pairs and its spread."""
+    """Medians, the median ratio of the pairs and its spread; without a peer's figures those are None."""
+    if not peer:
+        alone = {"peer": None, "ratio": None, "spread": None}
+        return {"what": what, "coserve": median(ours), "unit": unit, "load": load, **alone}
     ratios = [a / b for a, b in zip(ours, peer, strict=True)]
     return {
         "what": what,
@@ -151,14 +202,17 @@ def commit() -> str:
     return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
 
 
-def write(name: str, out: Path | None, result: dict[str, Any]) -> None:
-    """Add machine, commit and versions; write the file; print the headline."""
+def write(
+    name: str, out: Path | None, result: dict[str, Any], versions: dict[str, str] | None = None
+) -> None:
+    """Add machine, commit and versions (`versions` beside our own); write the file; print the headline."""
     packages = ("torch", "transformers", "peft")
     result |= {
         "machine": machine(),
         "commit": commit(),
         "versions": {package: importlib.metadata.version(package) for package in packages}
-        | {"python": platform.python_version()},
+        | {"python": platform.python_version()}
+        | (versions or {}),
     }
     path = out or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,7 @@ def main() -> None:
     torch.set_num_threads(common.THREADS)
     tokens, rounds = (16, 2) if options.quick else (32, 5)
     model = common.model_directory(options.quick)
-    ids = prompts(8192 if options.quick else common.M1["vocab_size"])  # type: ignore[arg-type]
+    ids = prompts(common.vocabulary(options.quick))
     ours, peer = Coserve(model, ids, tokens), Transformers(model, ids, tokens)
     ours(), peer()
     mine, theirs = common.paired(ours, peer, rounds)

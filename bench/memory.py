@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import common
+import peft_peer
+from peft_peer import MODULES, RANK
 
-RANK = 16
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEPTH = 2  # layers, from the top, that the long step's backward goes through
 SHORT = 64  # tokens of the step that makes whatever is made once
 CAP = 14 << 30  # bytes resident
@@ -63,19 +63,13 @@ def baseline() -> int:
 def run_peft(model: Path, tokens: int, vocab: int, *, checkpointed: bool) -> dict[str, Any]:
     """Autograd, torch's AdamW, clipping, whole logits as transformers' loss makes them."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     with torch.no_grad():
         base(input_ids=torch.tensor([samples(vocab, 8)[1]]), use_cache=False)
     before = baseline()
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(MODULES), task_type="CAUSAL_LM")
-    adapted = get_peft_model(base, config)
-    if checkpointed:
-        adapted.enable_input_require_grads()
-        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    adapted.train()
+    adapted = peft_peer.adapted(base, checkpointed=checkpointed)
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0, fused=True)
     short, long = (torch.tensor([sample]) for sample in samples(vocab, tokens))
@@ -234,7 +228,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # time is not measured, so be a good neighbour
     lengths = (128, 256) if options.quick else (512, 2048, 8192)
     model = common.model_directory(options.quick)
-    vocab = 8192 if options.quick else common.M1["vocab_size"]
+    vocab = common.vocabulary(options.quick)
     rows = [measure(side, model, tokens, vocab) for tokens in lengths for side in (*PEERS, *POLICIES)]
     with_ratios(rows)
     peaks = {(row["side"], row["tokens"]): row.get("above_weights_bytes") for row in rows}
