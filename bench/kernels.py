@@ -21,7 +21,14 @@ from coserve.kernels.adamw_8bit import QuantizedMoments, adamw_8bit_
 from coserve.kernels.cross_entropy import logit_gradient_, token_scores
 from coserve.kernels.dropout import Dropout, module_salt, row_keys
 from coserve.kernels.linear import PackedLinear
-from coserve.kernels.lora import LoraSegments, lora_backward, lora_forward_
+from coserve.kernels.lora import (
+    LoraGroup,
+    LoraModule,
+    LoraSegments,
+    ModuleGradient,
+    lora_backward,
+    lora_forward_,
+)
 from coserve.kernels.paged_attention import paged_attention
 from coserve.kernels.rms_norm import rms_norm
 from coserve.kernels.rope import apply_rope_
@@ -92,16 +99,16 @@ def adapters() -> Iterator[Case]:
     """A rank-16 adapter on one matrix, forward and backward, also with dropout; the peer is two matrix
     products (and torch's dropout, whose mask it keeps)."""
     a, b = torch.randn(64, HIDDEN), torch.randn(64, HIDDEN)
-    rows = torch.arange(RANK, dtype=torch.int32)
+    rows, group = torch.arange(RANK, dtype=torch.int32), LoraGroup([LoraModule(a, b, salt=module_salt(0, 0))])
     for tokens in (8, 512):
         x, y = torch.randn(tokens, HIDDEN), torch.randn(tokens, HIDDEN)
         bounds = [torch.tensor([v], dtype=torch.int32) for v in (0, tokens, 0)]
-        segments, ranks = LoraSegments(*bounds, rows), torch.tensor([RANK], dtype=torch.int32)
+        segments, ranks = LoraSegments(*bounds, rows), torch.tensor([[RANK]], dtype=torch.int32)
         load = {"dtype": "float32", "tokens": tokens, "rank": RANK}
         yield (
             "lora_forward",
             load,
-            lambda x=x, y=y, s=segments, r=ranks: lora_forward_(y, x, a, b, s, r),
+            lambda x=x, y=y, s=segments, r=ranks: lora_forward_(y, x, group, s, r),
             lambda x=x, y=y: y.addmm_(x @ a[:RANK].T, b[:RANK]),
         )
         dx, da, db = torch.zeros(tokens, HIDDEN), torch.zeros(RANK, HIDDEN), torch.zeros(RANK, HIDDEN)
@@ -113,15 +120,17 @@ def adapters() -> Iterator[Case]:
         yield (
             "lora_backward",
             load,
-            lambda x=x, y=y, dx=dx, da=da, db=db: lora_backward(y, x, a, b, rows, dx, da, db, 0),
+            lambda x=x, y=y, dx=dx, da=da, db=db: lora_backward(
+                y, x, [ModuleGradient(a, b, rows, da, db)], dx, 0
+            ),
             peer,
         )
         keys = torch.from_numpy(row_keys(1, 2, 3, np.arange(tokens)))
         drop = Dropout(keys, torch.tensor([0.1], dtype=torch.float64), module_salt(0, 0))
 
         def ours(x=x, y=y, dx=dx, da=da, db=db, s=segments, r=ranks, d=drop) -> None:
-            lora_forward_(y, x, a, b, s, r, d)
-            lora_backward(y, x, a, b, rows, dx, da, db, 0, d)
+            lora_forward_(y, x, group, s, r, d)
+            lora_backward(y, x, [ModuleGradient(a, b, rows, da, db, d)], dx, 0)
 
         def peer_dropped(x=x, y=y, dx=dx, da=da, db=db) -> None:
             keep = torch.empty_like(x).bernoulli_(0.9).div_(0.9)

@@ -61,22 +61,27 @@ def _product(arguments: Arguments, result: torch.Tensor) -> Work:
 
 
 def _lora_forward(arguments: Arguments, result: torch.Tensor) -> Work:
-    y, x = arguments["y_TN"], arguments["x_TK"]
-    segments, ranks = arguments["segments"], arguments["ranks_S"]
+    x, segments = arguments["x_TK"], arguments["segments"]
+    flop, moved = 0.0, float(_nbytes(x))
     tokens = (segments.token_end - segments.token_start).double()
-    weighted = float((tokens * ranks).sum())
-    features = y.shape[1] + x.shape[1]
-    weights = float(ranks.sum()) * features * x.element_size()
-    return 2.0 * weighted * features, _nbytes(x) + 2 * _nbytes(y) + weights
+    for module in arguments["group"].modules:
+        ranks, width = arguments["ranks_MS"][module.line], module.b_RN.shape[1]
+        flop += 2.0 * float((tokens * ranks).sum()) * (width + x.shape[1])
+        moved += float(ranks.sum()) * (width + x.shape[1]) * x.element_size()
+        moved += 2.0 * float(tokens[ranks > 0].sum()) * width * x.element_size()
+    return flop, moved
 
 
 def _lora_backward(arguments: Arguments, result: None) -> Work:
-    dy, x, rank = arguments["dy_TN"], arguments["x_TK"], len(arguments["rows"])
-    features = dy.shape[1] + x.shape[1]
-    sums = _nbytes(arguments["da_rK"]) + _nbytes(arguments["db_rN"])
-    # h and db, dh and dx, da: the bottleneck is made again.
-    work = 2.0 * len(x) * rank * (2 * dy.shape[1] + 3 * x.shape[1])
-    return work, 3 * _nbytes(x) + _nbytes(dy) + 2 * sums + rank * features * x.element_size()
+    x, modules = arguments["x_TK"], arguments["modules"]
+    flop, moved = 0.0, 3.0 * _nbytes(x)
+    for m in modules:
+        rank, width = len(m.rows), m.b_RN.shape[1]
+        # h and db, dh and dx, da: the bottleneck is made again.
+        flop += 2.0 * len(x) * rank * (2 * width + 3 * x.shape[1])
+        moved += len(x) * width * x.element_size() + 2 * (_nbytes(m.da_rK) + _nbytes(m.db_rN))
+        moved += rank * (width + x.shape[1]) * x.element_size()
+    return flop, moved
 
 
 def _paged(arguments: Arguments, result: torch.Tensor) -> Work:

@@ -30,15 +30,15 @@ struct Kernels {
                                     const int32_t* first_key, int64_t window_start, int64_t W, int64_t N,
                                     int64_t Nkv, int64_t D, double scale, double cap, float* dk, float* dv,
                                     void* dq);
-  // lora.cpp
+  // lora.cpp; `modules` are those of a merged product: int64 [M][6] of a, b, first column of y, columns, line of
+  // `ranks` [lines, S] and salt; in the backward [M][9] of a, b, first column, columns, rank, rows, da, db and salt
   void (*lora_forward)(int64_t dtype, void* y, int64_t y_stride, const void* x, int64_t x_stride,
-                       const void* a, const void* b, const int32_t* token_start, const int32_t* token_end,
-                       const int32_t* row_offset, const int32_t* rows, const int32_t* ranks, int64_t rank_stride,
-                       const int64_t* keys, const double* rates, int64_t salt, int64_t S, int64_t N, int64_t K);
+                       const int64_t* modules, int64_t M, const int32_t* token_start, const int32_t* token_end,
+                       const int32_t* row_offset, const int32_t* rows, const int32_t* ranks, const int64_t* keys,
+                       const double* rates, int64_t S, int64_t K);
   void (*lora_backward)(int64_t dtype, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
-                        const void* a, const void* b, const int32_t* rows, int64_t rank, void* dx,
-                        int64_t dx_stride, float* da, float* db, int64_t token_offset, const int64_t* keys,
-                        const double* rates, int64_t salt, int64_t T, int64_t N, int64_t K);
+                        const int64_t* modules, int64_t M, void* dx, int64_t dx_stride, int64_t token_offset,
+                        const int64_t* keys, const double* rates, int64_t T, int64_t K);
   // elementwise.cpp; the norms' dtype 2 is bf16 with fp32 weights
   void (*rms_norm)(int64_t dtype, const void* x, int64_t x_stride, int64_t inner, const void* residual,
                    const void* w, int64_t T, int64_t H, double eps, void* sum, void* y);

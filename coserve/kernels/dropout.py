@@ -49,12 +49,9 @@ class Dropout:
         return replace(self, salt=salt)
 
     @property
-    def arguments(self) -> tuple[int, int, int]:
-        """What the C++ kernels take."""
-        return self.keys_T.data_ptr(), self.rates_S.data_ptr(), self.salt
-
-
-NO_DROPOUT = (0, 0, 0)  # as `Dropout.arguments`
+    def pointers(self) -> tuple[int, int]:
+        """Addresses of keys and rates, as the C++ kernels take them."""
+        return self.keys_T.data_ptr(), self.rates_S.data_ptr()
 
 
 def row_keys(seed: int, step: int, example: int, positions: np.ndarray) -> np.ndarray:

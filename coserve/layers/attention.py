@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from coserve.kernels.lora import ModuleGradient
 from coserve.kernels.norm_rope_store import CacheSlots, HeadNorms, norm_rope_store
 from coserve.kernels.paged_attention import paged_attention
 from coserve.kernels.rope import apply_rope_
 from coserve.kernels.window_attention import window_attention, window_attention_backward
 from coserve.layers.activations import BlockShape, LayerActivations
-from coserve.layers.batch import BackwardWindow, ForwardBatch, ModuleGradient, TrainingWindow
+from coserve.layers.batch import BackwardWindow, ForwardBatch, TrainingWindow
 from coserve.layers.linear import AdaptedLinear
 from coserve.layers.norm import RMSNorm
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from coserve.kernels.dropout import Dropout
-from coserve.kernels.lora import LoraSegments
+from coserve.kernels.lora import LoraGroup, LoraSegments, ModuleGradient
 from coserve.layers.activations import LayerActivations
 
 
@@ -39,6 +39,10 @@ class LoraPool(Protocol):
 
     def rows(self, module: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(a_RK, b_RN) of a module by its number in `linear_modules`; b is B transposed times the scale."""
+        ...
+
+    def group(self, parts: tuple[tuple[int, int], ...], layer: int) -> LoraGroup:
+        """Modules of a merged product in one layer, by number and first column of the product."""
         ...
 
     def head(self, rows: Sequence[int]) -> HeadAdapter | None:
@@ -118,8 +122,10 @@ class LoraBatch:
     pool: LoraPool
     dropout: Dropout | None = None
     _adapted: list[list[bool]] = field(init=False, repr=False)
+    _ranks: tuple[torch.Tensor, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._ranks = self.ranks_LMS.unbind(0)
         if self.ranks_LMS.numel():
             self._adapted = (self.ranks_LMS.amax(-1) > 0).tolist()
         else:
@@ -129,6 +135,10 @@ class LoraBatch:
     def adapts(self, module: int, layer: int) -> bool:
         """Some row of the batch has an adapter on this module."""
         return self._adapted[layer][module]
+
+    def ranks(self, layer: int) -> torch.Tensor:
+        """int32 [modules, S]: the ranks in one layer."""
+        return self._ranks[layer]
 
 
 @dataclass(frozen=True)
@@ -140,19 +150,6 @@ class ForwardBatch:
     inference: InferenceRows | None
     windows: list[TrainingWindow]
     lora: LoraBatch | None
-
-
-class ModuleGradient(NamedTuple):
-    """One adapted linear in training: the pool's tensors, the adapter's rows in them (int32 [r]), and the
-    fp32 sums that its gradients are added to, `da_rK` None where A is frozen. `db_rN` is the gradient of the
-    scaled, transposed B. `dropout` is that of the window's tokens in this module."""
-
-    a_RK: torch.Tensor
-    b_RN: torch.Tensor
-    rows: torch.Tensor
-    da_rK: torch.Tensor | None
-    db_rN: torch.Tensor
-    dropout: Dropout | None = None
 
 
 @dataclass(frozen=True)

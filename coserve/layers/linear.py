@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from coserve.kernels.dropout import module_salt
 from coserve.kernels.linear import PackedLinear
-from coserve.kernels.lora import lora_backward, lora_forward_
-from coserve.layers.batch import LoraBatch, ModuleGradient
+from coserve.kernels.lora import ModuleGradient, lora_backward, lora_forward_
+from coserve.layers.batch import LoraBatch
 
 
 class AdaptedLinear:
@@ -37,17 +36,14 @@ class AdaptedLinear:
         for module, part in zip(modules, weights, strict=True):
             self.parts.append((module, slice(end, end + len(part))))
             end += len(part)
+        self._columns = tuple((module, columns.start) for module, columns in self.parts)
 
     def forward(self, x_TK: torch.Tensor, lora: LoraBatch | None, layer: int) -> torch.Tensor:
         """y [T, sum of N_m] of x [T, K], every row with its adapter."""
         y_TN = self.packed.forward(x_TK)
-        if lora is not None:
-            for module, columns in self.parts:
-                if lora.adapts(module, layer):
-                    a_RK, b_RN = lora.pool.rows(module, layer)
-                    ranks_S = lora.ranks_LMS[layer, module]
-                    dropout = lora.dropout and lora.dropout.salted(module_salt(layer, module))
-                    lora_forward_(y_TN[:, columns], x_TK, a_RK, b_RN, lora.segments, ranks_S, dropout)
+        if lora is not None and any(lora.adapts(module, layer) for module, _ in self._columns):
+            group = lora.pool.group(self._columns, layer)
+            lora_forward_(y_TN, x_TK, group, lora.segments, lora.ranks(layer), lora.dropout)
         return y_TN
 
     def backward(
@@ -91,10 +87,6 @@ class AdaptedLinear:
         token_offset: int,
         dx_WK: torch.Tensor,
     ) -> None:
-        adapted = [(columns, lora[module]) for module, columns in self.parts if module in lora]
+        adapted = [lora[m]._replace(column=column) for m, column in self._columns if m in lora]
         if adapted:
-            x = x_WK()
-            for columns, g in adapted:
-                dy = dy_WN[:, columns]
-                sums = g.da_rK, g.db_rN
-                lora_backward(dy, x, g.a_RK, g.b_RN, g.rows, dx_WK, *sums, token_offset, g.dropout)
+            lora_backward(dy_WN, x_WK(), adapted, dx_WK, token_offset)

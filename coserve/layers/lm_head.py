@@ -15,8 +15,15 @@ import torch
 
 from coserve.kernels.dropout import Dropout
 from coserve.kernels.linear import PackedLinear
-from coserve.kernels.lora import LoraSegments, lora_backward, lora_forward_
-from coserve.layers.batch import HeadAdapter, ModuleGradient
+from coserve.kernels.lora import (
+    LoraGroup,
+    LoraModule,
+    LoraSegments,
+    ModuleGradient,
+    lora_backward,
+    lora_forward_,
+)
+from coserve.layers.batch import HeadAdapter
 
 
 class HeadRun(NamedTuple):
@@ -42,7 +49,8 @@ class LMHead(PackedLinear):
             )
             own = torch.arange(rank, dtype=torch.int32, device=device)
             segments = LoraSegments(first, count, first, own)
-            lora_forward_(logits_SV[rows], h_SH[rows], a_RK, b_RN, segments, ranks, run.dropout)
+            group = LoraGroup([LoraModule(a_RK, b_RN, salt=run.dropout.salt if run.dropout else 0)])
+            lora_forward_(logits_SV[rows], h_SH[rows], group, segments, ranks[None], run.dropout)
         return logits_SV
 
     def add_gradient(
@@ -55,9 +63,8 @@ class LMHead(PackedLinear):
     ) -> None:
         """The adapter's gradients into its sums, and its part of dh into `dh` [C, H] where that is wanted.
         `token_offset` is the place of the first row among those of its microbatch that come here."""
-        g, dx_CH = gradient, torch.zeros_like(h_CH) if dh_CH is None else dh_CH
-        sums = g.da_rK, g.db_rN
-        lora_backward(dlogits_CV, h_CH, g.a_RK, g.b_RN, g.rows, dx_CH, *sums, token_offset, g.dropout)
+        dx_CH = torch.zeros_like(h_CH) if dh_CH is None else dh_CH
+        lora_backward(dlogits_CV, h_CH, [gradient], dx_CH, token_offset)
 
     def logits(self, h_SH: torch.Tensor, runs: Sequence[HeadRun] = ()) -> torch.Tensor:
         """fp32 [S, V] of final hidden states [S, H]."""

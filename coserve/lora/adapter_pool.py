@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 import torch
 
+from coserve.kernels.dropout import module_salt
+from coserve.kernels.lora import LoraGroup, LoraModule
 from coserve.layers.batch import HeadAdapter
 from coserve.lora.adapter import HostAdapter, ModuleWeights
 from coserve.lora.peft_files import LinearShapes
@@ -42,6 +44,7 @@ class AdapterPool:
         self._ranks: dict[int, torch.Tensor] = {}  # by an adapter's first row
         self._heads: dict[int, HeadAdapter] = {}  # likewise
         self.placements = 0  # counts them, so that tables made of rows and ranks can tell that they are old
+        self._groups: dict[tuple[tuple[tuple[int, int], ...], int], LoraGroup] = {}
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +59,18 @@ class AdapterPool:
     def rows(self, module: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(a [rows, K], b [rows, N]) of the module numbered `module` in one layer; views."""
         return self._a[module][layer], self._b[module][layer]
+
+    def group(self, parts: tuple[tuple[int, int], ...], layer: int) -> LoraGroup:
+        """The modules of a merged product in one layer, by number and first column of the product; the line
+        of a module in a table of ranks is its number."""
+        found = self._groups.get((parts, layer))
+        if found is None:
+            modules = [
+                LoraModule(*self.rows(module, layer), column, module, module_salt(layer, module))
+                for module, column in parts
+            ]
+            found = self._groups[parts, layer] = LoraGroup(modules)
+        return found
 
     def ranks(self, rows: Sequence[int]) -> torch.Tensor:
         """int32 [L, modules]: the rank that the adapter in `rows` has in each module, 0 where it has none.

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 import torch
 
+from coserve.kernels.lora import ModuleGradient
 from coserve.kernels.soft_cap import soft_cap_
 from coserve.layers.activations import LayerActivations
 from coserve.layers.attention import Attention
-from coserve.layers.batch import BackwardWindow, ForwardBatch, ModuleGradient
+from coserve.layers.batch import BackwardWindow, ForwardBatch
 from coserve.layers.embedding import Embedding
 from coserve.layers.lm_head import HeadRun, LMHead
 from coserve.layers.mlp import MLP

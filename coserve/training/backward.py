@@ -15,8 +15,8 @@ import torch
 
 from coserve.core.training_sequence import TrainingUnit
 from coserve.kernels.dropout import Dropout
-from coserve.kernels.lora import LoraSegments
-from coserve.layers.batch import BackwardWindow, HeadAdapter, LoraBatch, LoraPool, ModuleGradient
+from coserve.kernels.lora import LoraSegments, ModuleGradient
+from coserve.layers.batch import BackwardWindow, HeadAdapter, LoraBatch, LoraPool
 from coserve.models.decoder import Decoder
 from coserve.training.loss import loss_chunk, score_chunk
 from coserve.training.microbatch import Microbatch

@@ -11,7 +11,8 @@ import torch
 from coserve.core.training_sequence import TrainingUnit
 from coserve.kernels.cross_entropy import TokenScores, logit_gradient_, token_scores
 from coserve.kernels.dropout import Dropout
-from coserve.layers.batch import HeadAdapter, ModuleGradient
+from coserve.kernels.lora import ModuleGradient
+from coserve.layers.batch import HeadAdapter
 from coserve.layers.lm_head import HeadRun
 from coserve.models.decoder import Decoder
 from coserve.training.microbatch import Microbatch

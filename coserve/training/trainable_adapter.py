@@ -22,7 +22,8 @@ import torch
 from coserve.errors import InvalidRequest
 from coserve.kernels.dropout import Dropout, module_salt
 from coserve.kernels.linear import PackedLinear
-from coserve.layers.batch import LoraPool, ModuleGradient
+from coserve.kernels.lora import ModuleGradient
+from coserve.layers.batch import LoraPool
 from coserve.lora.adapter import load_adapter
 from coserve.lora.peft_files import tensor_key
 from coserve.models.config import HEAD_MODULE, ModelConfig

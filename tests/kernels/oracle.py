@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from coserve.kernels.dispatch import use_backend
+from coserve.kernels.lora import LoraGroup, LoraModule, ModuleGradient, lora_backward, lora_forward_
 
 FP32_BOUND = 2e-6
 DTYPES = (torch.float32, torch.bfloat16)
@@ -34,12 +35,14 @@ def check(
     *args: object,
     bound: float = FP32_BOUND,
     bf16_slack: float = 1e-6,
+    peer: Callable[..., tuple[torch.Tensor, ...]] | None = None,
 ) -> None:
-    """`run(*args)` on C++ against float64: fp32 within `bound`, bf16 within twice the reference's error."""
+    """`run(*args)` on C++ against float64: fp32 within `bound`, bf16 within twice the error of the reference,
+    or of `peer`, which does the same in torch."""
     wants = run(*as_double(args))
     copies = tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
     with use_backend("reference"):
-        references = run(*copies)
+        references = (peer or run)(*copies)
     for got, reference, want in zip(run(*args), references, wants, strict=True):
         low = next(a.dtype for a in args if isinstance(a, torch.Tensor)) == torch.bfloat16
         limit = 2 * error(reference, want) + bf16_slack if low else bound
@@ -48,3 +51,14 @@ def check(
 
 def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def lora_forward_one_(y, x, a, b, segments, ranks_S, dropout=None):  # type: ignore[no-untyped-def]
+    """The LoRA forward of a product of one module."""
+    group = LoraGroup([LoraModule(a, b, salt=dropout.salt if dropout else 0)])
+    return lora_forward_(y, x, group, segments, ranks_S[None], dropout)
+
+
+def lora_backward_one(dy, x, a, b, rows, dx, da, db, offset, dropout=None):  # type: ignore[no-untyped-def]
+    """The LoRA backward of a product of one module."""
+    lora_backward(dy, x, [ModuleGradient(a, b, rows, da, db, dropout)], dx, offset)

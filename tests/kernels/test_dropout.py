@@ -8,8 +8,8 @@ import torch
 
 from coserve.kernels.dispatch import use_backend
 from coserve.kernels.dropout import Dropout, keep_mask, module_salt, row_keys
-from coserve.kernels.lora import LoraSegments, lora_backward, lora_forward_
-from tests.kernels.oracle import DTYPES, check, error, ints
+from coserve.kernels.lora import LoraSegments
+from tests.kernels.oracle import DTYPES, check, error, ints, lora_backward_one, lora_forward_one_
 
 SALT = module_salt(2, 5)
 
@@ -62,13 +62,13 @@ def test_compiled_masks_are_the_reference_ones_to_the_bit(isa: str, dtype: torch
     T, K = 19, 83
     drop, eye = dropout(T, rate), torch.eye(K, dtype=dtype)
     mask = keep_mask(drop.keys_T, SALT, K, drop.rates_S[0])
-    y = lora_forward_(
+    y = lora_forward_one_(
         torch.zeros(T, K, dtype=dtype), torch.ones(T, K, dtype=dtype), eye, eye, *one(T, K), drop
     )
     assert torch.equal(y != 0, mask)
     dx, da, db = torch.zeros(T, K, dtype=dtype), torch.zeros(K, K), torch.zeros(K, K)
     ones = torch.ones(T, K, dtype=dtype)
-    lora_backward(ones, ones, eye, eye, torch.arange(K).int(), dx, da, db, 0, drop)
+    lora_backward_one(ones, ones, eye, eye, torch.arange(K).int(), dx, da, db, 0, drop)
     assert torch.equal(dx != 0, mask)
     counts = mask.sum(0) * (1 / (1 - rate))
     torch.testing.assert_close(da[0].double(), counts.double(), rtol=1e-5, atol=0)
@@ -83,12 +83,12 @@ def test_forward_and_backward_match_float64(isa: str, N: int, K: int, dtype: tor
     segments = LoraSegments(ints(0, 9, 30), ints(9, 30, 70), ints(0, 8, 9), torch.randperm(40)[:20].int())
     ranks, mixed = ints(8, 1, rank), dropout(T, 0.0, 0.3, 0.7)
     y, x, dy, dx = (torch.randn(T, size).to(dtype) for size in (N, K, N, K))
-    check(lambda y, x, a, b: (lora_forward_(y, x, a, b, segments, ranks, mixed),), y, x, a, b)
+    check(lambda y, x, a, b: (lora_forward_one_(y, x, a, b, segments, ranks, mixed),), y, x, a, b)
 
     def run(dy, x, a, b, dx):  # type: ignore[no-untyped-def]
         wide = torch.promote_types(dy.dtype, torch.float32)
         da, db = torch.ones(rank, K, dtype=wide), torch.ones(rank, N, dtype=wide)
-        lora_backward(dy, x, a, b, segments.rows[9:14], dx, da, db, 60, dropout(T, 0.4))
+        lora_backward_one(dy, x, a, b, segments.rows[9:14], dx, da, db, 60, dropout(T, 0.4))
         return dx, da, db
 
     check(run, dy, x, a, b, dx, bf16_slack=1e-5)
@@ -104,10 +104,10 @@ def test_backward_matches_autograd_under_the_same_mask(isa: str) -> None:
         y = (leaves[0] * mask / (1 - rate)) @ leaves[1].t() @ leaves[2]
         wants = torch.autograd.grad(y, leaves, dy.double())
     dx, da, db = torch.zeros(T, 40), torch.zeros(3, 40), torch.zeros(3, 24)
-    lora_backward(dy, x, a, b, torch.arange(3).int(), dx, da, db, 0, drop)
+    lora_backward_one(dy, x, a, b, torch.arange(3).int(), dx, da, db, 0, drop)
     for got, want in zip((dx, da, db), wants, strict=True):
         assert error(got, want) < 2e-6
-    got = lora_forward_(torch.zeros(T, 24), x, a, b, *one(T, 3), drop)
+    got = lora_forward_one_(torch.zeros(T, 24), x, a, b, *one(T, 3), drop)
     assert error(got, y.detach()) < 2e-6
 
 
@@ -118,8 +118,8 @@ def test_rate_zero_is_no_dropout_to_the_bit(backend: str) -> None:
     with use_backend(backend):
         for drop in (None, dropout(20, 0.0)):
             dx, da, db = torch.zeros(20, 40), torch.zeros(3, 40), torch.zeros(3, 24)
-            lora_backward(dy, x, a, b, torch.arange(3).int(), dx, da, db, 0, drop)
-            results.append((lora_forward_(torch.zeros(20, 24), x, a, b, *one(20, 3), drop), dx, da, db))
+            lora_backward_one(dy, x, a, b, torch.arange(3).int(), dx, da, db, 0, drop)
+            results.append((lora_forward_one_(torch.zeros(20, 24), x, a, b, *one(20, 3), drop), dx, da, db))
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
@@ -133,8 +133,8 @@ def test_cuts_at_tile_edges_change_no_bit(isa: str) -> None:
         for at in reversed(range(0, T, cut)):
             span = slice(at, min(at + cut, T))
             part = Dropout(drop.keys_T[span], drop.rates_S, SALT)
-            lora_forward_(y[span], x[span], a, b, *one(span.stop - at, 9), part)
-            lora_backward(dy[span], x[span], a, b, torch.arange(9).int(), dx[span], da, db, at, part)
+            lora_forward_one_(y[span], x[span], a, b, *one(span.stop - at, 9), part)
+            lora_backward_one(dy[span], x[span], a, b, torch.arange(9).int(), dx[span], da, db, at, part)
         return [y, dx, da, db]
 
     whole = in_windows(T)
@@ -150,7 +150,7 @@ def test_wrong_keys_are_refused(backend: str) -> None:
         Dropout(keys(2), torch.zeros(1))
     a, y, x = torch.zeros(1, 8), torch.zeros(2, 16), torch.zeros(2, 8)
     with use_backend(backend), pytest.raises(ValueError, match="3 keys, expected 2"):
-        lora_forward_(y, x, a, torch.zeros(1, 16), *one(2, 1), dropout(3, 0.5))
+        lora_forward_one_(y, x, a, torch.zeros(1, 16), *one(2, 1), dropout(3, 0.5))
     with use_backend(backend), pytest.raises(ValueError, match="2 rates, expected 1"):
         sums = torch.zeros(1, 8), torch.zeros(1, 16)
-        lora_backward(y, x, a, torch.zeros(1, 16), ints(0), x, *sums, 0, dropout(2, 0.5, 0.5))
+        lora_backward_one(y, x, a, torch.zeros(1, 16), ints(0), x, *sums, 0, dropout(2, 0.5, 0.5))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coserve.kernels.lora import LoraSegments
-from coserve.layers.batch import LoraBatch, ModuleGradient
+from coserve.kernels.lora import LoraGroup, LoraModule, LoraSegments, ModuleGradient
+from coserve.layers.batch import LoraBatch
 from coserve.layers.linear import AdaptedLinear
 
 Q_PROJ, K_PROJ, V_PROJ = range(3)
@@ -24,6 +24,9 @@ class Pool:
 
     def rows(self, module: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.a[module], self.b[module]
+
+    def group(self, parts: tuple[tuple[int, int], ...], layer: int) -> LoraGroup:
+        return LoraGroup([LoraModule(*self.rows(m, layer), column, m) for m, column in parts])
 
 
 @pytest.fixture

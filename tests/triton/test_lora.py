@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from coserve.kernels.dropout import Dropout, keep_mask, row_keys
-from coserve.kernels.lora import LoraSegments, lora_backward, lora_forward_
+from coserve.kernels.lora import LoraSegments
 from coserve.kernels.triton import lora_backward as backward_file
 from coserve.kernels.triton import lora_shrink as shrink_file
-from tests.kernels.oracle import error, ints
+from tests.kernels.oracle import error, ints, lora_backward_one, lora_forward_one_
 from tests.triton.oracle import DTYPES, check
 
 POOL = 300
@@ -43,7 +43,7 @@ def test_forward(N: int, K: int, dtype: torch.dtype) -> None:
     a, b = pool(N, K, dtype)
     y, x = torch.randn(58, N).to(dtype), torch.randn(58, K).to(dtype)
     for drop in (None, dropout(58, 0.0, 0.3, 0.9, 0.5, 0.2, 0.7)):
-        check(lambda y, x, a, b: (lora_forward_(y, x, a, b, spans, ranks, drop),), y, x, a, b)  # noqa: B023
+        check(lambda y, x, a, b: (lora_forward_one_(y, x, a, b, spans, ranks, drop),), y, x, a, b)  # noqa: B023
 
 
 def test_forward_of_one_token_at_rank_256_writes_nothing_else() -> None:
@@ -51,7 +51,7 @@ def test_forward_of_one_token_at_rank_256_writes_nothing_else() -> None:
     a, b = pool(20, 16)
     merged, x = torch.zeros(5, 60), torch.randn(5, 16)
     view = merged[:, 20:40]
-    lora_forward_(view, x, a, b, spans, ranks)
+    lora_forward_one_(view, x, a, b, spans, ranks)
     rows = spans.rows.long()
     assert error(view[2], x[2].double() @ a[rows].double().t() @ b[rows].double()) < 2e-6
     view[2] = 0
@@ -66,12 +66,12 @@ def test_a_token_depends_neither_on_its_batch_nor_on_who_adds_up_the_parts(
     a, b = pool(N, K)
     spans, ranks = segments((0, 40, 19))
     y, x = torch.randn(40, N), torch.randn(40, K)
-    whole = lora_forward_(y.clone(), x, a, b, spans, ranks)
+    whole = lora_forward_one_(y.clone(), x, a, b, spans, ranks)
     for at, end in ((0, 1), (3, 20), (7, 40)):
         part = LoraSegments(ints(0), ints(end - at), spans.row_offset, spans.rows)
-        assert torch.equal(lora_forward_(y[at:end].clone(), x[at:end], a, b, part, ranks), whole[at:end])
+        assert torch.equal(lora_forward_one_(y[at:end].clone(), x[at:end], a, b, part, ranks), whole[at:end])
     monkeypatch.setattr(shrink_file, "MANY_PROGRAMS", 0)
-    assert torch.equal(lora_forward_(y.clone(), x, a, b, spans, ranks), whole)
+    assert torch.equal(lora_forward_one_(y.clone(), x, a, b, spans, ranks), whole)
 
 
 def gradients(
@@ -86,7 +86,7 @@ def gradients(
 ) -> tuple[torch.Tensor, ...]:
     wide = torch.promote_types(dy.dtype, torch.float32)
     da, db = (torch.ones(len(rows), like.shape[1], dtype=wide) for like in (a, b))
-    lora_backward(dy, x, a, b, rows, dx, da, db, offset, drop)
+    lora_backward_one(dy, x, a, b, rows, dx, da, db, offset, drop)
     return dx, da, db
 
 
@@ -116,7 +116,7 @@ def test_backward_in_windows_and_with_parts_together(monkeypatch: pytest.MonkeyP
         dx, da, db = torch.zeros(T, K), torch.zeros(9, K), torch.zeros(9, N)
         for at in reversed(range(0, T, cut)):
             span = slice(at, at + cut)
-            lora_backward(dy[span], x[span], a, b, rows, dx[span], None if frozen else da, db, at)
+            lora_backward_one(dy[span], x[span], a, b, rows, dx[span], None if frozen else da, db, at)
         return dx, da, db
 
     whole = in_windows(T)
@@ -135,7 +135,7 @@ def test_masks_are_the_cpu_ones_to_the_bit(rate: float) -> None:
     mask = keep_mask(drop.keys_T, SALT, K, drop.rates_S[0])
     rows = torch.arange(K).int()
     own = LoraSegments(ints(0), ints(T), ints(0), rows)
-    assert torch.equal(lora_forward_(torch.zeros(T, K), ones, eye, eye, own, ints(K), drop) != 0, mask)
+    assert torch.equal(lora_forward_one_(torch.zeros(T, K), ones, eye, eye, own, ints(K), drop) != 0, mask)
     dx, _, _ = gradients(ones, ones, eye, eye, torch.zeros(T, K), rows, 0, drop)
     assert torch.equal(dx != 0, mask)
 
@@ -145,7 +145,7 @@ def test_rate_zero_is_no_dropout_to_the_bit() -> None:
     x, dy, rows = torch.randn(20, 40), torch.randn(20, 24), ints(7, 3, 90)
     for first, second in zip(
         *(
-            (lora_forward_(torch.zeros(20, 24), x, a, b, *spans, drop),)
+            (lora_forward_one_(torch.zeros(20, 24), x, a, b, *spans, drop),)
             + gradients(dy, x, a, b, torch.zeros(20, 40), rows, 0, drop)
             for drop in (None, dropout(20, 0.0))
         ),
@@ -156,12 +156,12 @@ def test_rate_zero_is_no_dropout_to_the_bit() -> None:
 
 def test_nothing_to_do() -> None:
     (a, b), (spans, ranks) = pool(16, 8), segments((0, 0, 4))
-    assert lora_forward_(torch.zeros(0, 16), torch.zeros(0, 8), a, b, spans, ranks).shape == (0, 16)
+    assert lora_forward_one_(torch.zeros(0, 16), torch.zeros(0, 8), a, b, spans, ranks).shape == (0, 16)
     empty = LoraSegments(ints(), ints(), ints(), ints())
     y = torch.randn(3, 16)
-    assert torch.equal(lora_forward_(y.clone(), torch.ones(3, 8), a, b, empty, ints()), y)
+    assert torch.equal(lora_forward_one_(y.clone(), torch.ones(3, 8), a, b, empty, ints()), y)
     sums = torch.zeros(1, 8), torch.zeros(1, 16)
-    lora_backward(torch.zeros(0, 16), torch.zeros(0, 8), a, b, ints(1), torch.zeros(0, 8), *sums, 0)
+    lora_backward_one(torch.zeros(0, 16), torch.zeros(0, 8), a, b, ints(1), torch.zeros(0, 8), *sums, 0)
     assert not any(grad.any() for grad in sums)
 
 
@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ((y, x, a, b, spans, ranks, dropout(2, 0.5, 0.5)), "2 rates, expected 1"),
     ):
         with pytest.raises(ValueError, match=match):
-            lora_forward_(*bad)
+            lora_forward_one_(*bad)
     with pytest.raises(ValueError, match="da must be contiguous fp32"):
         sums = torch.zeros(1, 8).half(), torch.zeros(1, 16)
-        lora_backward(y, x, a, b, ints(1), torch.zeros(2, 8), *sums, 0)
+        lora_backward_one(y, x, a, b, ints(1), torch.zeros(2, 8), *sums, 0)
