@@ -25,9 +25,10 @@ CONVERTED_AT_ONCE = 4 << 20  # elements
 
 
 class PackedLinear:
-    """Weight [N, K] and optional bias [N], both frozen, in `dtype` (default: the weight's) on its device.
+    """Weight [N, K] and optional bias [N], both frozen, in `dtype` on `device` (default: the weight's).
 
-    A sequence of weights is taken as one, their rows in that order. What is packed is not referred to.
+    A sequence of weights is taken as one, their rows in that order. What is given is copied: a mapped file
+    may go away.
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class PackedLinear:
         weight_NK: torch.Tensor | Sequence[torch.Tensor],
         bias_N: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         parts = [weight_NK] if isinstance(weight_NK, torch.Tensor) else list(weight_NK)
-        self.dtype, self.device = dtype or parts[0].dtype, parts[0].device
+        self.dtype, self.device = dtype or parts[0].dtype, torch.device(device or parts[0].device)
         self.out_features, self.in_features = sum(map(len, parts)), parts[0].shape[1]
         self.bias = bias_N
         if bias_N is not None:
@@ -51,12 +53,14 @@ class PackedLinear:
         self._pack: torch.Tensor | None = None
         if native_for(torch.empty(0, dtype=self.dtype, device=self.device)):
             self._pack = _zeros(_pack_elements(self.out_features, self.in_features, self.dtype), self.dtype)
-            first = 0
-            for part_NK in parts:
-                self.fill(first, part_NK)
-                first += len(part_NK)
         else:
-            self._weight = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.dtype)
+            self._weight = torch.empty(
+                (self.out_features, self.in_features), dtype=self.dtype, device=self.device
+            )
+        first = 0
+        for part_NK in parts:
+            self.fill(first, part_NK)
+            first += len(part_NK)
 
     @property
     def weight_nbytes(self) -> int:
@@ -151,6 +155,6 @@ def _zeros(elements: int, dtype: torch.dtype) -> torch.Tensor:
     nbytes = elements * dtype.itemsize
     if nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(elements, dtype=dtype)
-    memory = mmap.mmap(-1, nbytes)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype)

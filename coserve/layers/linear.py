@@ -19,7 +19,7 @@ from coserve.layers.batch import LoraBatch
 
 class AdaptedLinear:
     """`weights` [N_m, K] of the modules numbered `modules`, merged row-wise in that order and
-    held in `dtype` (default: the weights' own), which is the biases'."""
+    held in `dtype` on `device` (default: the weights' own), where the biases are."""
 
     def __init__(
         self,
@@ -27,10 +27,11 @@ class AdaptedLinear:
         weights: Sequence[torch.Tensor],
         biases: Sequence[torch.Tensor | None],
         dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         given = [b for b in biases if b is not None]
         bias = (torch.cat(given) if len(given) > 1 else given[0]) if given else None
-        self.packed = PackedLinear(weights, bias, dtype)
+        self.packed = PackedLinear(weights, bias, dtype, device)
         self.parts: list[tuple[int, slice]] = []
         end = 0
         for module, part in zip(modules, weights, strict=True):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,8 @@ Fetch = Callable[[str], torch.Tensor]
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 # Buffers that older checkpoints carry and that are computed here.
 COMPUTED = ("rotary_emb.inv_freq", "masked_bias")
+FORGET_BYTES = 64 << 20  # of a mapped file that are read before their pages are given back
+C_LIBRARY = ctypes.CDLL(None)
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -81,20 +85,46 @@ def load_model(
     files = _tensor_files(folder)
     shapes = tensor_shapes(config)
     _check_names(set(files), shapes, config)
-    handles = {file: _open(file) for file in set(files.values())}
+    checkpoint = _Checkpoint(files, shapes)
+    try:
+        return build_decoder(config, checkpoint.fetch, device, dtype)
+    finally:
+        checkpoint.forget()
 
-    def fetch(name: str) -> torch.Tensor:
-        tensor = handles[files[name]].get_tensor(name)
-        if tuple(tensor.shape) != shapes[name]:
+
+class _Checkpoint:
+    """Tensors of mapped files. What has been read is dropped from the process's memory every so often."""
+
+    def __init__(self, files: dict[str, Path], shapes: dict[str, tuple[int, ...]]) -> None:
+        self._files, self._shapes = files, shapes
+        self._handles = {file: _open(file) for file in set(files.values())}
+        self._fetched: list[torch.Tensor] = []
+        self._unforgotten = 0  # bytes
+
+    def fetch(self, name: str) -> torch.Tensor:
+        """The tensor as the file has it, for reading alone."""
+        tensor, shape = self._handles[self._files[name]].get_tensor(name), self._shapes[name]
+        if tuple(tensor.shape) != shape:
             raise ConfigError(
-                f"tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {shapes[name]}.",
+                f"tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {shape}.",
                 param="model",
             )
         if not tensor.is_floating_point():
             raise ConfigError(f"tensor {name} is {tensor.dtype}; weights must be floats.", param="model")
-        return tensor.to(device=device, dtype=dtype, copy=True)
+        if self._unforgotten > FORGET_BYTES:
+            self.forget()
+        self._fetched.append(tensor)
+        self._unforgotten += tensor.nbytes
+        return tensor
 
-    return build_decoder(config, fetch, device)
+    def forget(self) -> None:
+        """Give the memory of all pages read so far back; reading one again maps it again."""
+        for tensor in self._fetched:
+            begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = tensor.data_ptr() + tensor.nbytes - begin
+            if length >= mmap.PAGESIZE:
+                C_LIBRARY.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+        self._unforgotten = 0
 
 
 def random_weights(
@@ -108,27 +138,37 @@ def random_weights(
         values = torch.randn(shapes[name], generator=generator) * 0.02
         if name.endswith("norm.weight"):
             values += 1.0 - config.norm_offset
-        return values.to(device=device, dtype=dtype)
+        return values
 
-    return build_decoder(config, fetch, device)
+    return build_decoder(config, fetch, device, dtype)
 
 
-def build_decoder(config: ModelConfig, fetch: Fetch, device: torch.device | str) -> Decoder:
-    """Assemble a decoder from tensors by name; `fetch` is asked once for each of `tensor_shapes`."""
+def build_decoder(
+    config: ModelConfig, fetch: Fetch, device: torch.device | str, dtype: torch.dtype
+) -> Decoder:
+    """Assemble a decoder from tensors by name; `fetch` is asked once for each of `tensor_shapes`. What it
+    gives, floats of any dtype on the CPU, is copied."""
     rope = make_rope_table(config, device)
     local_rope = make_rope_table(config, device, local=True) if config.local_rope_theta else rope
+
+    def own(name: str) -> torch.Tensor:
+        return fetch(name).to(device=device, dtype=dtype, copy=True)
+
+    def head_of(name: str) -> LMHead:
+        return LMHead(fetch(name), None, dtype, device)
 
     def linear(layer: int, *names: str) -> AdaptedLinear:
         paths = [config.module_path(layer, name) for name in names]
         weights = [fetch(f"{path}.weight") for path in paths]
         biases = [
-            fetch(f"{path}.bias") if _has_bias(config, name) else None
+            own(f"{path}.bias") if _has_bias(config, name) else None
             for path, name in zip(paths, names, strict=True)
         ]
-        return AdaptedLinear([config.linear_modules.index(name) for name in names], weights, biases)
+        modules = [config.linear_modules.index(name) for name in names]
+        return AdaptedLinear(modules, weights, biases, dtype, device)
 
     def norm(name: str) -> RMSNorm:
-        weight_H = fetch(f"{name}.weight")
+        weight_H = own(f"{name}.weight")
         if config.wide_norms:
             weight_H = weight_H.float() + config.norm_offset
         return RMSNorm(weight_H, config.rms_norm_eps)
@@ -153,10 +193,10 @@ def build_decoder(config: ModelConfig, fetch: Fetch, device: torch.device | str)
         return DecoderLayer(before, attention, middle, mlp, after, last)
 
     scale = config.hidden_size**0.5 if config.scaled_embeddings else 1.0
-    tied = LMHead(fetch(EMBEDDING)) if config.tie_word_embeddings else None
-    embedding = Embedding(fetch(EMBEDDING) if tied is None else tied, scale)
+    tied = head_of(EMBEDDING) if config.tie_word_embeddings else None
+    embedding = Embedding(own(EMBEDDING) if tied is None else tied, scale)
     layers = [block(layer) for layer in range(config.num_layers)]
-    head = LMHead(fetch(HEAD)) if tied is None else tied
+    head = head_of(HEAD) if tied is None else tied
     return Decoder(config, embedding, layers, norm(NORM.removesuffix(".weight")), head)
 
 

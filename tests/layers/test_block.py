@@ -27,7 +27,7 @@ def make(act: str, qk_norm: bool) -> Decoder:
         values = torch.randn(shape, generator=generator)
         return 1 + 0.2 * values if name.endswith("norm.weight") else values * shape[-1] ** -0.5
 
-    return build_decoder(config, fetch, "cpu")
+    return build_decoder(config, fetch, "cpu", torch.float32)
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from coserve.errors import ConfigError
+from coserve.models import loader
 from coserve.models.config import ModelConfig
 from coserve.models.loader import load_model, random_weights, tensor_shapes
 from tests.parity.harness import Sequences, make_reference, save_reference
@@ -48,6 +49,27 @@ def test_a_tied_head_shares_the_embedding(tmp_path: Path) -> None:
     folder = save_reference(make_reference("llama3-tied-rope"), tmp_path)
     decoder = load_model(folder, "cpu", torch.float32)
     assert decoder.embedding.table is decoder.head
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_weights_are_copied_from_the_file_in_every_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(loader, "FORGET_BYTES", 3 * 4096)
+    folder = save_reference(make_reference("qwen2-tied").to(stored), tmp_path)
+    file = folder / "model.safetensors"
+    given = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    decoder = load_model(folder, "cpu", dtype)
+    file.write_bytes(bytes(file.stat().st_size))
+    assert torch.equal(decoder.head.unpacked(), given["model.embed_tokens.weight"].to(dtype))
+    for number, layer in enumerate(decoder.layers):
+        path = f"model.layers.{number}"
+        merged = [given[f"{path}.self_attn.{n}_proj.weight"] for n in "qkv"]
+        assert torch.equal(layer.attention.qkv.packed.unpacked(), torch.cat(merged).to(dtype))
+        assert torch.equal(layer.mlp.down.packed.unpacked(), given[f"{path}.mlp.down_proj.weight"].to(dtype))
+        assert layer.attn_norm is not None
+        assert torch.equal(layer.attn_norm.weight, given[f"{path}.input_layernorm.weight"].to(dtype))
 
 
 def test_a_missing_tensor_is_named(folder: Path) -> None:
