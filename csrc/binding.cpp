@@ -9,6 +9,14 @@
 #include <type_traits>
 #include <utility>
 
+#ifdef COSERVE_X86
+#include <cpuid.h>
+#endif
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 
 namespace coserve {
@@ -39,21 +47,38 @@ const Kernels* (*const LEVELS[])() = {
     [] { return &avx2::kernels(); },
     [] { return &avx512::kernels(); },
     [] { return &avx512bf16::kernels(); },
+    [] { return &amx::kernels(); },
 #endif
 };
+
+#ifdef COSERVE_X86
+// The CPU has AMX's bf16 tiles, and the kernel lets this process keep data in them (asked for once).
+bool amx_is_granted() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & AMX_BF16) || !(d & AMX_TILE)) return false;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 int highest_level() {
 #ifdef COSERVE_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+    return !__builtin_cpu_supports("avx512bf16") ? 2 : amx_is_granted() ? 4 : 3;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
   return 0;
 }
 
-int level = highest_level();
+const int HIGHEST = highest_level();
+int level = HIGHEST;
 const Kernels* active = LEVELS[level]();
 
 template <class T>
@@ -95,13 +120,13 @@ PyObject* get_isa(PyObject*, PyObject*) {
 }
 
 PyObject* max_isa(PyObject*, PyObject*) {
-  return PyLong_FromLong(highest_level());
+  return PyLong_FromLong(HIGHEST);
 }
 
 PyObject* set_isa(PyObject*, PyObject* value) {
   long wanted = PyLong_AsLong(value);
   if (PyErr_Occurred()) return nullptr;
-  if (wanted < 0 || wanted > highest_level())
+  if (wanted < 0 || wanted > HIGHEST)
     return PyErr_Format(PyExc_ValueError, "instruction set level %ld is not supported by this CPU", wanted);
   level = static_cast<int>(wanted);
   active = LEVELS[level]();
@@ -134,7 +159,7 @@ PyMethodDef METHODS[] = {
     method<&Kernels::logit_gradient>("logit_gradient"),
     method<&Kernels::adamw>("adamw"),
     method<&Kernels::adamw_8bit>("adamw_8bit"),
-    {"get_isa", get_isa, METH_NOARGS, "The level in use: 0 plain, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16."},
+    {"get_isa", get_isa, METH_NOARGS, "The level in use: 0 plain, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16, 4 AMX."},
     {"max_isa", max_isa, METH_NOARGS, "The highest level of this CPU."},
     {"set_isa", set_isa, METH_O, "Use another level."},
     {nullptr, nullptr, 0, nullptr},

@@ -81,6 +81,9 @@ const Kernels& kernels();
 namespace avx512bf16 {
 const Kernels& kernels();
 }
+namespace amx {
+const Kernels& kernels();
+}
 
 // Memory of the calling thread, at least `bytes` long and 64-byte aligned, kept until the thread ends; a call
 // for the same slot may move it. Slot 0 is a task's own, slot 1 the caller's for a whole operation, slot 2 that of a

@@ -1,13 +1,14 @@
 // The base products on the one packed copy of W (weight_pack.h): y = x W^T + b and, with the panels transposed on
 // the fly, dx = dy W. Blocks of depth go in ascending order and depend on the depth alone, so a row's result is the
 // same to the bit whatever the number of rows, the tile or the thread.
+#include "linear_amx.h"
 #include "linear_tile.h"
 
 namespace coserve {
 namespace COSERVE_ISA {
 
 constexpr int64_t MOST_ROWS = 512;          // of A that share a block of B
-constexpr int64_t BLOCK_BYTES = 512 << 10;  // of a block of B, at most: half of an L2 cache
+constexpr int64_t BLOCK_BYTES = 256 << 10;  // of a block of B, at most: the next one, sums and A share an L2 cache with it
 
 // C [M, columns] = A [M, depth] B. Forward: B is W^T as it lies in the pack; transposed: B is W.
 template <class T>
@@ -105,6 +106,7 @@ static void product_block(const Product<T>& op, int64_t from, int64_t to, int64_
   float* sums = (float*)scratch(0, (most < D ? rows * width * 4 : 0) + (a_size + (in_place ? 0 : b_panel * (to - from))) * sizeof(E));
   E* a_copy = (E*)(sums + (most < D ? rows * width : 0));
   E* block = a_copy + a_size;
+  Tile tile;
   for (int64_t d = 0; d < D; d += most) {
     int64_t n = smaller(most, D - d), depth = round_up(n, Tile::STEP);
     const E *a = (const E*)(op.a + first * op.a_stride + d), *b = block;
@@ -116,26 +118,22 @@ static void product_block(const Product<T>& op, int64_t from, int64_t to, int64_
     if constexpr (!WIDENS) {
       if (in_place) b = (const E*)op.pack + from * panel_size<T>(op.K) + d * PANEL, b_stride = panel_size<T>(op.K);
     }
-    if constexpr (WIDENS || Tile::STEP > 1) {
-      if (!in_place)
-        for (int64_t p = from; p < to; p++) prepare(op, p, d, depth, block + (p - from) * b_panel);
-    } else if (!in_place) {
+    if (!in_place)
       for (int64_t p = from; p < to; p++) prepare(op, p, d, depth, block + (p - from) * b_panel);
-    }
     // W streams from memory: while this block is multiplied, the next one comes nearer.
-    int64_t ahead = smaller(most, D - d - n), tiles = divide_up(rows, Tile::ROWS), m = 0;
-    for (int64_t tile = 0; tile < tiles; tile++) {
-      int64_t height = divide_up(rows - m, tiles - tile);
+    int64_t ahead = smaller(most, D - d - n), heights = divide_up(rows, Tile::ROWS), m = 0;
+    for (int64_t i = 0; i < heights; i++) {
+      int64_t height = divide_up(rows - m, heights - i);
       for (int64_t p = from; p < to; p += Tile::PANELS) {
         int64_t c = p * PANEL, row = first + m;
-        run_tile<Tile>(height, smaller(Tile::PANELS, to - p),
+        tile.multiply(height, smaller(Tile::PANELS, to - p),
                        TileStep<E, T>{depth, a + m * a_stride, a_stride, b + (p - from) * b_stride, b_stride,
                                       sums + m * width + c - from * PANEL, width, d == 0, d + n == D,
                                       op.bias ? op.bias + c : nullptr, op.out + row * op.out_stride + c,
                                       op.out_stride, columns - c});
       }
       m += height;
-      if (ahead && tiles > 1) fetch(op, from, to, d + n, ahead, tile, tiles);
+      if (ahead && heights > 1) fetch(op, from, to, d + n, ahead, i, heights);
     }
   }
 }
@@ -168,7 +166,9 @@ static void linear(int64_t dtype, int64_t transposed, const void* a, int64_t a_s
                                              (const float*)bias, (float*)out, out_stride});
   Product<bf16> op{transposed != 0, (const bf16*)a, a_stride, M, (const bf16*)pack, N, K,
                    (const bf16*)bias, (bf16*)out, out_stride};
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+  product<AmxTile>(op);
+#elif defined(__AVX512BF16__)
   product<PairTile>(op);
 #else
   product<FloatTile>(op);

@@ -1,5 +1,5 @@
 // Register tiles of the base products: some rows of A by some panels of B, over one block of depth. Each is a struct
-// with the sizes that linear.cpp blocks by and `run`.
+// with the sizes that linear.cpp blocks by, made once for a block, and `multiply`.
 #pragma once
 #include "weight_pack.h"
 
@@ -34,6 +34,29 @@ static inline void finish_vector(const TileStep<E, T>& s, int64_t row, int64_t c
   }
 }
 
+template <class Tile, int P, class S>
+static inline void tile_of_rows(int64_t rows, const S& s) {
+  switch (rows) {
+    case 1: return Tile::template run<1, P>(s);
+    case 2: return Tile::template run<2, P>(s);
+    case 3: if constexpr (Tile::ROWS >= 3) return Tile::template run<3, P>(s); break;
+    case 4: if constexpr (Tile::ROWS >= 4) return Tile::template run<4, P>(s); break;
+    case 5: if constexpr (Tile::ROWS >= 5) return Tile::template run<5, P>(s); break;
+    case 6: if constexpr (Tile::ROWS >= 6) return Tile::template run<6, P>(s); break;
+  }
+}
+
+// A tile of at most Tile::ROWS rows and Tile::PANELS panels.
+template <class Tile, class S>
+static void run_tile(int64_t rows, int64_t panels, const S& s) {
+  switch (panels) {
+    case 1: return tile_of_rows<Tile, 1>(rows, s);
+    case 2: if constexpr (Tile::PANELS >= 2) return tile_of_rows<Tile, 2>(rows, s); break;
+    case 3: if constexpr (Tile::PANELS >= 3) return tile_of_rows<Tile, 3>(rows, s); break;
+    case 4: if constexpr (Tile::PANELS >= 4) return tile_of_rows<Tile, 4>(rows, s); break;
+  }
+}
+
 // fp32: a block's products are one chain of multiply-adds over ascending k, the blocks' sums are added in order.
 // bf16 weights and rows come here widened where the CPU has no dot products of pairs.
 struct FloatTile {
@@ -46,6 +69,11 @@ struct FloatTile {
   static constexpr int ROWS = 2, PANELS = 1;
 #endif
   static constexpr int64_t STEP = 1, DEPTH = 256, SHALLOW = 256;
+
+  template <class T>
+  void multiply(int64_t rows, int64_t panels, const TileStep<float, T>& s) const {
+    run_tile<FloatTile>(rows, panels, s);
+  }
 
   template <int R, int P, class T>
   static inline void run(const TileStep<float, T>& s) {
@@ -82,7 +110,11 @@ struct FloatTile {
 struct PairTile {
   typedef bf16 Element;
   static constexpr int ROWS = 6, PANELS = 4;
-  static constexpr int64_t STEP = 2, DEPTH = 256, SHALLOW = 512;
+  static constexpr int64_t STEP = 2, DEPTH = 256, SHALLOW = 1024;
+
+  void multiply(int64_t rows, int64_t panels, const TileStep<bf16, bf16>& s) const {
+    run_tile<PairTile>(rows, panels, s);
+  }
 
   template <int R, int P>
   static inline void run(const TileStep<bf16, bf16>& s) {
@@ -118,28 +150,6 @@ struct PairTile {
   }
 };
 #endif
-
-template <class Tile, int P, class S>
-static inline void tile_of_rows(int64_t rows, const S& s) {
-  switch (rows) {
-    case 1: return Tile::template run<1, P>(s);
-    case 2: return Tile::template run<2, P>(s);
-    case 3: if constexpr (Tile::ROWS >= 3) return Tile::template run<3, P>(s); break;
-    case 4: if constexpr (Tile::ROWS >= 4) return Tile::template run<4, P>(s); break;
-    case 5: if constexpr (Tile::ROWS >= 5) return Tile::template run<5, P>(s); break;
-    case 6: if constexpr (Tile::ROWS >= 6) return Tile::template run<6, P>(s); break;
-  }
-}
-
-template <class Tile, class S>
-static void run_tile(int64_t rows, int64_t panels, const S& s) {
-  switch (panels) {
-    case 1: return tile_of_rows<Tile, 1>(rows, s);
-    case 2: if constexpr (Tile::PANELS >= 2) return tile_of_rows<Tile, 2>(rows, s); break;
-    case 3: if constexpr (Tile::PANELS >= 3) return tile_of_rows<Tile, 3>(rows, s); break;
-    case 4: if constexpr (Tile::PANELS >= 4) return tile_of_rows<Tile, 4>(rows, s); break;
-  }
-}
 
 }  // namespace COSERVE_ISA
 }  // namespace coserve

@@ -12,6 +12,13 @@ void add_lora(Kernels&);
 void add_elementwise(Kernels&);
 void add_loss(Kernels&);
 
+#if defined(__AMX_BF16__)
+static Kernels make() {  // AMX changes the linears alone
+  Kernels table = avx512bf16::kernels();
+  add_linear(table);
+  return table;
+}
+#else
 static Kernels make() {
   Kernels table{};
   add_adamw_8bit(table);
@@ -23,6 +30,7 @@ static Kernels make() {
   add_loss(table);
   return table;
 }
+#endif
 
 const Kernels& kernels() {
   static const Kernels table = make();

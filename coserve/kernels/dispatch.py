@@ -23,7 +23,7 @@ from coserve.errors import ConfigError
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
 Backend = Literal["reference", "auto", "triton"]
-ISA_LEVELS = ("plain", "avx2", "avx512", "avx512bf16")
+ISA_LEVELS = ("plain", "avx2", "avx512", "avx512bf16", "amx")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 
