@@ -1,5 +1,6 @@
 // Register tiles of the base products: some rows of A by some panels of B, over one block of depth. Each is a struct
-// with the sizes that linear.cpp blocks by, made once for a block, and `multiply`.
+// with the sizes that linear.cpp blocks by, made once for a block, and `multiply`. Depths up to UNCUT (forward,
+// transposed) are one block, larger ones are cut every DEPTH; STEP divides what a tile multiplies.
 #pragma once
 #include "weight_pack.h"
 
@@ -68,7 +69,7 @@ struct FloatTile {
 #else
   static constexpr int ROWS = 2, PANELS = 1;
 #endif
-  static constexpr int64_t STEP = 1, DEPTH = 256, SHALLOW = 256;
+  static constexpr int64_t STEP = 1, DEPTH = 256, UNCUT[2] = {256, 256};
 
   template <class T>
   void multiply(int64_t rows, int64_t panels, const TileStep<float, T>& s) const {
@@ -110,7 +111,7 @@ struct FloatTile {
 struct PairTile {
   typedef bf16 Element;
   static constexpr int ROWS = 6, PANELS = 4;
-  static constexpr int64_t STEP = 2, DEPTH = 256, SHALLOW = 1024;
+  static constexpr int64_t STEP = 2, DEPTH = 256, UNCUT[2] = {1024, 512};
 
   void multiply(int64_t rows, int64_t panels, const TileStep<bf16, bf16>& s) const {
     run_tile<PairTile>(rows, panels, s);
