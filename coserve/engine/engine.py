@@ -30,6 +30,7 @@ from coserve.lora.adapter_tiers import AdapterTiers
 from coserve.models.config import ModelConfig
 from coserve.models.loader import load_model
 from coserve.training.job_manager import JobManager
+from coserve.worker.cuda_graph import CudaGraphs
 from coserve.worker.kv_tensors import KVTensors
 from coserve.worker.model_runner import ModelRunner, StepResult
 
@@ -84,7 +85,8 @@ class Engine:
             adapter_ready=self.adapters.acquire,
             adapter_released=self.adapters.release,
         )
-        self.runner = ModelRunner(self.decoder, self.kv, self.pool, self.slots)
+        graphs = CudaGraphs() if device.type == "cuda" else None
+        self.runner = ModelRunner(self.decoder, self.kv, self.pool, self.slots, graphs)
         self.jobs = JobManager(
             self.decoder, self.pool, self.slots, self.kv, self.scheduler.training, self.model, self.outbox
         )

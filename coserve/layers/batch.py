@@ -115,26 +115,33 @@ class TrainingWindow:
 class LoraBatch:
     """Which adapter each row uses. `ranks_LMS` int32 [L, modules, S]: the rank of segment s in that module
     of that layer, 0 where its adapter leaves it alone. `dropout` has a key for every row of the batch and a
-    rate for every segment; None where nothing is dropped."""
+    rate for every segment; None where nothing is dropped. `adapted` by [layer][module]: some row may have
+    an adapter there; taken from the ranks where it isn't given, which come from the host then, so that nobody
+    waits for the device to know it."""
 
     segments: LoraSegments
     ranks_LMS: torch.Tensor
     pool: LoraPool
     dropout: Dropout | None = None
-    _adapted: list[list[bool]] = field(init=False, repr=False)
+    adapted: list[list[bool]] = field(default_factory=list, repr=False)
     _ranks: tuple[torch.Tensor, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if not self.adapted:
+            self._look_at_ranks()
         self._ranks = self.ranks_LMS.unbind(0)
+
+    def _look_at_ranks(self) -> None:
         if self.ranks_LMS.numel():
-            self._adapted = (self.ranks_LMS.amax(-1) > 0).tolist()
+            self.adapted = (self.ranks_LMS.amax(-1) > 0).tolist()
         else:
             layers, modules, _ = self.ranks_LMS.shape
-            self._adapted = [[False] * modules for _ in range(layers)]
+            self.adapted = [[False] * modules for _ in range(layers)]
+        self.ranks_LMS = self.ranks_LMS.to(self.segments.rows.device)
 
     def adapts(self, module: int, layer: int) -> bool:
-        """Some row of the batch has an adapter on this module."""
-        return self._adapted[layer][module]
+        """Some row of the batch may have an adapter on this module."""
+        return self.adapted[layer][module]
 
     def ranks(self, layer: int) -> torch.Tensor:
         """int32 [modules, S]: the ranks in one layer."""

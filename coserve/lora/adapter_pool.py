@@ -34,6 +34,7 @@ class AdapterPool:
         device: torch.device | str = "cpu",
     ) -> None:
         self.num_layers = config.num_layers
+        self.num_modules = len(config.linear_modules)
         self.max_rows = max_rows
         self.dtype = dtype
         self._modules = {name: number for number, name in enumerate(config.linear_modules)}

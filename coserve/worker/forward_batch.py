@@ -48,17 +48,18 @@ def build_forward_batch(
     kv: KVTensors,
     pool: AdapterPool,
     slots: AdapterRows,
+    device: torch.device | None = None,
 ) -> ForwardBatch:
-    """Inference rows in the plan's order, then the training windows.
+    """Inference rows in the plan's order, then the training windows; on the cache's device if none is given.
 
     Neighbouring rows of one adapter share a LoRA segment. Raises KeyError for an adapter without rows on the
     device: it must never be computed as the base.
     """
-    device = kv.device
+    device = device or kv.device
     token_ids = [_tokens(span) for span in plan.inference]
     positions = [np.arange(span.start, span.start + span.length) for span in plan.inference]
     row = sum(span.length for span in plan.inference)
-    inference = _inference_rows(plan.inference, positions, row, kv) if plan.inference else None
+    inference = _inference_rows(plan.inference, positions, row, kv, device) if plan.inference else None
     ids_T = [torch.from_numpy(np.concatenate(token_ids)).to(device)] if token_ids else []
     positions_T = [torch.from_numpy(np.concatenate(positions)).to(device)] if positions else []
     windows = []
@@ -78,7 +79,11 @@ def _tokens(span: InferenceSpan) -> np.ndarray:
 
 
 def _inference_rows(
-    spans: Sequence[InferenceSpan], positions: Sequence[np.ndarray], rows: int, kv: KVTensors
+    spans: Sequence[InferenceSpan],
+    positions: Sequence[np.ndarray],
+    rows: int,
+    kv: KVTensors,
+    device: torch.device,
 ) -> InferenceRows:
     block_size = kv.block_size
     blocks_used = [-(-(span.start + span.length) // block_size) for span in spans]
@@ -95,10 +100,10 @@ def _inference_rows(
     lengths = np.array([span.start + span.length for span in spans], dtype=np.int32)
     return InferenceRows(
         rows=rows,
-        slots_T=torch.from_numpy(slots).to(kv.device),
-        block_tables_SB=torch.from_numpy(tables).to(kv.device),
-        query_start_S1=torch.from_numpy(starts).to(kv.device),
-        context_lens_S=torch.from_numpy(lengths).to(kv.device),
+        slots_T=torch.from_numpy(slots).to(device),
+        block_tables_SB=torch.from_numpy(tables).to(device),
+        query_start_S1=torch.from_numpy(starts).to(device),
+        context_lens_S=torch.from_numpy(lengths).to(device),
         kv=kv,
     )
 

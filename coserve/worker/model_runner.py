@@ -16,6 +16,7 @@ from coserve.layers.batch import ForwardBatch, LayerSaver
 from coserve.layers.lm_head import HeadRun
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.models.decoder import Decoder
+from coserve.worker.cuda_graph import BucketedForward, Graphs
 from coserve.worker.forward_batch import AdapterRows, WindowSource, build_forward_batch, lora_batch
 from coserve.worker.kv_tensors import KVTensors
 from coserve.worker.sampler import SamplingRow, TokenLogprob, sample, score
@@ -51,9 +52,16 @@ class RestingForward:
 
 
 class ModelRunner:
-    """The decoder, the KV cache and the adapter rows, joined."""
+    """The decoder, the KV cache and the adapter rows, joined. With `graphs` steps replay one if they can."""
 
-    def __init__(self, decoder: Decoder, kv: KVTensors, pool: AdapterPool, slots: AdapterRows) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv: KVTensors,
+        pool: AdapterPool,
+        slots: AdapterRows,
+        graphs: Graphs | None = None,
+    ) -> None:
         self._decoder = decoder
         self._kv = kv
         self._pool = pool
@@ -61,6 +69,7 @@ class ModelRunner:
         self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}
         self._resting: RestingForward | None = None
         self._standing = StandingBatches(decoder, kv)
+        self._graphs = None if graphs is None else BucketedForward(decoder, kv, pool, slots, graphs)
 
     def run(self, plan: StepPlan, microbatches: Mapping[str, WindowSource]) -> StepResult:
         """Forward all of the plan's inference spans and training windows (but those apart), and sample.
@@ -73,10 +82,12 @@ class ModelRunner:
         if not plan.inference and not plan.training_forward:
             return StepResult()
         with torch.inference_mode():
-            if not plan.training_forward and self._standing.takes(plan.inference):
+            if self._graphs is None and not plan.training_forward and self._standing.takes(plan.inference):
                 return self._decode(plan)
-            batch = build_forward_batch(plan, microbatches, self._kv, self._pool, self._slots)
-            x_TH = self._decoder.forward(batch)
+            x_TH = None if self._graphs is None else self._graphs.forward(plan)
+            if x_TH is None:
+                batch = build_forward_batch(plan, microbatches, self._kv, self._pool, self._slots)
+                x_TH = self._decoder.forward(batch)
             self._score_prompts(plan, x_TH)
             return self._sample(plan, x_TH)
 
