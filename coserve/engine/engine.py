@@ -33,6 +33,7 @@ from coserve.training.job_manager import JobManager
 from coserve.worker.cuda_graph import CudaGraphs
 from coserve.worker.kv_tensors import KVTensors
 from coserve.worker.model_runner import ModelRunner, StepResult
+from coserve.worker.streams import CudaStreams, InOrder, Streams
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +86,19 @@ class Engine:
             adapter_ready=self.adapters.acquire,
             adapter_released=self.adapters.release,
         )
-        graphs = CudaGraphs() if device.type == "cuda" else None
+        on_gpu = device.type == "cuda"
+        self.streams: Streams = CudaStreams() if on_gpu else InOrder()
+        graphs = CudaGraphs() if on_gpu else None
         self.runner = ModelRunner(self.decoder, self.kv, self.pool, self.slots, graphs)
         self.jobs = JobManager(
-            self.decoder, self.pool, self.slots, self.kv, self.scheduler.training, self.model, self.outbox
+            self.decoder,
+            self.pool,
+            self.slots,
+            self.kv,
+            self.scheduler.training,
+            self.model,
+            self.outbox,
+            self.streams,
         )
         self.stats = StatsKeeper(self)
 
@@ -102,10 +112,12 @@ class Engine:
         plan = self.scheduler.schedule(time.time())
         self.jobs.prepare(plan)
         if not plan.empty:
+            is_shared = self.jobs.begin_beside(plan)
             result = self.runner.run(plan, self.jobs.microbatches)
+            self.streams.wait()
             seconds = time.perf_counter() - started
             self._commit_inference(plan, result)
-            if plan.apart or not plan.training_forward:
+            if not is_shared and (plan.apart or not plan.training_forward):
                 self.model.observe_inference(plan.inference_tokens, plan.context_tokens, seconds)
             # Answers are on their way: what is left of the budget belongs to training's own units.
             deadline = started + plan.inference_alone + plan.training_budget
@@ -120,7 +132,11 @@ class Engine:
     def _forward_apart(self, plan: StepPlan, deadline: float) -> None:
         """Windows in a batch of their own: until the deadline beside requests, else until one arrives."""
         began = time.perf_counter()
-        stop = (lambda: time.perf_counter() >= deadline) if plan.inference else self.arrivals
+
+        def stop() -> bool:
+            self.streams.wait()
+            return time.perf_counter() >= deadline if plan.inference else self.arrivals()
+
         layers = self.runner.run_apart(plan, self.jobs.microbatches, stop)
         seconds = time.perf_counter() - began
         if self.runner.is_resting:

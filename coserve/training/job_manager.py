@@ -28,6 +28,7 @@ from coserve.training.job import JobSpec, StepMetrics
 from coserve.training.microbatch import Microbatch
 from coserve.training.running_job import RunningJob
 from coserve.worker.kv_tensors import KVTensors
+from coserve.worker.streams import InOrder, Streams
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +63,13 @@ class JobManager:
         queue: TrainingQueue,
         model: LatencyModel,
         listener: JobListener,
+        streams: Streams | None = None,
     ) -> None:
         self.step_seconds = 0.0
         self._decoder, self._pool, self._slots, self._kv = decoder, pool, slots, kv
         self._queue, self._model, self._listener = queue, model, listener
+        self._streams = streams or InOrder()
+        self._beside: tuple[TrainingSequence, Exception | None] | None = None
         self._jobs: dict[str, RunningJob] = {}
         self._pending: list[JobSpec] = []
         self._forward_tokens = 0
@@ -201,14 +205,26 @@ class JobManager:
         for span in plan.training_forward:
             self._charge(span.sequence.job_id, seconds * span.length / rows)
 
+    def begin_beside(self, plan: StepPlan) -> bool:
+        """Before the step's forward: launch the first planned backward unit to run beside it, where the
+        device can; whether one was."""
+        if not (self._streams.overlaps and plan.training_backward):
+            return False
+        sequence = plan.training_backward[0].sequence
+        self._beside = self._launch(sequence)
+        return True
+
     def run_backward(self, plan: StepPlan, deadline: float, arrivals: Callable[[], bool] | None) -> None:
         """Run the planned backward units until `deadline` (time.perf_counter()), at least one; with
-        `arrivals` also until a message waits."""
+        `arrivals` also until a message waits. A unit that ran beside the forward is the first of them."""
         began = time.perf_counter()
         for span in plan.training_backward:
             for _ in range(span.length):
-                if span.sequence.job_id in self._jobs:
-                    self._run_unit(span.sequence)
+                if self._beside is not None:
+                    self._finish(*self._beside)
+                    self._beside = None
+                elif span.sequence.job_id in self._jobs:
+                    self._finish(*self._launch(span.sequence))
                 now = time.perf_counter()
                 if now >= deadline or (arrivals is not None and arrivals()):
                     self.step_seconds += now - began
@@ -229,17 +245,23 @@ class JobManager:
 
     # ------------------------------------------------------------------ parts
 
-    def _run_unit(self, sequence: TrainingSequence) -> None:
-        unit, kind = sequence.units[sequence.unit_cursor], sequence.unit_kind(sequence.unit_cursor)
-        began = time.perf_counter()
-        job = self._jobs[sequence.job_id]
-        try:
-            job.run_unit(sequence)
-        except Exception as error:
+    def _launch(self, sequence: TrainingSequence) -> tuple[TrainingSequence, Exception | None]:
+        """Run the sequence's next unit on the units' stream: for `_finish`, with what went wrong."""
+        with self._streams.beside():
+            try:
+                self._jobs[sequence.job_id].run_unit(sequence)
+            except Exception as error:
+                return sequence, error
+        return sequence, None
+
+    def _finish(self, sequence: TrainingSequence, error: Exception | None) -> None:
+        """Wait for the unit launched last, and account for it."""
+        seconds = self._streams.join()
+        if error is not None:
             # One job's fault must not take the engine, and everybody's requests, down with it.
-            self._end(job, "failed", _as_error(sequence.job_id, error))
+            self._end(self._jobs[sequence.job_id], "failed", _as_error(sequence.job_id, error))
             return
-        seconds = time.perf_counter() - began
+        unit, kind = sequence.units[sequence.unit_cursor], sequence.unit_kind(sequence.unit_cursor)
         sequence.pay_unit()
         self._model.observe_unit(kind, unit.tokens, seconds)
         self._charge(sequence.job_id, seconds)
