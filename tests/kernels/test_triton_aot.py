@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -44,3 +45,23 @@ def test_the_committed_table_names_kernels_and_settings_that_exist() -> None:
         assert architecture in SHARED_KIB
         for name, settings in kernels.items():
             assert settings.keys() == known[name], f"{architecture} {name}"
+
+
+def test_tuning_takes_a_setting_that_is_clearly_faster_and_passes_over_what_fails() -> None:
+    from bench.tune import best_setting
+    from coserve.kernels.triton.tuning import Tuned
+
+    seconds = {16: 1.0, 32: 0.98, 64: None, 128: 0.9}
+    tuned = Tuned("toy", {"B": 16}, ({"B": 32}, {"B": 64}, {"B": 128}), lambda device: lambda: None)
+
+    def timer(run: object) -> float:
+        found = seconds[tuned.on(torch.device("cpu"))["B"]]
+        if found is None:
+            raise RuntimeError("out of shared memory")
+        return found
+
+    best, times = best_setting(tuned, torch.device("cpu"), timer)
+    assert best == {"B": 128} and len(times) == 3
+    seconds[128] = 0.99
+    assert best_setting(tuned, torch.device("cpu"), timer)[0] == {"B": 16}
+    assert tuned.on(torch.device("cpu")) == {"B": 16}
