@@ -1,48 +1,95 @@
 """How long a step will take, learnt while it runs.
 
-The forward of inference rows is fitted as floor + a * tokens + b * context by recursive least squares
-with forgetting (Plackett 1950), so it follows a machine that drifts. Training units are simpler: one cost per
-token for each kind, as a moving mean with its mean deviation as a guard. All times are seconds; the model has
-no clock of its own.
+The forward of inference rows is a floor, a price per token that rises at the `KNEES` (few rows are hidden
+behind the weights' way from memory, many are bound by arithmetic), and a price per key that is read; none is
+negative. Training units are simpler: one cost per token for each kind, as a moving mean with its mean
+deviation as a guard. All times are seconds; the model has no clock of its own.
 """
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import deque
 
-FORGETTING = 0.99
+KNEES = (16, 64, 256)  # tokens of a step
+STRATA = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+KEEP = 0.95  # of a stratum's sums at each of its observations, so it follows a machine that drifts
+SOLVE_EVERY, EARLY = 8, 64
+RIDGE = 1e-6
 GUARD_STEPS = 128
 # A layer's backward goes by its policy.
 UNIT_KINDS = ("forward", "score", "loss", "layer_a", "layer_b", "layer_c")
 
 
-class RecursiveLeastSquares:
-    """Linear fit of `size` coefficients, updated one observation at a time."""
+class StratifiedFit:
+    """Least squares of relative errors, y = w . x, that doesn't forget what it rarely sees.
 
-    def __init__(self, size: int, forgetting: float = FORGETTING) -> None:
-        self.weights = [0.0] * size
+    Observations are kept as decayed sums of w x x^T and w x y with w = 1 / y^2, apart for each stratum (steps
+    of a similar size): a thousand decoding steps leave what was learnt of prompts as it was. The weights are
+    solved for by Cholesky's factorisation, every `SOLVE_EVERY` observations once there are enough. A stall
+    counts little, being an error relative to its own length.
+    """
+
+    def __init__(self, size: int) -> None:
         self.count = 0
-        self._forgetting = forgetting
-        self._p = [[1e6 if i == j else 0.0 for j in range(size)] for i in range(size)]
+        self._size = size
+        self._strata: dict[int, list[list[float]]] = {}
+        self._weights = [0.0] * size
+        self._unsolved = 0
 
     def predict(self, x: list[float]) -> float:
         """The fitted value at features `x`, in the unit of the observations."""
-        return sum(w * v for w, v in zip(self.weights, x, strict=True))
+        if self._unsolved and (self._unsolved >= SOLVE_EVERY or self.count <= EARLY):
+            self._weights = self._solve()
+            self._unsolved = 0
+        return sum(w * v for w, v in zip(self._weights, x, strict=True))
 
-    def update(self, x: list[float], y: float) -> None:
-        """One observation: features `x`, measured `y`."""
-        px = [sum(a * b for a, b in zip(row, x, strict=True)) for row in self._p]
-        denominator = self._forgetting + sum(a * b for a, b in zip(x, px, strict=True))
-        gain = [v / denominator for v in px]
-        error = y - self.predict(x)
-        self.weights = [w + g * error for w, g in zip(self.weights, gain, strict=True)]
-        size = len(x)
+    def update(self, stratum: int, x: list[float], y: float) -> None:
+        """One observation: features `x`, measured `y` > 0."""
+        size = self._size
+        sums = self._strata.get(stratum)
+        if sums is None:
+            sums = self._strata[stratum] = [[0.0] * (i + 1) for i in range(size)] + [[0.0] * size]
+        products, weight = sums[size], 1.0 / (y * y)
         for i in range(size):
-            for j in range(size):
-                self._p[i][j] = (self._p[i][j] - gain[i] * px[j]) / self._forgetting
-            # Forgetting blows up directions that are not observed; a bound keeps the filter stable.
-            self._p[i][i] = min(self._p[i][i], 1e6)
+            row, scaled = sums[i], x[i] * weight
+            for j in range(i + 1):
+                row[j] = row[j] * KEEP + scaled * x[j]
+            products[i] = products[i] * KEEP + scaled * y
         self.count += 1
+        self._unsolved += 1
+
+    def _solve(self) -> list[float]:
+        """No weight is negative: features that would be are left out, worst first, until none is."""
+        used = list(range(self._size))
+        while True:
+            found = self._cholesky(used)
+            worst = min(range(len(used)), key=found.__getitem__)
+            if found[worst] >= 0.0 or len(used) == 1:
+                break
+            del used[worst]
+        weights = [0.0] * self._size
+        for index, weight in zip(used, found, strict=True):
+            weights[index] = weight
+        return weights
+
+    def _cholesky(self, used: list[int]) -> list[float]:
+        size, strata = len(used), list(self._strata.values())
+        factor: list[list[float]] = []
+        found: list[float] = []
+        for i in range(size):
+            row = [sum(sums[used[i]][used[j]] for sums in strata) for j in range(i + 1)]
+            row[i] += RIDGE * row[i] + 1e-9  # features that were never seen apart
+            for j in range(i + 1):
+                above = factor[j] if j < i else row
+                row[j] -= sum(row[k] * above[k] for k in range(j))
+                row[j] = row[j] / above[j] if j < i else max(row[j], 1e-30) ** 0.5
+            factor.append(row)
+            known = sum(sums[self._size][used[i]] for sums in strata)
+            found.append((known - sum(row[k] * found[k] for k in range(i))) / row[i])
+        for i in reversed(range(size)):
+            found[i] = (found[i] - sum(factor[k][i] * found[k] for k in range(i + 1, size))) / factor[i][i]
+        return found
 
 
 class UnitCost:
@@ -72,7 +119,7 @@ class LatencyModel:
     """Predicts a step's inference forward and the cost of training units."""
 
     def __init__(self) -> None:
-        self._inference = RecursiveLeastSquares(3)
+        self._inference = StratifiedFit(3 + len(KNEES))
         self._units = {kind: UnitCost() for kind in UNIT_KINDS}
         self._errors: deque[float] = deque(maxlen=GUARD_STEPS)
 
@@ -85,7 +132,19 @@ class LatencyModel:
         """Seconds of a step with this much inference and no training; 0 while unknown."""
         if tokens == 0 or not self.trained:
             return 0.0
-        return max(0.0, self._inference.predict([1.0, float(tokens), context_tokens / 1000.0]))
+        return max(1e-6, self._inference.predict(_features(tokens, context_tokens)))
+
+    def tokens_within(self, seconds: float, tokens: int, context_tokens: int) -> int:
+        """How many more tokens a step of `tokens` and `context_tokens` takes within `seconds` in all; 0 where
+        it takes as long already. A power of two or three halves of one, so not the last token."""
+        fitting, size = 0, 2
+        while size <= STRATA[-1]:
+            for more in (size, size + size // 2):
+                if self.predict_inference(tokens + more, context_tokens + more) > seconds:
+                    return fitting
+                fitting = more
+            size *= 2
+        return fitting
 
     @property
     def guard(self) -> float:
@@ -106,11 +165,14 @@ class LatencyModel:
         predicted = self.predict_inference(tokens, context_tokens)
         if predicted > 0.0:
             self._errors.append(seconds / predicted - 1.0)
-            # One stall (a page fault, a neighbour) must not bend the fit.
-            seconds = min(seconds, 4.0 * predicted)
-        self._inference.update([1.0, float(tokens), context_tokens / 1000.0], seconds)
+        self._inference.update(bisect(STRATA, tokens), _features(tokens, context_tokens), max(seconds, 1e-6))
 
     def observe_unit(self, kind: str, tokens: int, seconds: float) -> None:
         """A training unit of `kind` with `tokens` took `seconds`."""
         if tokens > 0:
             self._units[kind].update(seconds, tokens)
+
+
+def _features(tokens: int, context_tokens: int) -> list[float]:
+    above = [max(0, tokens - knee) / 64.0 for knee in KNEES]
+    return [1.0, tokens / 64.0, *above, context_tokens / 4096.0]

@@ -13,7 +13,7 @@ from coserve.core.block_pool import BlockPool
 from coserve.core.latency_model import LatencyModel
 from coserve.core.prefix_cache import block_key, root_key
 from coserve.core.request import Request, RequestStatus
-from coserve.core.slo import IDLE_QUANTUM, PROBE_EVERY, LatencyTargets
+from coserve.core.slo import IDLE_QUANTUM, LEAST_PROMPT_TOKENS, PROBE_EVERY, LatencyTargets
 from coserve.core.span import InferenceSpan, SpanKind
 from coserve.core.step_plan import StepPlan
 from coserve.core.training_queue import TrainingQueue
@@ -96,11 +96,11 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan:
         """Plan the next step. Cursors move only in `commit`."""
         plan = StepPlan()
-        budget = self._schedule_running(plan, self.limits.max_num_batched_tokens)
+        budget = self._schedule_running(plan, self.limits.max_num_batched_tokens, now)
         if not plan.preempted:
-            budget = self._schedule_waiting(plan, budget, now)
+            self._schedule_waiting(plan, budget, now)
         plan.inference.sort(key=lambda span: (span.request.adapter or "", span.kind is SpanKind.PREFILL))
-        self._schedule_training(plan, budget, now)
+        self._schedule_training(plan, self.limits.max_num_batched_tokens - plan.inference_tokens, now)
         return plan
 
     def commit(self, plan: StepPlan) -> None:
@@ -111,8 +111,13 @@ class Scheduler:
                 request.cursor = span.start + span.length
                 self._remember_blocks(request, span.start)
 
-    def _schedule_running(self, plan: StepPlan, budget: int) -> int:
-        for request in sorted(self.running, key=lambda r: r.order):
+    def _schedule_running(self, plan: StepPlan, budget: int, now: float) -> int:
+        """Those that owe one token first; then prompts, as far as the others can wait for them. Returns what
+        is left for prompts that wait."""
+        prompts = False
+        for request in sorted(self.running, key=lambda r: (r.forward_owed > 1, r.order)):
+            if request.forward_owed > 1 and not prompts:
+                prompts, budget = True, min(budget, self._prompt_tokens(plan, now))
             if request.status is not RequestStatus.RUNNING or budget == 0:
                 continue
             length = min(request.forward_owed, budget)
@@ -122,9 +127,18 @@ class Scheduler:
         if plan.preempted:
             # A span planned before its request was preempted in favour of an earlier one.
             plan.inference = [s for s in plan.inference if s.request.status is RequestStatus.RUNNING]
-        return budget
+        return budget if prompts else min(budget, self._prompt_tokens(plan, now))
 
-    def _schedule_waiting(self, plan: StepPlan, budget: int, now: float) -> int:
+    def _prompt_tokens(self, plan: StepPlan, now: float) -> int:
+        """Prompt tokens of a step: so many that those who decode in it keep their target."""
+        tokens, context = plan.inference_tokens, plan.context_tokens
+        alone = self.model.predict_inference(tokens, context)
+        if alone == 0.0:
+            return self.limits.max_num_batched_tokens
+        limit = self.targets.prompt_limit(alone, self._oldest_wait(now))
+        return max(LEAST_PROMPT_TOKENS, self.model.tokens_within(limit, tokens, context))
+
+    def _schedule_waiting(self, plan: StepPlan, budget: int, now: float) -> None:
         self.num_deferred = 0
         for request in list(self.waiting):
             if budget == 0 or len(self.running) >= self.limits.max_num_seqs:
@@ -149,7 +163,6 @@ class Scheduler:
                 request.scheduled_at = now
             budget -= length
             plan.inference.append(self._span(request, length))
-        return budget
 
     def _schedule_training(self, plan: StepPlan, token_budget: int, now: float) -> None:
         if plan.inference:

@@ -11,6 +11,10 @@ AUTO_FLOOR = 0.012  # seconds between tokens below which no reader sees a differ
 PROBE_EVERY = 16  # steps with inference between two that carry no training, to see it alone
 AUTO_GUARD = 0.1  # most of the model's error that counts then: half of what the ratio leaves
 SAFETY = 0.9  # of an explicit target
+PROMPT_RATIO = 2.5  # of the decoding rows' own time, that a step with a part of a prompt may take
+PATIENCE = 0.5  # seconds without a first token
+MOST_LATE = 3.0  # times that much, and the gaps grow no longer
+LEAST_PROMPT_TOKENS = 16  # of a step, so that prompts move whatever the target
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,14 @@ class LatencyTargets:
         if self.tpot > 0.0:
             return self.tpot * SAFETY
         return max(AUTO_RATIO * inference_alone, AUTO_FLOOR)
+
+    def prompt_limit(self, decode_alone: float, oldest_first_token_wait: float | None) -> float:
+        """How long a step of decoding rows that take `decode_alone` may become by parts of prompts. Without a
+        target it grows once somebody has waited longer than `PATIENCE`: a queue costs more than a gap."""
+        if self.tpot > 0.0:
+            return self.tpot * SAFETY
+        late = (oldest_first_token_wait or 0.0) / (self.ttft / 2 if self.ttft > 0.0 else PATIENCE)
+        return max(PROMPT_RATIO * decode_alone, AUTO_FLOOR) * min(max(1.0, late), MOST_LATE)
 
     def training_budget(
         self, inference_alone: float, guard: float, oldest_first_token_wait: float | None

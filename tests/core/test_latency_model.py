@@ -89,3 +89,35 @@ def test_a_first_token_that_runs_late_takes_the_budget() -> None:
     assert targets.training_budget(0.02, 0.0, 0.0) == pytest.approx(0.07)
     assert targets.training_budget(0.02, 0.0, 0.15) == pytest.approx(0.01)
     assert targets.training_budget(0.02, 0.0, 0.5) == 0.0
+
+
+def roofline(tokens: int, context: int) -> float:
+    """Bound by memory up to 20 rows, then by arithmetic."""
+    return 2e-3 + max(0.03, 1.5e-3 * tokens) + 2e-6 * context
+
+
+def test_prompts_are_predicted_long_after_the_last_one() -> None:
+    model = LatencyModel()
+    for step in range(40):
+        model.observe_inference(100 + step * 37 % 300, 400, roofline(100 + step * 37 % 300, 400))
+    for step in range(2000):
+        tokens, context = 1 + step % 8, 500 + step * 31 % 2000
+        model.observe_inference(tokens, context, roofline(tokens, context))
+    for tokens, context in ((4, 1000), (150, 400), (350, 400)):
+        assert model.predict_inference(tokens, context) == pytest.approx(roofline(tokens, context), rel=0.1)
+
+
+def test_tokens_within_a_time_fit_it_and_twice_as_many_do_not() -> None:
+    model = learnt(1e-2, 1e-3, 0.0)
+    more = model.tokens_within(0.05, 4, 500)
+    assert model.predict_inference(4 + more, 500 + more) <= 0.05
+    assert model.predict_inference(4 + 2 * more, 500 + 2 * more) > 0.05
+    assert model.tokens_within(0.012, 4, 500) == 0
+
+
+def test_a_prompt_takes_more_of_a_step_the_longer_somebody_waits() -> None:
+    targets = LatencyTargets()
+    assert targets.prompt_limit(0.04, None) == targets.prompt_limit(0.04, 0.1) == pytest.approx(0.1)
+    assert targets.prompt_limit(0.04, 1.0) == pytest.approx(0.2)
+    assert targets.prompt_limit(0.04, 5.0) == targets.prompt_limit(0.04, 50.0) == pytest.approx(0.3)
+    assert LatencyTargets(tpot=0.05).prompt_limit(0.04, 10.0) == pytest.approx(0.045)

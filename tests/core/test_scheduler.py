@@ -285,3 +285,29 @@ def test_everyone_is_served_and_the_pool_is_empty_after(requests, jobs, blocks, 
     assert all(r.num_output_tokens == n for r, n in made)
     assert all(s.done for s in sequences)
     assert sim.pool.num_free == blocks
+
+
+def test_a_prompt_beside_decoding_requests_comes_in_parts_that_they_can_wait_for() -> None:
+    sim = Simulation(blocks=400, max_tokens=512)
+    sim.request("reader", 8, 300)
+    for size in (8, 40, 90):
+        sim.request(f"earlier {size}", size, 2)
+    for _ in range(60):
+        sim.step()
+    prompt = sim.request("long", 400, 4)
+    before = len(sim.plans)
+    while prompt.num_output_tokens == 0:
+        sim.step()
+    parts = [s.length for plan in sim.plans[before:] for s in plan.inference if s.request is prompt]
+    assert sum(parts) == 400 and len(parts) > 2
+    assert max(sim.durations[before:-1]) < 0.02  # the automatic target's floor is 12 ms
+    assert all(any(s.request.sequence_id == "reader" for s in p.inference) for p in sim.plans[before:])
+
+
+def test_a_prompt_that_nobody_decodes_beside_comes_whole() -> None:
+    sim = Simulation(blocks=400, max_tokens=512)
+    for size in (8, 40, 90):
+        sim.request(f"earlier {size}", size, 2)
+    sim.run()
+    sim.request("long", 400, 4)
+    assert [span.length for span in sim.step().inference] == [400]
