@@ -4,7 +4,7 @@ On the CPU in fp32 and bf16 the weight lies in panels of 16 of its rows (csrc/we
 products, lookups of rows too, and no other copy is kept. A row's result does not depend on how many rows its
 batch has: each element is one chain over ascending k (fp32: sums of 256 k each, added in order), whatever the
 tile or the thread. On other devices, in float64 and without the compiled module the weight lies as it came
-and torch multiplies.
+and torch multiplies; on CUDA with --deterministic the Triton kernel, whose rows keep their bits too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from coserve.kernels import dispatch
-from coserve.kernels.dispatch import DTYPE_CODES, native_for, require
+from coserve.kernels.dispatch import DTYPE_CODES, Operation, native_for, require, triton_or_reference
 
 PANEL = 16  # rows of the weight
 PAIR_STEP = 32  # columns of a bf16 weight that a panel's depth is filled up to
@@ -119,13 +119,14 @@ class PackedLinear:
         """y [T, N] of x [T, K], in x's dtype, which is the weight's; x's row stride is free."""
         if self._pack is not None and native_for(x_TK):
             return self._multiply(x_TK, "x", self.in_features, self.out_features, transposed=False)
-        return F.linear(x_TK, self.unpacked(), self.bias)
+        run = _row_invariant(x_TK, _linear_reference)
+        return run(x_TK, self.unpacked(), self.bias)
 
     def backward_input(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """dx [T, K] of dy [T, N], in dy's dtype, which is the weight's; dy's row stride is free."""
         if self._pack is not None and native_for(dy_TN):
             return self._multiply(dy_TN, "dy", self.out_features, self.in_features, transposed=True)
-        return dy_TN @ self.unpacked()
+        return _row_invariant(dy_TN, _input_gradient_reference)(dy_TN, self.unpacked())
 
     def _multiply(self, x: torch.Tensor, name: str, into: int, out: int, transposed: bool) -> torch.Tensor:
         pack = self._pack
@@ -158,3 +159,18 @@ def _zeros(elements: int, dtype: torch.dtype) -> torch.Tensor:
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype)
+
+
+def _linear_reference(
+    x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None
+) -> torch.Tensor:
+    return F.linear(x_TK, weight_NK, bias_N)
+
+
+def _input_gradient_reference(dy_TN: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+    return dy_TN @ weight_NK
+
+
+def _row_invariant(x: torch.Tensor, reference: Operation) -> Operation:
+    """`reference`, torch's product; where every batch must give a row the same bits, the kernel for it."""
+    return triton_or_reference(x, reference) if dispatch.batch_invariant() else reference
