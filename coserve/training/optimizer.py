@@ -15,12 +15,12 @@ import torch
 from coserve.errors import InvalidRequest
 from coserve.kernels.adamw import adamw_
 from coserve.kernels.adamw_8bit import QuantizedMoments, adamw_8bit_
+from coserve.kernels.chunk_squares import chunk_squares
 from coserve.kernels.sgd import sgd_
 from coserve.training.divergence import Diverged
 from coserve.training.job import TrainingSpec
 from coserve.training.trainable_adapter import TrainableAdapter
 
-NORM_CHUNK = 16384  # summed by one thread each, so that the norm doesn't depend on how many there are
 QUANTIZED_FROM = 4096  # elements: smaller tensors keep fp32 moments, as in bitsandbytes
 
 Span = tuple[int, int, float]  # start, end, factor of the learning rate
@@ -28,8 +28,7 @@ Span = tuple[int, int, float]  # start, end, factor of the learning rate
 
 def global_norm(gradients: torch.Tensor) -> float:
     """Euclidean norm of a flat tensor, summed in float64 in a fixed order."""
-    squares = (chunk.double().square().sum() for chunk in gradients.split(NORM_CHUNK))
-    return math.sqrt(math.fsum(torch.stack(list(squares)).tolist()))
+    return math.sqrt(math.fsum(chunk_squares(gradients).tolist()))
 
 
 def parameter_groups(adapter: TrainableAdapter, spec: TrainingSpec) -> list[Span]:

@@ -7,6 +7,7 @@ import torch
 
 from coserve.kernels.adamw import adamw_
 from coserve.kernels.adamw_8bit import BLOCK, QuantizedMoments, adamw_8bit_
+from coserve.kernels.chunk_squares import CHUNK, chunk_squares
 from coserve.kernels.dispatch import use_backend
 from coserve.kernels.sgd import sgd_
 from tests.kernels.oracle import error
@@ -90,3 +91,15 @@ def test_nothing_to_do_and_what_does_not_fit() -> None:
         sgd_(x, x, x[::2], lr=1.0, momentum=0.9, weight_decay=0.0)
     with pytest.raises(ValueError, match="grad must"):
         adamw_8bit_(x, x[::2], QuantizedMoments.zeros([(0, 4, 1.0)]), step=1, **ADAM)
+
+
+@pytest.mark.parametrize("size", [1, CHUNK, 2 * CHUNK + 77])
+def test_chunk_squares(size: int) -> None:
+    x = torch.randn(size)
+    got = chunk_squares(x)
+    with use_backend("reference"):
+        want = chunk_squares(x)
+    assert got.dtype == torch.float64 and got.shape == want.shape
+    assert torch.allclose(got, want, rtol=1e-13, atol=0)
+    with pytest.raises(ValueError, match="flat fp32"):
+        chunk_squares(torch.randn(4, 2).t())
