@@ -1,13 +1,18 @@
 """Every kernel beside what torch offers for the same work, on the 0.5B shape's sizes.
 
-Each row is the median time of interleaved runs, in microseconds; `ratio` is the peer's time over ours. The
-headline is the fp32 linear at eight tokens, the matrix that decoding a small batch waits for.
+Each row is the median time of interleaved runs, in microseconds; `ratio` is the peer's time over ours.
+`of_roof` is the least time that the machine needs for the same arithmetic and bytes (the ledger counts
+them, the roofs are measured on the spot), over our best run; more than 1 means that the data lay in a cache.
+Linears stream: enough copies of the matrix take turns that none is still in the cache. The headline is the
+bf16 linear at eight tokens, the matrix that decoding a small batch waits for.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import cycle
 from statistics import median
 from typing import Any
 
@@ -15,6 +20,8 @@ import common
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ledger import Ledger, installed
+from roofs import measure_roofs
 
 from coserve.kernels.adamw import adamw_
 from coserve.kernels.adamw_8bit import QuantizedMoments, adamw_8bit_
@@ -37,6 +44,7 @@ from coserve.kernels.window_attention import window_attention, window_attention_
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCAB, RANK = 896, 4864, 14, 2, 64, 151936, 16
 BLOCK = 16
+STREAMED = 128 << 20  # bytes of matrices in turn, more than a cache holds
 
 Case = tuple[str, dict[str, Any], Callable[[], Any], Callable[[], Any]]
 
@@ -48,20 +56,32 @@ def timed(run: Callable[[], Any]) -> float:
     return 1e6 * (time.perf_counter() - began)
 
 
+def in_turn(call: Callable[[Any, Any], Any], argument: Any, objects: list[Any]) -> Callable[[], Any]:
+    """A run that takes the next of `objects` each time."""
+    turns = cycle(objects)
+    return lambda: call(next(turns), argument)
+
+
 def linears() -> Iterator[Case]:
     """The MLP's first matrix, packed, beside F.linear."""
     for dtype in (torch.float32, torch.bfloat16):
-        weight = torch.randn(INNER, HIDDEN).to(dtype)
-        packed = PackedLinear(weight)
-        for tokens in (1, 8, 64, 512):
+        copies = max(2, STREAMED // (INNER * HIDDEN * dtype.itemsize))
+        weights = [torch.randn(INNER, HIDDEN).to(dtype) for _ in range(copies)]
+        packed = [PackedLinear(weight) for weight in weights]
+        for tokens in (1, 8, 32, 64, 512):
             x, dy = torch.randn(tokens, HIDDEN).to(dtype), torch.randn(tokens, INNER).to(dtype)
             load = {"dtype": str(dtype)[6:], "tokens": tokens, "out": INNER, "in": HIDDEN}
-            yield "linear", load, lambda x=x, p=packed: p.forward(x), lambda x=x, w=weight: F.linear(x, w)
+            yield (
+                "linear",
+                load,
+                in_turn(lambda p, x: p.forward(x), x, packed),
+                in_turn(lambda w, x: F.linear(x, w), x, weights),
+            )
             yield (
                 "linear_backward",
                 load,
-                lambda dy=dy, p=packed: p.backward_input(dy),
-                lambda dy=dy, w=weight: dy @ w,
+                in_turn(lambda p, dy: p.backward_input(dy), dy, packed),
+                in_turn(lambda w, dy: dy @ w, dy, weights),
             )
 
 
@@ -226,6 +246,14 @@ def loss_and_optimizer() -> Iterator[Case]:
     )
 
 
+def work(run: Callable[[], Any]) -> tuple[float, float]:
+    """Arithmetic and bytes of one run, as the ledger counts them."""
+    with installed(Ledger()) as ledger:
+        run()
+    entries = ledger.entries.values()
+    return sum(entry.flop for entry in entries), sum(entry.moved for entry in entries)
+
+
 def main() -> None:
     """Measure and write the result."""
     options = common.arguments(__doc__ or "")
@@ -235,21 +263,31 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     headline: dict[str, Any] = {}
     with torch.no_grad():
+        roofs = {name: measure_roofs(getattr(torch, name)) for name in ("float32", "bfloat16")}
         for part in (linears, elementwise, adapters, attention, loss_and_optimizer):
             for name, load, ours, peer in part():
                 ours(), peer()
+                least = 1e6 * roofs[load["dtype"]].seconds(*work(ours))
                 mine, theirs = common.paired(lambda run=ours: timed(run), lambda run=peer: timed(run), rounds)
                 rows.append(
                     {"kernel": name, **load, "coserve_us": median(mine), "torch_us": median(theirs)}
                     | {"ratio": median(b / a for a, b in zip(mine, theirs, strict=True))}
+                    | {"coserve_best_us": min(mine), "of_roof": least / min(mine)}
                 )
-                if name == "linear" and load["dtype"] == "float32" and load["tokens"] == 8:
+                if name == "linear" and load["dtype"] == "bfloat16" and load["tokens"] == 8:
                     speeds = [[1e6 / t for t in times] for times in (mine, theirs)]
-                    what = "fp32 linear of 8 tokens, F.linear as the peer"
+                    what = "bf16 linear of 8 tokens, F.linear as the peer"
                     headline = common.headline(what, "calls/s", *speeds, load)
-    common.write("kernels", options.out, {"headline": headline, "rows": rows})
+    measured = {name: asdict(roof) for name, roof in roofs.items()}
+    common.write("kernels", options.out, {"headline": headline, "roofs": measured, "rows": rows})
     for row in rows:
-        print(f"{row['kernel']:26} {row['ratio']:6.2f}x  {row['coserve_us']:10.1f} us  {row}")
+        about = ", ".join(
+            f"{k} {v}" for k, v in row.items() if k in ("dtype", "tokens", "sequences", "context")
+        )
+        print(
+            f"{row['kernel']:26} {row['ratio']:6.2f}x {row['coserve_us']:10.1f} us "
+            f"{row['of_roof']:6.1%} of roof  {about}"
+        )
 
 
 if __name__ == "__main__":

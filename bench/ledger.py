@@ -216,6 +216,6 @@ def installed(ledger: Ledger) -> Iterator[Ledger]:
 
 
 def _importers(function: Any, name: str) -> list[ModuleType]:
-    """Modules of the project that call the function by this name, its own home among them."""
-    modules = [m for n, m in sys.modules.items() if n.startswith("coserve.") and m is not None]
+    """The project's modules and the program that call the function by this name, its home among them."""
+    modules = [m for n, m in sys.modules.items() if n.startswith(("coserve.", "__main__")) and m is not None]
     return [module for module in modules if getattr(module, name, None) is function]

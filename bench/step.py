@@ -12,53 +12,21 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
 from ledger import Ledger, installed
+from roofs import Roofs, measure_roofs
 
 from coserve.core.sampling_params import SamplingParams
 from coserve.engine import messages as m
 from coserve.engine.local import LocalEngine
-from coserve.kernels.linear import PackedLinear
 from coserve.training.dataset import TokenDataset
 from coserve.training.job import JobSpec, LoraSpec, TrainingSpec
 
 RANK, CONTEXT, TRAIN_TOKENS = 16, 128, 512
-
-
-@dataclass(frozen=True)
-class Roofs:
-    """Bytes a second of a large copy (read and write counted), operations a second of the best product."""
-
-    bandwidth: float
-    arithmetic: float
-
-
-def best(run: Callable[[], Any], times: int = 7) -> float:
-    """Shortest seconds of several runs."""
-    run()
-    shortest = float("inf")
-    for _ in range(times):
-        began = time.perf_counter()
-        run()
-        shortest = min(shortest, time.perf_counter() - began)
-    return shortest
-
-
-def measure_roofs(dtype: torch.dtype) -> Roofs:
-    """On all threads, now."""
-    source = torch.ones(1 << 28, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / best(lambda: target.copy_(source))
-    rows, width = 256, 2048
-    linear = PackedLinear(torch.randn(width, width).to(dtype))
-    x = torch.randn(rows, width).to(dtype)
-    return Roofs(bandwidth, 2.0 * rows * width * width / best(lambda: linear.forward(x), 20))
 
 
 class Bench:
@@ -152,7 +120,6 @@ def table(mix: str, ledger: Ledger, steps: int, seconds: float, roofs: Roofs) ->
     rows: list[dict[str, Any]] = []
     seconds -= ledger.overhead
     for name, entry in sorted(ledger.entries.items(), key=lambda item: -item[1].seconds):
-        bound = max(entry.flop / roofs.arithmetic, entry.moved / roofs.bandwidth)
         rows.append(
             {
                 "mix": mix,
@@ -162,7 +129,7 @@ def table(mix: str, ledger: Ledger, steps: int, seconds: float, roofs: Roofs) ->
                 "share": entry.seconds / seconds,
                 "gflop_per_s": entry.flop / entry.seconds / 1e9,
                 "gb_per_s": entry.moved / entry.seconds / 1e9,
-                "of_roof": bound / entry.seconds,
+                "of_roof": roofs.seconds(entry.flop, entry.moved) / entry.seconds,
             }
         )
     rest = seconds - ledger.seconds
