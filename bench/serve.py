@@ -19,7 +19,7 @@ from typing import Any
 import common
 import vllm_peer
 from http_load import Load, closed_loop, decode_rate
-from servers import KV_GIB, MODEL, Server, describe, start_coserve, start_vllm
+from servers import KV_GIB, MODEL, Server, describe, start_coserve, start_vllm, warm_start
 from vllm_client import open_loop
 
 ONE, EIGHT = Load(1, 1, 128, 64), Load(8, 8, 128, 64)
@@ -143,11 +143,13 @@ def main() -> None:
     if options.try_peer:
         common.write(f"{name}-peer", options.out, try_peer(model, vocab, options.quick), versions)
         return
-    with tempfile.TemporaryDirectory() as state:
-        running = [start_coserve(model, Path(state))]
+    with tempfile.TemporaryDirectory() as folder:
+        running: list[Server] = []
         try:
+            running.append(warm_start(lambda: start_coserve(model, Path(folder)), once=options.quick))
             if not options.without_peer:
-                running.append(start_vllm(model, setting=options.peer_setting))
+                setting = options.peer_setting
+                running.append(warm_start(lambda: start_vllm(model, setting=setting), once=options.quick))
             result = measure(model, vocab, options, running[0], running[1] if running[1:] else None)
         finally:
             for server in running:
