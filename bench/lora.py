@@ -135,7 +135,7 @@ def measure(model: Path, vocab: int, quick: bool, with_peer: bool, folder: Path)
     try:
         warm = Load(max(counts), max(counts), 32, 4)
         closed_loop(ours.port, models(max(counts)), warm, vocab)
-        figures = own_rounds(ours, load, vocab, counts, 2 if quick else 5)
+        figures = own_rounds(ours, load, vocab, counts, 2 if quick else 4)
         base = figures[0]
         rows: list[dict[str, Any]] = [
             {

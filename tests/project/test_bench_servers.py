@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -126,3 +128,18 @@ def test_every_program_is_in_the_table() -> None:
     table = re.findall(r"^\| `(\w+)` \|", (BENCH / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(table) == sorted(programs)
     assert {"serve", "lora", "finetune", "kernels", "step"} <= programs
+
+
+@pytest.mark.long
+def test_serve_measures_this_server_alone(tmp_path: Path) -> None:
+    """The whole program with its small model; the peer is left out, so nothing is installed."""
+    out = tmp_path / "serve.json"
+    command = [sys.executable, str(BENCH / "serve.py"), "--quick", "--without-peer", "--out", str(out)]
+    subprocess.run(command, env={**os.environ, "HOME": str(tmp_path)}, check=True, capture_output=True)
+    result = json.loads(out.read_text())
+    headline = result["headline"]
+    assert headline["coserve"] > 0
+    assert headline["peer"] is headline["ratio"] is headline["spread"] is None
+    itself = result["rows"][-1]
+    assert itself["server"] == "coserve"
+    assert itself["beyond_weights_when_ready_bytes"] < itself["beyond_weights_after_load_bytes"]
