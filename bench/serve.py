@@ -89,9 +89,9 @@ def measure(
         for swap in (False, True)[: 1 if quick or options.shape == "1b" else 2]:
             for rate in (4.0,) if quick else RATES[options.shape]:
                 rows += open_rows(ours, peer, model, rate, 2 if quick else OPEN_SECONDS, swap)
-    rows.append(describe(ours, "coserve", model))
+    rows.append(describe(ours, "coserve", model, kv_filled=False))
     if peer is not None:
-        rows.append(describe(peer, f"vllm, {options.peer_setting}", model))
+        rows.append(describe(peer, f"vllm, {options.peer_setting}", model, kv_filled=True))
     load = {"concurrency": short.concurrency, "requests": short.requests}
     load |= {"prompt_tokens": short.prompt_tokens, "output_tokens": short.output_tokens}
     load |= {"shape": options.shape, "kv_bytes": KV_GIB << 30}

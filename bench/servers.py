@@ -144,22 +144,24 @@ def idle_share(server: Server, seconds: float = 2.0) -> float:
     return (server.processor_seconds() - before) / seconds
 
 
-def describe(server: Server, name: str, model: Path) -> dict[str, object]:
+def describe(server: Server, name: str, model: Path, *, kv_filled: bool) -> dict[str, object]:
     """What a server took to start and holds beyond the weights, as a row; to be called after the load.
 
-    At readiness hardly a page of the KV pool was touched by either server, so that figure is what lies beyond
-    weights and KV; the one after the load has the KV that was used.
+    `kv_filled` says that it writes its whole KV pool at the start, as vLLM does; ours is touched as used.
+    Either way `beyond_weights_and_kv_bytes` is what it held when ready, without weights and KV.
     """
-    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    weights, pool = sum(file.stat().st_size for file in model.glob("*.safetensors")), KV_GIB << 30
+    when_ready = server.ready_memory - weights
     return {
         "what": "the server itself",
         "server": name,
         "ready_seconds": server.ready_seconds,
         "first_ready_seconds": server.first_ready_seconds,
         "processes": len(server.processes()),
-        "beyond_weights_when_ready_bytes": server.ready_memory - weights,
+        "beyond_weights_and_kv_bytes": when_ready - (pool if kv_filled else 0),
+        "beyond_weights_when_ready_bytes": when_ready,
         "beyond_weights_after_load_bytes": server.memory() - weights,
         "weights_bytes": weights,
-        "kv_pool_bytes": KV_GIB << 30,
+        "kv_pool_bytes": pool,
         "idle_cores": idle_share(server),
     }

@@ -128,6 +128,9 @@ def test_every_program_is_in_the_table() -> None:
     table = re.findall(r"^\| `(\w+)` \|", (BENCH / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(table) == sorted(programs)
     assert {"serve", "lora", "finetune", "kernels", "step"} <= programs
+    asked = ["make", "-s", "--eval=names: ; @echo $(BENCH)", "names"]
+    said = subprocess.run(asked, cwd=BENCH.parent, capture_output=True, text=True, check=True).stdout
+    assert set(said.split()) == programs
 
 
 @pytest.mark.long
