@@ -7,12 +7,16 @@ leaves the row's bits as they were, so a row's result is that of its own keys al
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import product
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from coserve.kernels.triton.elementary import tanh
 from coserve.kernels.triton.support import next_power_of_2
 from coserve.kernels.triton.tuning import Tuned
 
@@ -20,16 +24,34 @@ LOG2E = tl.constexpr(1.4426950408889634)
 HEAD_DIMS = (64, 128, 256)  # padded head dims that have settings of their own
 
 
-def tuned_by_dim(
-    name: str, blocks: Mapping[int, tuple[int, int, int, int]], wide: Mapping[int, tuple[int, int, int, int]]
-) -> dict[tuple[int, bool], Tuned]:
-    """Settings by (padded head dim, fp32): BLOCK_M, BLOCK_N, num_warps, num_stages of 16-bit and fp32."""
+Blocks = Mapping[int, tuple[int, int, int, int]]
+Example = Callable[[torch.device, int], Callable[[], Any]]
+
+
+def tuned_by_dim(name: str, blocks: Blocks, wide: Blocks, example: Example) -> dict[tuple[int, bool], Tuned]:
+    """Settings by (padded head dim, fp32): `blocks`, for fp32 `wide`: BLOCK_M, BLOCK_N, warps, stages.
+
+    Other blocks of keys group a row's sums otherwise: the table decides on bits, a batch never does.
+    `example(device, head dim)` is what the tuning bench calls.
+    """
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    tried = [
+        dict(zip(names, values, strict=True)) for values in product((32, 64), (32, 64), (4, 8), (1, 2, 3))
+    ]
     return {
-        (dim, is_wide): Tuned(f"{name}_{dim}{'_fp32' * is_wide}", dict(zip(names, values, strict=True)))
+        (dim, is_wide): Tuned(
+            f"{name}_{dim}{'_fp32' * is_wide}",
+            dict(zip(names, values, strict=True)),
+            () if is_wide else tuple(tried),
+            None if is_wide else partial(_of_dim, example, dim),
+        )
         for is_wide, table in ((False, blocks), (True, wide))
         for dim, values in table.items()
     }
+
+
+def _of_dim(example: Example, dim: int, device: torch.device) -> Callable[[], Any]:
+    return example(device, dim)
 
 
 def settings_for(tuned: Mapping[tuple[int, bool], Tuned], x_TND: torch.Tensor, group: int) -> dict[str, int]:
@@ -40,17 +62,6 @@ def settings_for(tuned: Mapping[tuple[int, bool], Tuned], x_TND: torch.Tensor, g
     settings = dict(tuned[kind, x_TND.dtype == torch.float32].on(x_TND.device))
     settings["BLOCK_M"] = max(settings["BLOCK_M"], next_power_of_2(group))
     return settings | {"GROUP": group, "D": D, "D_PADDED": padded}
-
-
-@triton.jit
-def tanh(x):
-    """tanh to fp32 accuracy: a polynomial near 0, where the quotient of exponentials cancels."""
-    small = x * x
-    odd = x * (
-        1.0 + small * (-0.33333333 + small * (0.13333333 + small * (-0.05396825 + small * 0.02186949)))
-    )
-    far = 1.0 - 2.0 / (tl.exp2(tl.minimum(tl.abs(x), 20.0) * (2.0 * LOG2E)) + 1.0)
-    return tl.where(tl.abs(x) < 0.25, odd, tl.where(x < 0, -far, far))
 
 
 @triton.jit

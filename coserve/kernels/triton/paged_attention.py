@@ -10,6 +10,8 @@ et al. 2023, with split points that no batch moves).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -27,15 +29,31 @@ from coserve.kernels.triton.support import (
 from coserve.kernels.triton.tuning import Tuned
 
 SPLIT = 512  # keys
+
+
+def _example(device: torch.device, dim: int) -> Callable[[], torch.Tensor]:
+    """32 sequences of 1024 keys that decode beside a prompt of 512 tokens."""
+    S, blocks = 33, 64
+    like = {"device": device, "dtype": torch.bfloat16}
+    q, cache = torch.randn(544, 32, dim, **like), torch.randn(2, S * blocks, 16, 8, dim, **like)
+    tables = torch.randperm(S * blocks, device=device).int().view(S, blocks)
+    starts = torch.tensor([*range(33), 544], dtype=torch.int32, device=device)
+    lengths = torch.tensor([*[1024] * 32, 512], dtype=torch.int32, device=device)
+    return lambda: paged_attention(q, *cache, tables, starts, lengths, dim**-0.5, 0, 0.0)
+
+
 TUNED = tuned_by_dim(
     "paged_attention",
     {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
     {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+    _example,
 )
+VARYING = ["table_stride", "S", "parts"]  # from step to step: compiled once, whatever their values
+LEAST_SEQUENCES = 64  # that a compiled form has room for; then the powers of two
 TUNED_JOIN = Tuned("join_splits", {"num_warps": 4, "num_stages": 3})
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def paged_attention_kernel(
     q, q_stride, k, v, k_block_stride, v_block_stride, k_stride, v_stride, table, table_stride, query_start,
     context_lens, S, N, parts, window, scale, soft_cap, o, part_o, part_sums,
@@ -99,7 +117,7 @@ def paged_attention_kernel(
         tl.store(o + o_row_M[:, None] + d_D[None, :], out_MD, mask=mask_MD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def join_splits_kernel(
     query_start, context_lens, N, parts, window, o, part_o, part_sums,
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
@@ -163,7 +181,7 @@ def paged_attention(
         q_TND, q_TND.stride(0), k_cache, v_cache, k_cache.stride(0), v_cache.stride(0), k_cache.stride(1),
         v_cache.stride(1), block_tables_SB, block_tables_SB.stride(0), query_start_S1, context_lens_S, S, N,
         parts, window, scale, soft_cap, o_TND, part_o, part_sums, CAPPED=soft_cap > 0, BLOCK_SIZE=block_size,
-        SPLIT_KEYS=SPLIT, S_PADDED=next_power_of_2(S), **settings,
+        SPLIT_KEYS=SPLIT, S_PADDED=max(LEAST_SEQUENCES, next_power_of_2(S)), **settings,
     )  # fmt: skip
     if parts > 1:
         join_splits_kernel[(S, Nkv)](

@@ -10,6 +10,9 @@ bits of the whole. `first_key` must not fall from one query to the next, as pack
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,21 +29,46 @@ from coserve.kernels.triton.support import (
     require_same,
 )
 
+
+def _stream(device: torch.device, dim: int) -> tuple[torch.Tensor, ...]:
+    """A window of 256 queries at the end of a sample of 2048 tokens: q, k, v, first keys."""
+    like = {"device": device, "dtype": torch.bfloat16}
+    k, v = torch.randn(2, 2048, 8, dim, **like)
+    return torch.randn(256, 32, dim, **like), k, v, torch.zeros(256, dtype=torch.int32, device=device)
+
+
+def _example(device: torch.device, dim: int) -> Callable[[], Any]:
+    case = _stream(device, dim)
+    return lambda: window_attention(*case, 1792, dim**-0.5, 0.0)
+
+
+def _backward_example(device: torch.device, dim: int) -> Callable[[], Any]:
+    case, scale = _stream(device, dim), dim**-0.5
+    o, lse = window_attention(*case, 1792, scale, 0.0)
+    sums = torch.zeros(2, 2048, 8, dim, device=device)
+    return lambda: window_attention_backward(o, case[0], o, lse, *case[1:], 1792, scale, *sums, 0.0)
+
+
 TUNED = tuned_by_dim(
     "window_attention",
     {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
     {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+    _example,
 )
 TUNED_DQ = tuned_by_dim(
     "window_attention_dq",
     {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
     {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+    _backward_example,
 )
 TUNED_DKDV = tuned_by_dim(
     "window_attention_dkdv",
     {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
     {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    _backward_example,
 )
+VARYING = ["window_start", "W"]  # from window to window: compiled once, whatever their values
+LEAST_TILES = 16  # of a window that a compiled form has room for; then the powers of two
 
 
 @triton.jit
@@ -55,7 +83,7 @@ def _rows(tile, kv_head, W, window_start, first_key, GROUP: tl.constexpr, BLOCK_
     return live_M, token_M, head_M, first_M, last_M
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def window_kernel(
     q, q_stride, k, k_stride, v, v_stride, first_key, window_start, W, N, scale, soft_cap, o, lse,
     GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, CAPPED: tl.constexpr,
@@ -82,7 +110,7 @@ def window_kernel(
     tl.store(lse + o_M, (top_M + tl.log2(total_M)) / LOG2E, mask=live_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def window_dq_kernel(
     do, do_stride, q, q_stride, o, o_stride, lse, k, k_stride, v, v_stride, first_key, window_start, W, N,
     scale, soft_cap, dq, delta,
@@ -123,7 +151,7 @@ def window_dq_kernel(
     tl.store(dq + (row_M * N * D)[:, None] + column_MD, dq_MD.to(dq.dtype.element_ty), mask=mask_MD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def window_dkdv_kernel(
     do, do_stride, q, q_stride, lse, delta, k, k_stride, v, v_stride, first_key, window_start, W, N, scale,
     soft_cap, dk, dv,
@@ -240,7 +268,7 @@ def window_attention_backward(
     )  # fmt: skip
     settings = settings_for(TUNED_DKDV, q_WND, 1) | {"GROUP": N // Nkv}
     end, tile = window_start + W, settings["BLOCK_M"]
-    tiles = next_power_of_2(cdiv(end, tile) - window_start // tile)
+    tiles = max(LEAST_TILES, next_power_of_2(cdiv(end, tile) - window_start // tile))
     window_dkdv_kernel[(cdiv(end, settings["BLOCK_N"]), Nkv)](
         do_WND, do_WND.stride(0), q_WND, q_WND.stride(0), lse_WN, delta_WN, k_TND, k_TND.stride(0), v_TND,
         v_TND.stride(0), first_key_W, window_start, W, N, scale, soft_cap, dk_TND, dv_TND,
@@ -276,7 +304,7 @@ def _cases() -> list[AotCase]:
         signature |= dict.fromkeys(("do_stride", "q_stride", "o_stride", "k_stride", "v_stride"), "i32:16")
         signature |= {
             "first_key": "*i32:16",
-            "window_start": "i32:16",
+            "window_start": "i32",
             "W": "i32",
             "N": "i32",
             "scale": "fp32",
@@ -286,7 +314,7 @@ def _cases() -> list[AotCase]:
         for kernel, tuned, more in (
             (window_kernel, TUNED, {}),
             (window_dq_kernel, TUNED_DQ, {}),
-            (window_dkdv_kernel, TUNED_DKDV, {"TILES": 8}),
+            (window_dkdv_kernel, TUNED_DKDV, {"TILES": LEAST_TILES}),
         ):
             kept = {name: signature[name] for name in kernel.arg_names if name in signature}
             cases.append(AotCase(kernel, kept, shape | more, tuned[kind], hot=dtype != "fp32"))
