@@ -61,6 +61,15 @@ struct Kernels {
   void (*adamw)(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, int64_t n,
                 double step_size, double beta1, double beta2, double eps, double decay,
                 double root_correction, double grad_scale);
+  // sampling.cpp
+  void (*choose_tokens)(int64_t dtype, const void* logits, int64_t stride, const int64_t* rows, int64_t R, int64_t V,
+                        const double* temperature, const int64_t* top_k, const double* top_p, const double* min_p,
+                        const double* number, int64_t* ids);
+  void (*token_logprobs)(int64_t dtype, const void* logits, int64_t stride, const int64_t* rows, int64_t R, int64_t V,
+                         const int64_t* targets, int64_t top, float* logprobs, int64_t* ranks, int64_t* top_ids,
+                         float* top_logprobs);
+  void (*penalize)(float* logits, int64_t V, const int64_t* ids, int64_t n, int64_t prompt, double repetition,
+                   double presence, double frequency);
   // adamw_8bit.cpp
   void (*adamw_8bit)(float* param, const float* grad, int64_t B, const int64_t* starts, const int64_t* lengths,
                      const float* ratio, uint8_t* m_codes, uint8_t* v_codes, float* m_scale, float* v_scale,

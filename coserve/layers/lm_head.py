@@ -65,7 +65,3 @@ class LMHead(PackedLinear):
         `token_offset` is the place of the first row among those of its microbatch that come here."""
         dx_CH = torch.zeros_like(h_CH) if dh_CH is None else dh_CH
         lora_backward(dlogits_CV, h_CH, [gradient], dx_CH, token_offset)
-
-    def logits(self, h_SH: torch.Tensor, runs: Sequence[HeadRun] = ()) -> torch.Tensor:
-        """fp32 [S, V] of final hidden states [S, H]."""
-        return self.forward(h_SH, runs).float()

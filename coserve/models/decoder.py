@@ -202,6 +202,7 @@ class Decoder:
         return None if dh_CH is None else self.norm.backward(dh_CH, x_CH)
 
     def logits(self, h_SH: torch.Tensor, runs: Sequence[HeadRun] = ()) -> torch.Tensor:
-        """fp32 [S, V] of normed hidden states [S, H]; `runs` of them have an adapter on the head."""
-        logits_SV = self.head.logits(h_SH, runs)
-        return soft_cap_(logits_SV, self.config.logit_cap) if self.config.logit_cap else logits_SV
+        """[S, V] of normed hidden states [S, H], in their dtype (fp32 where they are capped); `runs` of them
+        have an adapter on the head."""
+        logits_SV = self.head.forward(h_SH, runs)
+        return soft_cap_(logits_SV.float(), self.config.logit_cap) if self.config.logit_cap else logits_SV

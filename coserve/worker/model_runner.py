@@ -187,7 +187,7 @@ class ModelRunner:
                 entries[begin + 1 : stop + 1] = score(logits_SV, targets, top)
 
     def _logits(self, h_SH: torch.Tensor, adapters: Sequence[str | None]) -> torch.Tensor:
-        """fp32 [S, V] of normed states, every row with its adapter's part of the head."""
+        """[S, V] of normed states, every row with its adapter's part of the head."""
         runs = []
         start = 0
         for key, rows in groupby(adapters):

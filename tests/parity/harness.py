@@ -244,4 +244,4 @@ class Sequences:
         batch = self.batch(new_tokens, lora)
         x_TH = self.decoder.forward(batch)
         last = batch.inference.query_start_S1[1:].long() - 1
-        return self.decoder.logits(self.decoder.final_norm(x_TH[last]))
+        return self.decoder.logits(self.decoder.final_norm(x_TH[last])).float()

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coserve.core.sampling_params import SamplingParams
-from coserve.worker.sampler import SamplingRow, candidates, sample, score, uniform
+from coserve.kernels.sampling import candidates
+from coserve.worker.sampler import SamplingRow, sample, score, uniform
 
 V = 50
 
