@@ -27,9 +27,9 @@ struct Heads {
   void write(const Sums& sums, int64_t Dp, int64_t begin, int64_t end, int64_t kv_head) const {
     for (int64_t r = 0; r < (end - begin) * group; r++) {
       int64_t head = (begin + r / group) * N + kv_head * group + r % group;
-      float inverse = 1.0f / sums.total[r];
+      float total = total_of(sums, r), inverse = 1.0f / total;
       for (int64_t d = 0; d < D; d += VL) store_at(o + head * D, load(sums.o + r * Dp + d) * inverse, d, D);
-      if (lse) lse[head] = sums.top[r] * LN_2 + logf(sums.total[r]);
+      if (lse) lse[head] = sums.top[r] * LN_2 + logf(total);
     }
   }
 };

@@ -7,6 +7,7 @@ namespace coserve {
 namespace COSERVE_ISA {
 
 constexpr int64_t KEY_BLOCK = 64;
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 constexpr int64_t D_STEP = 16;  // head dims are padded to this in scratch
 constexpr int64_t CHUNK_BLOCKS = 8, CHUNK_KEYS = CHUNK_BLOCKS * KEY_BLOCK;  // what threads share out: fixed, so that
                                                                             // no sum depends on their number
@@ -66,7 +67,7 @@ static void load_rows(const At& at, int64_t count, int64_t height, int64_t D, fl
       store(out + j * Dp + d, j < count && d < D ? load_at(at(j), d, D) * scale : vf{});
 }
 
-// 2^x for x <= 0: to about 1 ulp, or where ROUGH 3e-6 off, a thousandth of what rounding to bf16 costs. A minimax
+// 2^x for x < 127: to about 1 ulp, or where ROUGH 3e-6 off, a thousandth of what rounding to bf16 costs. A minimax
 // polynomial on [0, 1).
 template <bool ROUGH>
 static inline vf vexp2(vf x) {
@@ -100,6 +101,14 @@ static inline vf vexp2(vf x) {
 }
 static inline float exp2_1(float x) {
   return vexp2<false>(vmax(splat(x), splat(-1000.0f)))[0];
+}
+
+static inline bool any_above(vf x, float limit) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+#else
+  return reduce_max(x) > limit;
+#endif
 }
 
 // The lanes of a block's VL keys from `key` on that lie in [first, last].

@@ -162,7 +162,7 @@ static void copy_dq(const Backward& b, const Work& w, int64_t g, int64_t rows, f
 }
 
 template <class T, class W>
-static void chunk_tiles(const Backward& b, const W& w, int64_t kv_head, int64_t chunk, int64_t first_chunk) {
+static void chunk_tiles(const Backward& b, W w, int64_t kv_head, int64_t chunk, int64_t first_chunk) {
   int64_t first_tile = b.window_start / KEY_BLOCK, last_tile = (b.window_start + b.W - 1) / KEY_BLOCK;
   for (int64_t tile = last_tile; tile >= first_tile; tile--) {
     Span s = tile_span(b, tile);

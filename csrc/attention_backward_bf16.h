@@ -13,39 +13,51 @@ struct PairWork {
   float *delta, *lse;                // [group, 64]
   bf16 *q_t, *dout_t;                // [group, D / 2, 64, 2]
   bf16 *q, *dout;                    // [group, panels, 32, 64, 2]
-  float *weights, *slopes;           // [64 keys, 64]
-  bf16 *weights_h, *slopes_h;        // the same, rounded
-  bf16 *slope_pairs, *keys_t;        // [32, 64, 2], [D, 64]
+  float *scores, *slopes;            // [64 keys, 64]
+  bf16 *weights_h, *slopes_h;        // [group, 64 keys, 64]
+  bf16 *slope_pairs;                 // [32, 64, 2]
+  bf16 *keys_t, *key_pairs;          // [D, 64], [D / 2, 64, 2]
+  int32_t *first, *last;             // keys that a query sees, [64]; beyond the rows: none
+  int32_t latest_first, earliest_last;
   int64_t panels_size;
 };
 
 static PairWork make_pair_work(const Backward& b) {
   int64_t square = KEY_BLOCK * KEY_BLOCK, rows = b.group * KEY_BLOCK, tile = KEY_BLOCK * b.D;
   int64_t panels = divide_up(b.D, PAIR_COLUMNS) * square;
-  int64_t floats = rows * (b.D + 2) + 2 * square;
-  int64_t halves = b.group * 2 * (tile + panels) + 3 * square + tile;
+  int64_t floats = rows * (b.D + 2) + 2 * square + 2 * KEY_BLOCK;
+  int64_t halves = b.group * 2 * (tile + panels + square) + square + 2 * tile;
   float* p = (float*)scratch(0, floats * sizeof(float) + halves * sizeof(bf16));
   PairWork w{};
   w.panels_size = panels;
   w.dq_t = p, p += rows * b.D;
   w.delta = p, p += rows;
   w.lse = p, p += rows;
-  w.weights = p, p += square;
+  w.scores = p, p += square;
   w.slopes = p, p += square;
+  w.first = (int32_t*)p, p += KEY_BLOCK;
+  w.last = (int32_t*)p, p += KEY_BLOCK;
   bf16* h = (bf16*)p;
   w.q_t = h, h += b.group * tile;
   w.dout_t = h, h += b.group * tile;
   w.q = h, h += b.group * panels;
   w.dout = h, h += b.group * panels;
-  w.weights_h = h, h += square;
-  w.slopes_h = h, h += square;
+  w.weights_h = h, h += b.group * square;
+  w.slopes_h = h, h += b.group * square;
   w.slope_pairs = h, h += square;
-  w.keys_t = h;
+  w.keys_t = h, h += tile;
+  w.key_pairs = h;
   return w;
 }
 
-static void load_queries(const bf16*, const Backward& b, const PairWork& w, int64_t kv_head, int64_t begin, int64_t end) {
+static void load_queries(const bf16*, const Backward& b, PairWork& w, int64_t kv_head, int64_t begin, int64_t end) {
   int64_t rows = end - begin, tile = KEY_BLOCK * b.D;
+  for (int64_t r = 0; r < KEY_BLOCK; r++) {
+    w.first[r] = r < rows ? b.first_key[begin + r] : INT32_MAX;
+    w.last[r] = r < rows ? (int32_t)(b.window_start + begin + r) : -1;
+    if (r == 0 || w.first[r] > w.latest_first) w.latest_first = w.first[r];
+    if (r == 0 || w.last[r] < w.earliest_last) w.earliest_last = w.last[r];
+  }
   for (int64_t g = 0; g < b.group; g++) {
     int64_t head = kv_head * b.group + g;
     auto at_q = [&](int64_t r) { return (const bf16*)b.q + (begin + r) * b.q_stride + head * b.D; };
@@ -59,62 +71,72 @@ static void load_queries(const bf16*, const Backward& b, const PairWork& w, int6
       vf sum{};
       for (int64_t d = 0; r < rows && d < b.D; d += VL) sum = fma(load(at_dout(r) + d), load(o + d), sum);
       w.delta[g * KEY_BLOCK + r] = reduce_add(sum);
-      w.lse[g * KEY_BLOCK + r] = r < rows ? b.lse[(begin + r) * b.N + head] : 0.0f;
+      w.lse[g * KEY_BLOCK + r] = r < rows ? b.lse[(begin + r) * b.N + head] * LOG2_E : 0.0f;
     }
   }
 }
 
-// As softmax_slopes in fp32, for `count` keys from `key` on; queries beyond `rows` get 0.
-template <bool CAPPED>
-static void pair_slopes(const Backward& b, const PairWork& w, int64_t g, int64_t begin, int64_t rows, int64_t key,
-                        int64_t count) {
+// As softmax_slopes in fp32, for `count` keys from `key` on. WHOLE: every query sees them all.
+template <bool CAPPED, bool WHOLE>
+static void pair_slopes(const Backward& b, const PairWork& w, int64_t g, int64_t width, int64_t key, int64_t count) {
   const float *lse = w.lse + g * KEY_BLOCK, *delta = w.delta + g * KEY_BLOCK;
-  int32_t first[KEY_BLOCK] = {};
-  for (int64_t r = 0; r < rows; r++) first[r] = b.first_key[begin + r];
+  bf16 *weights = w.weights_h + g * KEY_BLOCK * KEY_BLOCK, *slopes = w.slopes_h + g * KEY_BLOCK * KEY_BLOCK;
+  const float turn = CAPPED ? b.scale / b.cap : 0, factor = (CAPPED ? b.cap : b.scale) * LOG2_E;
   for (int64_t j = 0; j < count; j++)
-    for (int64_t r = 0; r < round_up(rows, VL); r += VL) {
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < width; r += VL) {
       int64_t at = j * KEY_BLOCK + r;
-      vf score = load(w.weights + at) * b.scale, slope = splat(b.scale);
+      vf score = load(w.scores + at), slope = splat(b.scale);
       if constexpr (CAPPED) {
-        vf turned = vtanh(score / b.cap);
-        score = b.cap * turned;
-        slope = slope * (1.0f - turned * turned);
+        score = vtanh(score * turn);
+        slope = slope * (1.0f - score * score);
       }
-      vi query = LANE + (int32_t)r, low;
-      memcpy(&low, first + r, sizeof low);
-      int32_t position = (int32_t)(key + j);
-      vi sees = (query < (int32_t)rows) & (query + (int32_t)(b.window_start + begin) >= position) & (low <= position);
-      vf weight = sees ? vexp(score - load(lse + r)) : vf{};
-      store(w.weights_h + at, weight);
-      store(w.slopes_h + at, weight * (load(w.slopes + at) - load(delta + r)) * slope);
+      vf weight = vexp2<true>(fma(score, splat(factor), -load(lse + r)));
+      if constexpr (!WHOLE) {
+        vi first, last;
+        memcpy(&first, w.first + r, sizeof first);
+        memcpy(&last, w.last + r, sizeof last);
+        int32_t position = (int32_t)(key + j);
+        weight = (first <= position) & (last >= position) ? weight : vf{};
+      }
+      store(weights + at, weight);
+      store(slopes + at, weight * (load(w.slopes + at) - load(delta + r)) * slope);
     }
 }
 
+static void pair_slopes_of(const Backward& b, const PairWork& w, int64_t g, int64_t width, int64_t key, int64_t count) {
+  bool whole = w.latest_first <= key && w.earliest_last >= key + count - 1;
+  if (b.cap == 0)
+    (whole ? pair_slopes<false, true> : pair_slopes<false, false>)(b, w, g, width, key, count);
+  else
+    (whole ? pair_slopes<true, true> : pair_slopes<true, false>)(b, w, g, width, key, count);
+}
+
+// The sums over a group's heads and a tile's queries are one chain.
 static void key_block(const bf16*, const Backward& b, const PairWork& w, int64_t kv_head, int64_t begin, int64_t rows,
                       int64_t block) {
   int64_t key = block * KEY_BLOCK, count = smaller(KEY_BLOCK, b.window_start + begin + rows - key);
   const bf16* k = (const bf16*)b.k + key * b.k_stride + kv_head * b.D;
   const bf16* v = (const bf16*)b.v + key * b.v_stride + kv_head * b.D;
   int64_t width = round_up(rows, VL), out = (key * b.Nkv + kv_head) * b.D, stride = b.Nkv * b.D;
-  int64_t panel = KEY_BLOCK * PAIR_COLUMNS, tile = KEY_BLOCK * b.D;
-  for (int64_t j = 0; j < round_up(count, 2); j++)
-    for (int64_t d = 0; d < b.D; d++) w.keys_t[d * KEY_BLOCK + j] = j < count ? k[j * b.k_stride + d] : bf16{0};
+  int64_t square = KEY_BLOCK * KEY_BLOCK, panel = KEY_BLOCK * PAIR_COLUMNS, tile = KEY_BLOCK * b.D;
+  load_pairs_transposed([&](int64_t j) { return k + j * b.k_stride; }, count, b.D, w.key_pairs);
+  split_pairs(w.key_pairs, b.D / 2, w.keys_t);
   for (int64_t g = 0; g < b.group; g++) {
-    pair_product(count, width, {b.D / 2, k, b.k_stride, w.q_t + g * tile, KEY_BLOCK, w.weights, KEY_BLOCK, false});
+    pair_product(count, width, {b.D / 2, k, b.k_stride, w.q_t + g * tile, KEY_BLOCK, w.scores, KEY_BLOCK, false});
     pair_product(count, width, {b.D / 2, v, b.v_stride, w.dout_t + g * tile, KEY_BLOCK, w.slopes, KEY_BLOCK, false});
-    if (b.cap == 0)
-      pair_slopes<false>(b, w, g, begin, rows, key, count);
-    else
-      pair_slopes<true>(b, w, g, begin, rows, key, count);
-    int64_t pairs = divide_up(rows, 2);
-    pair_products(count, b.D, panel, {pairs, w.weights_h, KEY_BLOCK, w.dout + g * w.panels_size, PAIR_COLUMNS,
-                                      b.dv + out, stride, true});
-    pair_products(count, b.D, panel,
-                  {pairs, w.slopes_h, KEY_BLOCK, w.q + g * w.panels_size, PAIR_COLUMNS, b.dk + out, stride, true});
-    interleave_rows([&](int64_t j) { return w.slopes_h + j * KEY_BLOCK; }, count, 0, width, panel, w.slope_pairs);
+    pair_slopes_of(b, w, g, width, key, count);
+    const bf16* slopes = w.slopes_h + g * square;
+    interleave_rows([&](int64_t j) { return slopes + j * KEY_BLOCK; }, count, 0, width, panel, w.slope_pairs);
     pair_product(b.D, width, {divide_up(count, 2), w.keys_t, KEY_BLOCK, w.slope_pairs, PAIR_COLUMNS, w.dq_t + g * tile,
                               KEY_BLOCK, true});
   }
+  PairProduct dv{divide_up(rows, 2), w.weights_h, KEY_BLOCK, w.dout, PAIR_COLUMNS, b.dv + out, stride, true,
+                 b.group, square, w.panels_size};
+  PairProduct dk = dv;
+  dk.A = w.slopes_h, dk.B = w.q, dk.C = b.dk + out;
+  pair_products(count, b.D, panel, dv);
+  pair_products(count, b.D, panel, dk);
 }
 
 static void clear_dq(const Backward& b, const PairWork& w) {

@@ -18,12 +18,14 @@ struct PairProduct {
   float* C;
   int64_t ldc;
   bool add;  // to what C has
+  int64_t parts = 1, A_part = 0, B_part = 0;  // a sum over as many such products, their factors so far apart
 };
 
 template <int ROWS, int VECTORS>
 static inline void pair_block(const PairProduct& t) {
   vf sum[ROWS][VECTORS] = {};
-  pair_tile<ROWS, VECTORS>(t.pairs, t.A, t.row_stride, t.B, t.ldb, sum);
+  for (int64_t part = 0; part < t.parts; part++)
+    pair_tile<ROWS, VECTORS>(t.pairs, t.A + part * t.A_part, t.row_stride, t.B + part * t.B_part, t.ldb, sum);
 #pragma GCC unroll 6
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
@@ -67,6 +69,19 @@ static inline void pair_products(int64_t rows, int64_t columns, int64_t panel_si
   PairProduct t = args;
   for (int64_t n = 0; n < columns; n += PAIR_COLUMNS, t.B += panel_size, t.C += PAIR_COLUMNS)
     pair_product(rows, smaller(PAIR_COLUMNS, columns - n), t);
+}
+
+// out[2 * pairs][KEY_BLOCK] = the rows of a matrix that `in` [pairs][KEY_BLOCK][2] holds in pairs.
+static inline void split_pairs(const bf16* in, int64_t pairs, bf16* out) {
+  const __m512i even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24,
+                                        22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+  for (int64_t p = 0; p < pairs; p++, in += 2 * KEY_BLOCK, out += 2 * KEY_BLOCK)
+    for (int64_t j = 0; j < KEY_BLOCK; j += 32) {
+      __m512i first = _mm512_loadu_si512(in + 2 * j), others = _mm512_loadu_si512(in + 2 * j + 32);
+      _mm512_storeu_si512(out + j, _mm512_permutex2var_epi16(first, even, others));
+      _mm512_storeu_si512(out + KEY_BLOCK + j, _mm512_permutex2var_epi16(first, odd, others));
+    }
 }
 
 // out[D / 2][KEY_BLOCK][2] = the transpose of `count` rows at(0), at(1), ... of D elements, D a multiple of VL; zeros

@@ -9,22 +9,28 @@ namespace coserve {
 namespace COSERVE_ISA {
 
 constexpr int64_t TILE_QUERIES = 128;  // query rows (tokens x heads of a group) that share a block's load
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
-// Running sums of a tile's rows: o [rows, Dp], the largest score (in powers of two) and the weights' total.
+constexpr float SLACK = 8.0f;  // weights may reach 2^SLACK before a row's sums are scaled down again
+
+// Running sums of a tile's rows: o [rows, Dp], the weights' total by lanes [rows, VL], and the exponent of two that
+// both are taken relative to, near that of the largest score.
 struct Sums {
-  float *o, *top, *total;
+  float *o, *total, *top;
 };
 
 static inline int64_t sums_floats(int64_t rows, int64_t Dp) {
-  return rows * (Dp + 2);
+  return rows * (Dp + VL + 1);
 }
 static inline Sums sums_at(float* p, int64_t rows, int64_t Dp) {
-  return {p, p + rows * Dp, p + rows * (Dp + 1)};
+  return {p, p + rows * Dp, p + rows * (Dp + VL)};
 }
 static inline void clear(const Sums& s, int64_t rows, int64_t Dp) {
   memset(s.o, 0, rows * Dp * sizeof(float));
-  for (int64_t r = 0; r < rows; r++) s.top[r] = -__builtin_inff(), s.total[r] = 0;
+  memset(s.total, 0, rows * VL * sizeof(float));
+  for (int64_t r = 0; r < rows; r++) s.top[r] = -__builtin_inff();
+}
+static inline float total_of(const Sums& s, int64_t row) {
+  return reduce_add(load(s.total + row * VL));
 }
 
 // Rows ordered token-major, with the keys [first, last] that each one sees.
@@ -75,40 +81,42 @@ static Tile make_tile(int64_t D, float scale, float cap, bool pairs) {
   return t;
 }
 
+// Scales a row's sums down to the exponent of its largest score.
+static __attribute__((noinline)) void raise_top(const Tile& t, int64_t row, float top) {
+  float shrink = exp2_1(t.chunk.top[row] - top);  // 0 for the chunk's first block
+  float *o = t.chunk.o + row * t.Dp, *total = t.chunk.total + row * VL;
+  t.chunk.top[row] = top;
+  store(total, load(total) * shrink);
+  for (int64_t d = 0; d < t.Dp; d += VL) store(o + d, load(o + d) * shrink);
+}
+
 // Turns a row's scores of one block into weights and brings its running sums up to date.
 template <bool CAPPED, bool PAIRS, bool WHOLE>
 static inline void softmax_block(const Tile& t, int64_t row, int64_t key) {
-  float *s = t.scores + row * KEY_BLOCK, *o = t.chunk.o + row * t.Dp;
-  const vf hidden = splat(-3e38f);
-  vf highest = hidden;
-  for (int64_t j = 0; j < KEY_BLOCK; j += VL) {
-    vf score = load(s + j);
+  constexpr int VECTORS = KEY_BLOCK / VL;
+  float *s = t.scores + row * KEY_BLOCK, *total = t.chunk.total + row * VL;
+  vf exponent[VECTORS], highest = splat(-__builtin_inff());
+#pragma GCC unroll 16
+  for (int i = 0; i < VECTORS; i++) {
+    vf score = load(s + i * VL);
     if constexpr (CAPPED) score = vtanh(score * t.turn);
-    if constexpr (!WHOLE) score = visible(key + j, t.first[row], t.last[row]) ? score : hidden;
-    if constexpr (CAPPED || !WHOLE) store(s + j, score);
-    highest = vmax(score, highest);
+    exponent[i] = score * t.factor;
+    if constexpr (!WHOLE)
+      exponent[i] = visible(key + i * VL, t.first[row], t.last[row]) ? exponent[i] : splat(-1e30f);
+    highest = vmax(exponent[i], highest);
   }
-  float before = t.chunk.top[row], top = reduce_max(highest) * t.factor;
-  if (top > before) {
-    float shrink = exp2_1(before - top);  // 0 for the chunk's first block
-    t.chunk.top[row] = top;
-    t.chunk.total[row] *= shrink;
-    for (int64_t d = 0; d < t.Dp; d += VL) store(o + d, load(o + d) * shrink);
-  } else {
-    top = before;
-  }
-  vf sum{}, factor = splat(t.factor), offset = splat(-top);
-  for (int64_t j = 0; j < KEY_BLOCK; j += VL) {
-    vf exponent = fma(load(s + j), factor, offset);
-    if constexpr (!WHOLE) exponent = vmax(exponent, splat(-1000.0f));
-    vf p = vexp2<PAIRS>(exponent);
+  if (any_above(highest, t.chunk.top[row] + SLACK)) raise_top(t, row, reduce_max(highest));
+  vf sum = load(total), top = splat(t.chunk.top[row]);
+#pragma GCC unroll 16
+  for (int i = 0; i < VECTORS; i++) {
+    vf p = vexp2<PAIRS>(exponent[i] - top);
     if constexpr (PAIRS)
-      store(t.weights + row * KEY_BLOCK + j, p);
+      store(t.weights + row * KEY_BLOCK + i * VL, p);
     else
-      store(s + j, p);
+      store(s + i * VL, p);
     sum += p;
   }
-  t.chunk.total[row] += reduce_add(sum);
+  store(total, sum);
 }
 
 template <bool CAPPED, bool PAIRS>
@@ -174,13 +182,13 @@ static void attend_block(const Tile& t, int64_t from, int64_t to, int64_t key, i
 
 // Adds a chunk's sums of one row to those of the chunks before it.
 static inline void merge_row(const Sums& into, const Sums& chunk, int64_t row, int64_t Dp) {
-  float before = into.top[row], now = chunk.top[row], *o = into.o + row * Dp;
-  const float* part = chunk.o + row * Dp;
-  if (chunk.total[row] == 0) return;
+  float before = into.top[row], now = chunk.top[row];
+  if (now == -__builtin_inff()) return;  // the row sees nothing of the chunk
   float top = now > before ? now : before, keep = exp2_1(before - top), add = exp2_1(now - top);
+  auto merge = [&](float* sum, const float* part) { store(sum, fma(load(part), splat(add), load(sum) * keep)); };
   into.top[row] = top;
-  into.total[row] = into.total[row] * keep + chunk.total[row] * add;
-  for (int64_t d = 0; d < Dp; d += VL) store(o + d, fma(load(part + d), splat(add), load(o + d) * keep));
+  merge(into.total + row * VL, chunk.total + row * VL);
+  for (int64_t d = 0; d < Dp; d += VL) merge(into.o + row * Dp + d, chunk.o + row * Dp + d);
 }
 
 // The sums of one chunk into t.chunk. locate(key, count, at) finds the rows of keys and values.
