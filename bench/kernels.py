@@ -20,6 +20,7 @@ import common
 import numpy as np
 import torch
 import torch.nn.functional as F
+from kernels_attention import decoding, prefill, sampling, windows
 from ledger import Ledger, installed
 from roofs import measure_roofs
 
@@ -36,14 +37,11 @@ from coserve.kernels.lora import (
     lora_backward,
     lora_forward_,
 )
-from coserve.kernels.paged_attention import paged_attention
 from coserve.kernels.rms_norm import rms_norm
 from coserve.kernels.rope import apply_rope_
 from coserve.kernels.swiglu import swiglu
-from coserve.kernels.window_attention import window_attention, window_attention_backward
 
-HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCAB, RANK = 896, 4864, 14, 2, 64, 151936, 16
-BLOCK = 16
+HIDDEN, INNER, HEADS, DIM, VOCAB, RANK = 896, 4864, 14, 64, 151936, 16
 STREAMED = 128 << 20  # bytes of matrices in turn, more than a cache holds
 
 Case = tuple[str, dict[str, Any], Callable[[], Any], Callable[[], Any]]
@@ -162,52 +160,6 @@ def adapters() -> Iterator[Case]:
         yield "lora_dropout", {**load, "rate": 0.1}, ours, peer_dropped
 
 
-def attention() -> Iterator[Case]:
-    """Paged decoding beside attention over contiguous keys; a training window, both ways, beside sdpa."""
-    for sequences in (1, 8):
-        context = 1000
-        blocks = -(-context // BLOCK)
-        cache = torch.randn(2, sequences * blocks, BLOCK, KV_HEADS, DIM)
-        table = torch.arange(sequences * blocks, dtype=torch.int32).view(sequences, blocks)
-        q = torch.randn(sequences, HEADS, DIM)
-        starts = torch.arange(sequences + 1, dtype=torch.int32)
-        lengths = torch.full((sequences,), context, dtype=torch.int32)
-        k, v = torch.randn(2, sequences, KV_HEADS, context, DIM)
-        yield (
-            "paged_attention",
-            {"dtype": "float32", "sequences": sequences, "context": context},
-            lambda q=q, c=cache, t=table, s=starts, n=lengths: paged_attention(q, c[0], c[1], t, s, n, 0.125),
-            lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True),
-        )
-    for dtype in (torch.float32, torch.bfloat16):
-        tokens = 512
-        q, do = (torch.randn(tokens, HEADS, DIM).to(dtype) for _ in range(2))
-        k, v = (torch.randn(tokens, KV_HEADS, DIM).to(dtype) for _ in range(2))
-        start = torch.zeros(tokens, dtype=torch.int32)
-        o, lse = window_attention(q, k, v, start, 0, 0.125)
-        dk, dv = torch.zeros(2, tokens, KV_HEADS, DIM)
-        heads_first = [t.transpose(0, 1)[None].contiguous() for t in (q, k, v)]
-        leaves = [t.clone().requires_grad_() for t in heads_first]
-        with torch.enable_grad():
-            result = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
-        gradient = do.transpose(0, 1)[None].contiguous()
-        load = {"dtype": str(dtype)[6:], "tokens": tokens}
-        yield (
-            "window_attention",
-            load,
-            lambda q=q, k=k, v=v, s=start: window_attention(q, k, v, s, 0, 0.125),
-            lambda h=heads_first: F.scaled_dot_product_attention(*h, is_causal=True, enable_gqa=True),
-        )
-        yield (
-            "window_attention_backward",
-            load,
-            lambda do=do, q=q, o=o, lse=lse, k=k, v=v, s=start, dk=dk, dv=dv: window_attention_backward(
-                do, q, o, lse, k, v, s, 0, 0.125, dk, dv
-            ),
-            lambda r=result, x=leaves, g=gradient: torch.autograd.grad(r, x, g, retain_graph=True),
-        )
-
-
 def loss_and_optimizer() -> Iterator[Case]:
     """Cross-entropy with its gradient over the whole vocabulary, and AdamW over a rank-16 adapter."""
     logits, targets = torch.randn(64, VOCAB), torch.randint(0, VOCAB, (64,))
@@ -262,9 +214,10 @@ def main() -> None:
     rounds = 5 if options.quick else 41
     rows: list[dict[str, Any]] = []
     headline: dict[str, Any] = {}
+    parts = (linears, elementwise, adapters, decoding, prefill, windows, sampling, loss_and_optimizer)
     with torch.no_grad():
         roofs = {name: measure_roofs(getattr(torch, name)) for name in ("float32", "bfloat16")}
-        for part in (linears, elementwise, adapters, attention, loss_and_optimizer):
+        for part in parts:
             for name, load, ours, peer in part():
                 ours(), peer()
                 least = 1e6 * roofs[load["dtype"]].seconds(*work(ours))
@@ -282,7 +235,9 @@ def main() -> None:
     common.write("kernels", options.out, {"headline": headline, "roofs": measured, "rows": rows})
     for row in rows:
         about = ", ".join(
-            f"{k} {v}" for k, v in row.items() if k in ("dtype", "tokens", "sequences", "context")
+            f"{k} {v}"
+            for k, v in row.items()
+            if k in ("dtype", "tokens", "sequences", "context", "rows", "settings")
         )
         print(
             f"{row['kernel']:26} {row['ratio']:6.2f}x {row['coserve_us']:10.1f} us "

@@ -35,6 +35,7 @@ KERNELS = {
     "paged_attention": ("paged_attention",),
     "rms_norm": ("rms_norm", "add_rms_norm", "rms_norm_backward"),
     "rope": ("apply_rope_",),
+    "sampling": ("choose_tokens", "token_logprobs", "penalize_"),
     "swiglu": ("swiglu", "swiglu_backward"),
     "window_attention": ("window_attention", "window_attention_backward"),
 }
@@ -216,6 +217,7 @@ def installed(ledger: Ledger) -> Iterator[Ledger]:
 
 
 def _importers(function: Any, name: str) -> list[ModuleType]:
-    """The project's modules and the program that call the function by this name, its home among them."""
-    modules = [m for n, m in sys.modules.items() if n.startswith(("coserve.", "__main__")) and m is not None]
+    """The project's modules and the program's that call the function by this name, its home among them."""
+    ours = ("coserve.", "__main__", "kernels_attention")
+    modules = [m for n, m in sys.modules.items() if n.startswith(ours) and m is not None]
     return [module for module in modules if getattr(module, name, None) is function]
