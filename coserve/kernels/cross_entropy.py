@@ -42,7 +42,7 @@ def token_scores(logits_CV: torch.Tensor, targets_C: torch.Tensor) -> TokenScore
     the vocabulary; on CUDA, where nobody waits for the answer, its log-probability is NaN instead."""
     C, V = logits_CV.shape
     require(len(targets_C) == C, f"{len(targets_C)} targets for {C} rows of logits")
-    inside = C == 0 or targets_C.is_cuda or (0 <= int(targets_C.min()) and int(targets_C.max()) < V)
+    inside = C == 0 or not targets_C.is_cpu or (0 <= int(targets_C.min()) and int(targets_C.max()) < V)
     require(inside, f"a target lies outside the vocabulary of {V}")
     native = native_for(logits_CV)
     if native is None:

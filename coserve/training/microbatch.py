@@ -69,7 +69,7 @@ class Microbatch:
         self.mean_logprobs_T = torch.zeros_like(self.weights_T)
         self.reference_T = torch.zeros_like(self.weights_T)
         self.greedy_T = torch.zeros(self.num_tokens, dtype=torch.bool, device=device)
-        self.trained_rows = (self.targets_T != IGNORED).nonzero().flatten()
+        self.trained_rows = torch.from_numpy(np.flatnonzero(targets != IGNORED)).to(device)
         # Where each sample's trained tokens begin among all trained ones, and the end of the last.
         self.trained_starts = np.concatenate([[0], np.cumsum(targets != IGNORED)])[starts]
         self.dropout_keys_T: torch.Tensor | None = None
