@@ -83,6 +83,24 @@ def linears() -> Iterator[Case]:
             )
 
 
+def invariance() -> Iterator[Case]:
+    """What the same bits in every batch cost: beside oneDNN's prepacked product, which promises none."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
+    for out, into in ((2 * INNER, HIDDEN), (HIDDEN, INNER)):
+        weight = torch.randn(out, into).bfloat16()
+        packed, theirs = PackedLinear(weight), torch.ops.mkldnn._reorder_linear_weight(weight, 64)
+        for tokens in (1, 8, 32, 128, 512):
+            x = torch.randn(tokens, into).bfloat16()
+            load = {"dtype": "bfloat16", "tokens": tokens, "out": out, "in": into}
+            yield (
+                "linear_invariance",
+                load,
+                lambda x=x, p=packed: p.forward(x),
+                lambda x=x, w=theirs: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
+            )
+
+
 def elementwise() -> Iterator[Case]:
     """Norm, rotary embedding and gating."""
     weight = torch.ones(HIDDEN)
@@ -214,7 +232,8 @@ def main() -> None:
     rounds = 5 if options.quick else 41
     rows: list[dict[str, Any]] = []
     headline: dict[str, Any] = {}
-    parts = (linears, elementwise, adapters, decoding, prefill, windows, sampling, loss_and_optimizer)
+    parts = (linears, invariance, elementwise, adapters, decoding, prefill, windows, sampling)
+    parts += (loss_and_optimizer,)
     with torch.no_grad():
         roofs = {name: measure_roofs(getattr(torch, name)) for name in ("float32", "bfloat16")}
         for part in parts:

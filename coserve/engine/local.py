@@ -20,6 +20,7 @@ class LocalEngine:
     def __init__(self, config: EngineConfig) -> None:
         self.sent: list[m.Message] = []
         self.tokens: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[m.TokenLogprobs]] = {}
         self.finished: dict[str, m.RequestOutput] = {}
         self.engine = Engine(config, send=self._receive, arrivals=lambda: False)
         self._calls = 0
@@ -28,6 +29,7 @@ class LocalEngine:
         if isinstance(message, m.StepOutputs):
             for output in message.outputs:
                 self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
+                self.logprobs.setdefault(output.request_id, []).extend(output.logprobs)
                 if output.finish_reason is not None:
                     self.finished[output.request_id] = output
         elif not isinstance(message, m.EngineStats):

@@ -18,6 +18,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose sums are long enough to be cut into several."""
+    return world.make_model(tmp_path_factory.mktemp("wide"), hidden_size=320, intermediate_size=600)
+
+
+@pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve training examples."""
     return world.make_data(tmp_path_factory.mktemp("data") / "train")

@@ -23,13 +23,13 @@ TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 
-def make_model(folder: Path) -> Path:
+def make_model(folder: Path, **shape: int) -> Path:
     """A random Qwen2 of two layers with biases and grouped heads, in fp32."""
     torch.manual_seed(11)
     config = Qwen2Config(
         vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=shape.get("hidden_size", 32),
+        intermediate_size=shape.get("intermediate_size", 48),
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -40,7 +40,7 @@ def make_model(folder: Path) -> Path:
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
-        parameter.data.normal_(0.0, 0.25)
+        parameter.data.normal_(0.0, 1.4 / config.hidden_size**0.5)
     model.save_pretrained(folder)
     return folder
 
