@@ -6,9 +6,10 @@ from pathlib import Path
 
 import msgspec
 
-# Freed workspaces are kept, on huge pages: page faults cost training more than arithmetic saves.
+# Freed workspaces are kept, on huge pages, with room above them: a warm step asks the system for no memory.
 ALLOCATOR = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184"
+    ":glibc.malloc.top_pad=268435456"
 )
 
 

@@ -21,7 +21,8 @@ class BlockPool:
         self.cache = cache
         self._references = [0] * num_blocks
         self._is_free = [True] * num_blocks
-        self._free_heap = list(range(num_blocks))
+        self._free_heap = list(range(num_blocks))  # each block once at most; some in it may be taken
+        self._in_heap = bytearray(b"\1") * num_blocks
         self._num_blank = num_blocks
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._extents: dict[int, int] = {}
@@ -53,6 +54,7 @@ class BlockPool:
         blocks: list[int] = []
         while len(blocks) < count and self._num_blank:
             block = heapq.heappop(self._free_heap)
+            self._in_heap[block] = 0
             if self._is_free[block]:
                 self._take_blank(block)
                 blocks.append(block)
@@ -135,7 +137,9 @@ class BlockPool:
     def _give_back(self, block: int) -> None:
         self._is_free[block] = True
         self._num_blank += 1
-        heapq.heappush(self._free_heap, block)
+        if not self._in_heap[block]:
+            self._in_heap[block] = 1
+            heapq.heappush(self._free_heap, block)
 
     def _forget(self, block: int) -> None:
         if self.cache is not None:

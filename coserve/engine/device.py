@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from pathlib import Path
 
 import torch
 
@@ -33,8 +35,37 @@ def resolve_threads(config: ModelConfig) -> int:
     Its parallel regions last microseconds, and a core that the server's process needs too stalls the whole
     team for a time slice at each of them.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     return max(1, cores - 1) if config.num_parameters < SMALL_MODEL else cores
+
+
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Physical cores that this process may run on: its affinity, one thread a core, and its cgroup's quota.
+
+    Two threads of one core share its vector units, so a second one adds waiting and no arithmetic.
+    """
+    allowed = os.sched_getaffinity(0)
+    siblings = {_siblings(cpu) or str(cpu) for cpu in allowed}
+    quota = _cpu_quota(cgroup)
+    return len(siblings) if quota >= len(siblings) else max(1, int(quota))
+
+
+def _siblings(cpu: int) -> str:
+    """The hardware threads of this one's core, as the kernel lists them; empty where it doesn't say."""
+    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _cpu_quota(cgroup: Path) -> float:
+    """Cores' worth of time that the cgroup grants, infinite without a limit: cpu.max, or cfs files in v1."""
+    second, first = cgroup / "cpu" / "cpu.cfs_period_us", cgroup / "cpu" / "cpu.cfs_quota_us"
+    if (cgroup / "cpu.max").exists():
+        quota, period = (cgroup / "cpu.max").read_text().split()
+    elif first.exists() and second.exists():
+        quota, period = first.read_text(), second.read_text()
+    else:
+        return math.inf
+    return math.inf if quota == "max" or float(quota) <= 0 else float(quota) / float(period)
 
 
 def resolve_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:

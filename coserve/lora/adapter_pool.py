@@ -10,7 +10,9 @@ head is there for those adapters alone, as long as they are.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
+from math import prod
 
 import torch
 
@@ -40,8 +42,8 @@ class AdapterPool:
         self._modules = {name: number for number, name in enumerate(config.linear_modules)}
         shapes = [config.module_shape(name) for name in self._modules]
         sizes = (self.num_layers, max_rows)
-        self._a = [torch.zeros(*sizes, inputs, dtype=dtype, device=device) for _, inputs in shapes]
-        self._b = [torch.zeros(*sizes, outputs, dtype=dtype, device=device) for outputs, _ in shapes]
+        self._a = [_zeros((*sizes, inputs), dtype, device) for _, inputs in shapes]
+        self._b = [_zeros((*sizes, outputs), dtype, device) for outputs, _ in shapes]
         self._ranks: dict[int, torch.Tensor] = {}  # by an adapter's first row
         self._heads: dict[int, HeadAdapter] = {}  # likewise
         self.placements = 0  # counts them, so that tables made of rows and ranks can tell that they are old
@@ -137,6 +139,13 @@ class AdapterPool:
             tensor[:, where.to(tensor.device)] = 0
         for row in rows:
             self._ranks.pop(row, None)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """Zeros; on a CPU the system's pages, which take no memory until they are written. torch writes them."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def _scaled(weights: ModuleWeights) -> torch.Tensor:

@@ -158,11 +158,18 @@ async def _start_parts(
     """Start the engine, and bring back what the state directory knows; the stack ends both."""
     engine_config = resolve_model(config.engine, state)
     model_config = ModelConfig.from_dir(engine_config.model)
-    tokenizer = Tokenizer.from_dir(engine_config.model, config.chat_template or None)
     database = Database(state.database)
     stack.callback(database.close)
     engine = make_engine(engine_config)
-    await engine.start()
+    starting = asyncio.create_task(engine.start())
+    try:  # the tokenizer is read while the engine loads the model
+        chat_template = config.chat_template or None
+        tokenizer = await asyncio.to_thread(Tokenizer.from_dir, engine_config.model, chat_template)
+    except BaseException:
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        raise
+    await starting
     stack.push_async_callback(engine.shutdown, _ENGINE_SHUTDOWN)
     context = _make_parts(config, auth, state, database, engine, model_config, tokenizer)
     await context.files.restore()

@@ -146,3 +146,14 @@ def test_chains_of_different_adapters_never_meet() -> None:
     assert len({block_key(root, tokens) for root in roots}) == 3
     with pytest.raises(KeyError):
         BlockPool(1).release_extent(0)
+
+
+def test_extents_that_come_and_go_leave_nothing_behind() -> None:
+    """The list of free blocks holds each once, however often training takes and gives its memory."""
+    pool = BlockPool(8)
+    for _ in range(50):
+        start = pool.reserve_extent(6)
+        assert start == 2
+        pool.release_extent(start)
+    assert sorted(pool._free_heap) == list(range(8))
+    assert pool.allocate(8) == list(range(8))

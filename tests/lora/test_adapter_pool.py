@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -74,3 +76,15 @@ def test_size_grows_with_rows_in_the_compute_dtype(config):
 def test_host_adapters_know_their_size(save_adapter, config):
     adapter = load_adapter(save_adapter(r=2, target_modules=["q_proj"]), config)
     assert adapter.nbytes == 3 * (2 * 16 + 16 * 2) * 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_rows_that_nobody_wrote_take_no_memory(config):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident()
+    pool = AdapterPool(config, 50_000, torch.float32)
+    assert pool.nbytes > 100 << 20
+    assert resident() - before < pool.nbytes / 10
+    assert not pool.rows(0, 0)[0][5].any()
