@@ -66,7 +66,7 @@ def linears() -> Iterator[Case]:
         copies = max(2, STREAMED // (INNER * HIDDEN * dtype.itemsize))
         weights = [torch.randn(INNER, HIDDEN).to(dtype) for _ in range(copies)]
         packed = [PackedLinear(weight) for weight in weights]
-        for tokens in (1, 8, 32, 64, 512):
+        for tokens in (1, 8, 16, 64, 256):
             x, dy = torch.randn(tokens, HIDDEN).to(dtype), torch.randn(tokens, INNER).to(dtype)
             load = {"dtype": str(dtype)[6:], "tokens": tokens, "out": INNER, "in": HIDDEN}
             yield (
@@ -81,6 +81,15 @@ def linears() -> Iterator[Case]:
                 in_turn(lambda p, dy: p.backward_input(dy), dy, packed),
                 in_turn(lambda w, dy: dy @ w, dy, weights),
             )
+            if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+                theirs = [torch.ops.mkldnn._reorder_linear_weight(weight, 64) for weight in weights]
+                multiply = torch.ops.mkldnn._linear_pointwise
+                yield (
+                    "linear",
+                    {**load, "peer": "oneDNN prepacked"},
+                    in_turn(lambda p, x: p.forward(x), x, packed),
+                    in_turn(lambda w, x, f=multiply: f(x, w, None, "none", [], ""), x, theirs),
+                )
 
 
 def invariance() -> Iterator[Case]:
@@ -246,7 +255,11 @@ def main() -> None:
                     | {"ratio": median(b / a for a, b in zip(mine, theirs, strict=True))}
                     | {"coserve_best_us": min(mine), "of_roof": least / min(mine)}
                 )
-                if name == "linear" and load["dtype"] == "bfloat16" and load["tokens"] == 8:
+                if name == "linear" and (load["dtype"], load["tokens"], "peer" in load) == (
+                    "bfloat16",
+                    8,
+                    False,
+                ):
                     speeds = [[1e6 / t for t in times] for times in (mine, theirs)]
                     what = "bf16 linear of 8 tokens, F.linear as the peer"
                     headline = common.headline(what, "calls/s", *speeds, load)
@@ -256,7 +269,7 @@ def main() -> None:
         about = ", ".join(
             f"{k} {v}"
             for k, v in row.items()
-            if k in ("dtype", "tokens", "sequences", "context", "rows", "settings")
+            if k in ("dtype", "tokens", "sequences", "context", "rows", "settings", "peer")
         )
         print(
             f"{row['kernel']:26} {row['ratio']:6.2f}x {row['coserve_us']:10.1f} us "

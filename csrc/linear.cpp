@@ -8,7 +8,8 @@ namespace coserve {
 namespace COSERVE_ISA {
 
 constexpr int64_t MOST_ROWS = 512;          // of A that share a block of B
-constexpr int64_t BLOCK_BYTES = 256 << 10;  // of a block of B, at most: the next one, sums and A share an L2 cache with it
+// Of a block of B, at most: the next one, the sums and A share an L2 cache with it.
+constexpr int64_t BLOCK_BYTES = 256 << 10;
 
 // C [M, columns] = A [M, depth] B. Forward: B is W^T as it lies in the pack; transposed: B is W.
 template <class T>
@@ -28,7 +29,8 @@ struct Product {
 static inline void widen_words(const bf16* in, int64_t words, float* out) {
   for (int64_t w = 0; w < words; w++)
     for (int64_t n = 0; n < PANEL; n++) {
-      uint32_t bits[2] = {(uint32_t)in[2 * (w * PANEL + n)].bits << 16, (uint32_t)in[2 * (w * PANEL + n) + 1].bits << 16};
+      const bf16* pair = in + 2 * (w * PANEL + n);
+      uint32_t bits[2] = {(uint32_t)pair[0].bits << 16, (uint32_t)pair[1].bits << 16};
       memcpy(out + 2 * w * PANEL + n, bits, 4);
       memcpy(out + (2 * w + 1) * PANEL + n, bits + 1, 4);
     }
@@ -69,7 +71,7 @@ static inline void prepare(const Product<bf16>& op, int64_t panel, int64_t d, in
   }
 }
 
-// Rows of A in E, `step` dividing their padded length.
+// n elements of a row of A in E, and zeros up to `padded`.
 static inline void copy_row(const bf16* in, int64_t n, int64_t padded, bf16* out) {
   memcpy(out, in, n * sizeof(bf16));
   for (int64_t i = n; i < padded; i++) out[i].bits = 0;
@@ -103,8 +105,9 @@ static void product_block(const Product<T>& op, int64_t from, int64_t to, int64_
   const int64_t D = op.depth(), columns = op.columns(), width = (to - from) * PANEL;
   const bool in_place = !op.transposed && !WIDENS;
   const int64_t a_size = round_up(rows * round_up(most, Tile::STEP), 32), b_panel = round_up(most, 32) * PANEL;
-  float* sums = (float*)scratch(0, (most < D ? rows * width * 4 : 0) + (a_size + (in_place ? 0 : b_panel * (to - from))) * sizeof(E));
-  E* a_copy = (E*)(sums + (most < D ? rows * width : 0));
+  const int64_t sums_size = most < D ? rows * width : 0, block_size = in_place ? 0 : b_panel * (to - from);
+  float* sums = (float*)scratch(0, sums_size * sizeof(float) + (a_size + block_size) * sizeof(E));
+  E* a_copy = (E*)(sums + sums_size);
   E* block = a_copy + a_size;
   Tile tile;
   for (int64_t d = 0; d < D; d += most) {

@@ -88,9 +88,6 @@ struct FloatTile {
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++)
         column[v] = load(b + v / PANEL_VECTORS * b_stride + v % PANEL_VECTORS * VL);
-      if (R <= 2)
-#pragma GCC unroll 4
-        for (int p = 0; p < P; p++) __builtin_prefetch(b + p * b_stride + 512);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         vf x = splat(a[r * a_stride]);
@@ -132,9 +129,6 @@ struct PairTile {
       __m512bh column[P];
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) column[p] = (__m512bh)_mm512_loadu_si512(b + p * b_stride);
-      if (R <= 2)
-#pragma GCC unroll 4
-        for (int p = 0; p < P; p++) __builtin_prefetch(b + p * b_stride + 1024);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         int32_t two;
