@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from coserve.kernels import dispatch
-from coserve.kernels.dispatch import DTYPE_CODES, Operation, native_for, require, triton_or_reference
+from coserve.kernels.dispatch import DTYPE_CODES, native_for, require, triton_or_reference
 
 PANEL = 16  # rows of the weight
 PAIR_STEP = 32  # columns of a bf16 weight that a panel's depth is filled up to
@@ -119,14 +119,17 @@ class PackedLinear:
         """y [T, N] of x [T, K], in x's dtype, which is the weight's; x's row stride is free."""
         if self._pack is not None and native_for(x_TK):
             return self._multiply(x_TK, "x", self.in_features, self.out_features, transposed=False)
-        run = _row_invariant(x_TK, _linear_reference)
-        return run(x_TK, self.unpacked(), self.bias)
+        if dispatch.batch_invariant():
+            return triton_or_reference(x_TK, _linear_reference)(x_TK, self.unpacked(), self.bias)
+        return F.linear(x_TK, self.unpacked(), self.bias)
 
     def backward_input(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """dx [T, K] of dy [T, N], in dy's dtype, which is the weight's; dy's row stride is free."""
         if self._pack is not None and native_for(dy_TN):
             return self._multiply(dy_TN, "dy", self.out_features, self.in_features, transposed=True)
-        return _row_invariant(dy_TN, _input_gradient_reference)(dy_TN, self.unpacked())
+        if dispatch.batch_invariant():
+            return triton_or_reference(dy_TN, _input_gradient_reference)(dy_TN, self.unpacked())
+        return dy_TN @ self.unpacked()
 
     def _multiply(self, x: torch.Tensor, name: str, into: int, out: int, transposed: bool) -> torch.Tensor:
         pack = self._pack
@@ -169,8 +172,3 @@ def _linear_reference(
 
 def _input_gradient_reference(dy_TN: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
     return dy_TN @ weight_NK
-
-
-def _row_invariant(x: torch.Tensor, reference: Operation) -> Operation:
-    """`reference`, torch's product; where every batch must give a row the same bits, the kernel for it."""
-    return triton_or_reference(x, reference) if dispatch.batch_invariant() else reference
