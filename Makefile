@@ -10,7 +10,7 @@ TORCH_INDEX_URL ?=
 PYTEST_ARGS ?=
 SERVE_ARGS ?=
 DEMO_ARGS ?=
-BENCH ?= $(basename $(notdir $(shell grep -l '^if __name__' bench/*.py)))
+BENCH ?= $(filter-out tune,$(basename $(notdir $(shell grep -l '^if __name__' bench/*.py))))
 BENCH_ARGS ?=
 
 VENV := $(CURDIR)/.venv

@@ -130,7 +130,7 @@ def test_every_program_is_in_the_table() -> None:
     assert {"serve", "lora", "finetune", "kernels", "step"} <= programs
     asked = ["make", "-s", "--eval=names: ; @echo $(BENCH)", "names"]
     said = subprocess.run(asked, cwd=BENCH.parent, capture_output=True, text=True, check=True).stdout
-    assert set(said.split()) == programs
+    assert set(said.split()) == programs - {"tune"}  # which wants a GPU and changes a tracked file
 
 
 @pytest.mark.long
