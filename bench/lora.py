@@ -53,11 +53,15 @@ def write_adapter(folder: Path, model: Path, rank: int, seed: int) -> None:
     """A PEFT directory of `rank` on all linears in bf16; B is not zero, so the adapter does something."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
+    drawn: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # layers of a shape have the same
     for name, (outputs, inputs) in linears(model).items():
-        a = torch.randn(rank, inputs, generator=generator) / inputs**0.5
-        b = torch.randn(outputs, rank, generator=generator) * 0.01
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.bfloat16()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.bfloat16()
+        if (outputs, inputs) not in drawn:
+            a = torch.randn(rank, inputs, generator=generator) / inputs**0.5
+            b = torch.randn(outputs, rank, generator=generator) * 0.01
+            drawn[outputs, inputs] = a.bfloat16(), b.bfloat16()
+        a, b = drawn[outputs, inputs]
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.clone()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.clone()
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {
