@@ -13,27 +13,31 @@ static vf square_root(vf x) {
 }
 
 // Codes of the block's values, the rest of which are 0; returns their scale. A code is the number of the 255
-// ascending edges below the value; the binary searches of a block run side by side.
-static float quantize(float* values, const float* edges, uint8_t* codes) {
+// ascending edges below the value. `codes_of` has it for the least float with the same upper half, which at most one
+// edge parts from the value.
+static float quantize(float* values, const float* edges, const uint8_t* codes_of, uint8_t* codes) {
   vf top{};
   for (int64_t i = 0; i < BLOCK; i += VL) {
     vf x = load(values + i);
     top = vmax(x < 0.0f ? -x : x, top);
   }
   const float scale = reduce_max(top), divisor = scale > 0 ? scale : 1.0f;
-  alignas(64) int32_t found[BLOCK] = {};
-  for (int64_t i = 0; i < BLOCK; i++) values[i] /= divisor;
-  for (int32_t half = 128; half; half /= 2)
-    for (int64_t i = 0; i < BLOCK; i++) found[i] += half & -(int32_t)(edges[found[i] + half - 1] < values[i]);
-  for (int64_t i = 0; i < BLOCK; i++) codes[i] = (uint8_t)found[i];
+  for (int64_t i = 0; i < BLOCK; i += VL) store(values + i, load(values + i) / divisor);
+  for (int64_t i = 0; i < BLOCK; i++) {
+    uint32_t bits;
+    memcpy(&bits, values + i, sizeof bits);
+    uint32_t code = codes_of[bits >> 16];
+    codes[i] = (uint8_t)(code + (edges[code] < values[i]));
+  }
   return scale;
 }
 
 static void adamw_8bit(float* param, const float* grad, int64_t B, const int64_t* starts, const int64_t* lengths,
                        const float* ratio, uint8_t* m_codes, uint8_t* v_codes, float* m_scale, float* v_scale,
-                       const float* signed_map, const float* signed_edges, const float* unsigned_map,
-                       const float* unsigned_edges, double step_size, double beta1, double beta2, double eps,
-                       double decay, double root_correction, double grad_scale) {
+                       const float* signed_map, const float* signed_edges, const uint8_t* signed_codes,
+                       const float* unsigned_map, const float* unsigned_edges, const uint8_t* unsigned_codes,
+                       double step_size, double beta1, double beta2, double eps, double decay,
+                       double root_correction, double grad_scale) {
   const float keep1 = (float)(1 - beta1), keep2 = (float)(1 - beta2), b2 = (float)beta2;
   const float root = (float)root_correction, e = (float)eps, factor = (float)grad_scale;
   constexpr int64_t RUN = 16;  // blocks of one task
@@ -58,8 +62,8 @@ static void adamw_8bit(float* param, const float* grad, int64_t B, const int64_t
         vf p = load_at(p_block, i, n) * shrink;
         store_at(p_block, p - size * (m / (square_root(v) / root + e)), i, n);
       }
-      m_scale[b] = quantize(m_new, signed_edges, mq);
-      v_scale[b] = quantize(v_new, unsigned_edges, vq);
+      m_scale[b] = quantize(m_new, signed_edges, signed_codes, mq);
+      v_scale[b] = quantize(v_new, unsigned_edges, unsigned_codes, vq);
     }
   });
 }

@@ -161,6 +161,8 @@ PyMethodDef METHODS[] = {
     method<&Kernels::token_logprobs>("token_logprobs"),
     method<&Kernels::penalize>("penalize"),
     method<&Kernels::adamw>("adamw"),
+    method<&Kernels::sgd>("sgd"),
+    method<&Kernels::chunk_squares>("chunk_squares"),
     method<&Kernels::adamw_8bit>("adamw_8bit"),
     {"get_isa", get_isa, METH_NOARGS, "The level in use: 0 plain, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16, 4 AMX."},
     {"max_isa", max_isa, METH_NOARGS, "The highest level of this CPU."},

@@ -58,9 +58,13 @@ struct Kernels {
                        float* lse, float* logprob, float* mean_logprob, bool* greedy);
   void (*logit_gradient)(int64_t dtype, void* logits, const int64_t* targets, int64_t C, int64_t V,
                          const float* lse, const float* weight, const float* uniform, double cap);
+  // optimizer.cpp
   void (*adamw)(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, int64_t n,
                 double step_size, double beta1, double beta2, double eps, double decay,
                 double root_correction, double grad_scale);
+  void (*sgd)(float* param, const float* grad, float* momentum_buffer, int64_t n, double lr, double momentum,
+              double weight_decay, double grad_scale);
+  void (*chunk_squares)(const float* x, int64_t n, double* sums);
   // sampling.cpp
   void (*choose_tokens)(int64_t dtype, const void* logits, int64_t stride, const int64_t* rows, int64_t R, int64_t V,
                         const double* temperature, const int64_t* top_k, const double* top_p, const double* min_p,
@@ -73,8 +77,9 @@ struct Kernels {
   // adamw_8bit.cpp
   void (*adamw_8bit)(float* param, const float* grad, int64_t B, const int64_t* starts, const int64_t* lengths,
                      const float* ratio, uint8_t* m_codes, uint8_t* v_codes, float* m_scale, float* v_scale,
-                     const float* signed_map, const float* signed_edges, const float* unsigned_map,
-                     const float* unsigned_edges, double step_size, double beta1, double beta2, double eps,
+                     const float* signed_map, const float* signed_edges, const uint8_t* signed_codes,
+                     const float* unsigned_map, const float* unsigned_edges, const uint8_t* unsigned_codes,
+                     double step_size, double beta1, double beta2, double eps,
                      double decay, double root_correction, double grad_scale);
 };
 

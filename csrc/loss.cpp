@@ -1,4 +1,4 @@
-// Log-probabilities of targets and the gradient of a loss over them, in place; and the AdamW update.
+// Log-probabilities of targets and the gradient of a loss over them, in place.
 #include "parallel.h"
 #include "simd.h"
 
@@ -80,36 +80,9 @@ static void logit_gradient(int64_t dtype, void* logits, const int64_t* targets, 
   });
 }
 
-static vf square_root(vf x) {
-  for (int i = 0; i < VL; i++) x[i] = __builtin_sqrtf(x[i]);
-  return x;
-}
-
-static void adamw(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, int64_t n,
-                  double step_size, double beta1, double beta2, double eps, double decay,
-                  double root_correction, double grad_scale) {
-  const float keep1 = (float)(1 - beta1), keep2 = (float)(1 - beta2), b2 = (float)beta2;
-  const float size = (float)step_size, root = (float)root_correction, e = (float)eps;
-  const float shrink = (float)decay, factor = (float)grad_scale;
-  constexpr int64_t PART = 16384;
-  parallel_for(divide_up(n, PART), 8.0 * n, [&](int64_t part) {
-    for (int64_t i = part * PART, end = smaller(n, (part + 1) * PART); i < end; i += VL) {
-      vf g = load_at(grad, i, n) * factor;
-      vf m = load_at(exp_avg, i, n), v = load_at(exp_avg_sq, i, n);
-      m = fma(g - m, splat(keep1), m);
-      v = fma(g * g, splat(keep2), v * b2);
-      store_at(exp_avg, m, i, n);
-      store_at(exp_avg_sq, v, i, n);
-      vf p = load_at(param, i, n) * shrink;
-      store_at(param, p - size * (m / (square_root(v) / root + e)), i, n);
-    }
-  });
-}
-
 void add_loss(Kernels& table) {
   table.token_scores = token_scores;
   table.logit_gradient = logit_gradient;
-  table.adamw = adamw;
 }
 
 }  // namespace COSERVE_ISA

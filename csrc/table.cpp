@@ -11,6 +11,7 @@ void add_attention_backward(Kernels&);
 void add_lora(Kernels&);
 void add_elementwise(Kernels&);
 void add_loss(Kernels&);
+void add_optimizer(Kernels&);
 void add_sampling(Kernels&);
 
 #if defined(__AMX_BF16__)
@@ -29,6 +30,7 @@ static Kernels make() {
   add_lora(table);
   add_elementwise(table);
   add_loss(table);
+  add_optimizer(table);
   add_sampling(table);
   return table;
 }

@@ -44,6 +44,16 @@ def map_edges(signed: bool) -> torch.Tensor:
     return edges
 
 
+@cache
+def code_table(signed: bool) -> torch.Tensor:
+    """uint8 [65536]: the code of the least finite float whose upper 16 bits are the index; within such a
+    float's neighbours there is at most one edge."""
+    upper = torch.arange(1 << 16, dtype=torch.int32)
+    lower = (upper >> 15) * 0xFFFF  # of negative floats the longest is the least
+    least = ((upper << 16) | lower).view(torch.float32).nan_to_num(nan=0.0)
+    return torch.bucketize(least, map_edges(signed)).clamp_(max=254).to(torch.uint8)
+
+
 @dataclass(frozen=True)
 class QuantizedMoments:
     """The moments of the blocks of a flat buffer of parameters.
@@ -118,7 +128,11 @@ def adamw_8bit_(
         grad.data_ptr(),
         len(moments.starts_B),
         *(tensor.data_ptr() for tensor in vars(moments).values()),
-        *(table(signed).data_ptr() for signed in (True, False) for table in (dynamic_map, map_edges)),
+        *(
+            table(signed).data_ptr()
+            for signed in (True, False)
+            for table in (dynamic_map, map_edges, code_table)
+        ),
         *numbers,
     )
 

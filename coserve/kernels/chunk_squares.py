@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from coserve.kernels.dispatch import require, triton_or_reference
+from coserve.kernels.dispatch import native_for, require, triton_or_reference
 
 CHUNK = 16384
 
@@ -18,7 +18,12 @@ CHUNK = 16384
 def chunk_squares(x: torch.Tensor) -> torch.Tensor:
     """float64 [chunks] of flat fp32 `x`, at least one element."""
     require(x.dim() == 1 and x.is_contiguous() and x.dtype == torch.float32, "expected a flat fp32 tensor")
-    return triton_or_reference(x, _chunk_squares_reference)(x)
+    native = native_for(x)
+    if native is None:
+        return triton_or_reference(x, _chunk_squares_reference)(x)
+    sums = torch.empty(-(-len(x) // CHUNK), dtype=torch.float64)
+    native.chunk_squares(x.data_ptr(), len(x), sums.data_ptr())
+    return sums
 
 
 def _chunk_squares_reference(x: torch.Tensor) -> torch.Tensor:

@@ -4,14 +4,14 @@ g = grad * grad_scale + weight_decay * p
 buf = momentum * buf + g
 p -= lr * buf                 (momentum 0: p -= lr * g, no buffer)
 
-Three passes bound by memory, so on the CPU torch's own operations are as good as a loop of ours.
+One pass over memory.
 """
 
 from __future__ import annotations
 
 import torch
 
-from coserve.kernels.dispatch import triton_or_reference
+from coserve.kernels.dispatch import native_for, require_flat, triton_or_reference
 
 
 def sgd_(
@@ -28,6 +28,14 @@ def sgd_(
 
     `grad_scale` multiplies the gradient first (clipping).
     """
+    native = native_for(param)
+    if native is not None:
+        buffers = {"grad": grad} if momentum_buffer is None else {"grad": grad, "buffer": momentum_buffer}
+        require_flat(param, **buffers)
+        buffer = 0 if momentum_buffer is None else momentum_buffer.data_ptr()
+        numbers = param.numel(), lr, momentum, weight_decay, grad_scale
+        native.sgd(param.data_ptr(), grad.data_ptr(), buffer, *numbers)
+        return
     run = triton_or_reference(param, _sgd_reference_)
     run(param, grad, momentum_buffer, lr, momentum, weight_decay, grad_scale)
 

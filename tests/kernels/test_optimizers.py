@@ -7,7 +7,15 @@ import torch
 
 from coserve.kernels import dispatch
 from coserve.kernels.adamw import adamw_
-from coserve.kernels.adamw_8bit import BLOCK, QuantizedMoments, adamw_8bit_, dynamic_map, map_edges
+from coserve.kernels.adamw_8bit import (
+    BLOCK,
+    QuantizedMoments,
+    adamw_8bit_,
+    code_table,
+    dynamic_map,
+    map_edges,
+)
+from coserve.kernels.chunk_squares import CHUNK, chunk_squares
 from coserve.kernels.sgd import sgd_
 from tests.kernels.oracle import error
 
@@ -47,6 +55,26 @@ def test_rounding_is_to_the_nearest_code_and_never_to_a_zero_second_moment(signe
     assert torch.equal(got[kept], nearest[kept])
     smallest = torch.bucketize(torch.tensor([1e-30]), edges)
     assert values[smallest].item() == (0.0 if signed else values[1].item())
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_upper_half_of_a_float_tells_its_code_but_for_one_edge(signed: bool) -> None:
+    edges, codes = map_edges(signed), code_table(signed)
+    x = torch.cat(
+        (torch.rand(100_000) * torch.logspace(-9, 0, 100_000), edges.abs(), torch.tensor([0.0, 1.0, 1e-30]))
+    )
+    x = torch.cat((x, -x)) if signed else x
+    code = codes[(x.view(torch.int32) >> 16).bitwise_and(0xFFFF).long()].long()
+    assert torch.equal(code + (edges[code] < x), torch.bucketize(x, edges))
+
+
+@pytest.mark.parametrize("size", [1, 5, CHUNK, CHUNK + 1, 100_003])
+def test_squares_of_chunks(isa: str, size: int) -> None:
+    x = torch.randn(size) * torch.logspace(-6, 3, size)
+    want = torch.stack([part.double().square().sum() for part in x.split(CHUNK)])
+    assert torch.allclose(chunk_squares(x), want, rtol=1e-14, atol=0)
+    x[-1] = float("nan")
+    assert bool(chunk_squares(x)[-1].isnan())
 
 
 @pytest.mark.parametrize("spans", [[(0, 1, 1.0)], [(3, 260, 1.0), (260, 800, 16.0)], [(0, 7000, 2.0)]])
@@ -118,7 +146,7 @@ def test_8bit_refuses_other_dtypes() -> None:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_sgd_matches_torch(momentum: float, weight_decay: float) -> None:
+def test_sgd_matches_torch(isa: str, momentum: float, weight_decay: float) -> None:
     start = torch.randn(300)
     peer = torch.nn.Parameter(start.double())
     theirs = torch.optim.SGD([peer], lr=0.05, momentum=momentum, weight_decay=weight_decay)
