@@ -115,13 +115,16 @@ class PackedLinear:
             return self._weight
         return self.rows(torch.arange(self.out_features))
 
-    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        """y [T, N] of x [T, K], in x's dtype, which is the weight's; x's row stride is free."""
+    def forward(self, x_TK: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """y [T, N] of x [T, K], in x's dtype, which is the weight's; x's row stride is free. y is `out`,
+        contiguous, if that is given."""
         if self._pack is not None and native_for(x_TK):
-            return self._multiply(x_TK, "x", self.in_features, self.out_features, transposed=False)
+            return self._multiply(x_TK, "x", self.in_features, self.out_features, transposed=False, y=out)
         if dispatch.batch_invariant():
-            return triton_or_reference(x_TK, _linear_reference)(x_TK, self.unpacked(), self.bias)
-        return F.linear(x_TK, self.unpacked(), self.bias)
+            y_TN = triton_or_reference(x_TK, _linear_reference)(x_TK, self.unpacked(), self.bias)
+        else:
+            y_TN = F.linear(x_TK, self.unpacked(), self.bias)
+        return y_TN if out is None else out.copy_(y_TN)
 
     def backward_input(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """dx [T, K] of dy [T, N], in dy's dtype, which is the weight's; dy's row stride is free."""
@@ -131,7 +134,15 @@ class PackedLinear:
             return triton_or_reference(dy_TN, _input_gradient_reference)(dy_TN, self.unpacked())
         return dy_TN @ self.unpacked()
 
-    def _multiply(self, x: torch.Tensor, name: str, into: int, out: int, transposed: bool) -> torch.Tensor:
+    def _multiply(
+        self,
+        x: torch.Tensor,
+        name: str,
+        into: int,
+        out: int,
+        transposed: bool,
+        y: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         pack = self._pack
         assert pack is not None and dispatch.native is not None
         M, width = x.shape
@@ -140,7 +151,11 @@ class PackedLinear:
                 f"{name} is {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()}, "
                 f"expected {self.dtype} [T, {into}] with contiguous rows"
             )
-        y = torch.empty((M, out), dtype=self.dtype)
+        if y is None:
+            y = torch.empty((M, out), dtype=self.dtype)
+        else:
+            fits = y.shape == (M, out) and y.dtype is self.dtype and y.is_contiguous()
+            require(fits, f"out is not contiguous {self.dtype} of shape {(M, out)}")
         bias = 0 if transposed or self.bias is None else self.bias.data_ptr()
         dispatch.native.linear(
             DTYPE_CODES[self.dtype], transposed, x.data_ptr(), x.stride(0), M, pack.data_ptr(),

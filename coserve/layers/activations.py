@@ -95,6 +95,12 @@ class LayerActivations:
             elif buffer is not None:
                 buffer[stream] = value
 
+    def place(self, name: str, stream: slice) -> torch.Tensor | None:
+        """Where whoever makes tokens `stream` of a buffer may put them, so that nothing is left to keep; None
+        where `keep` has to be asked."""
+        buffer: torch.Tensor | None = getattr(self, name)
+        return None if self.recomputes or buffer is None else buffer[stream]
+
     def rows(self, stream: slice) -> LayerActivations:
         """Tokens `stream` of everything but keys and values, to be completed by a recomputation."""
         views = {}

@@ -39,9 +39,11 @@ class AdaptedLinear:
             end += len(part)
         self._columns = tuple((module, columns.start) for module, columns in self.parts)
 
-    def forward(self, x_TK: torch.Tensor, lora: LoraBatch | None, layer: int) -> torch.Tensor:
-        """y [T, sum of N_m] of x [T, K], every row with its adapter."""
-        y_TN = self.packed.forward(x_TK)
+    def forward(
+        self, x_TK: torch.Tensor, lora: LoraBatch | None, layer: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """y [T, sum of N_m] of x [T, K], every row with its adapter; in `out` if that is given."""
+        y_TN = self.packed.forward(x_TK, out)
         if lora is not None and any(lora.adapts(module, layer) for module, _ in self._columns):
             group = lora.pool.group(self._columns, layer)
             lora_forward_(y_TN, x_TK, group, lora.segments, lora.ranks(layer), lora.dropout)

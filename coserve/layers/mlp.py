@@ -28,9 +28,13 @@ class MLP:
 
     def forward_gate_up(self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int) -> torch.Tensor:
         """The forward as far as its backward needs it: gate and up [T, 2I], kept of the training rows."""
-        gate_up_T2I = self.gate_up.forward(x_TH, batch.lora, layer)
-        for window in batch.windows:
-            window.saved.layer(layer).keep(window.stream, gate_up_T2I=gate_up_T2I[window.batch_rows])
+        alone = batch.inference is None and len(batch.windows) == 1
+        window = batch.windows[0] if alone else None
+        place = None if window is None else window.saved.layer(layer).place("gate_up_T2I", window.stream)
+        gate_up_T2I = self.gate_up.forward(x_TH, batch.lora, layer, place)
+        if place is None:
+            for window in batch.windows:
+                window.saved.layer(layer).keep(window.stream, gate_up_T2I=gate_up_T2I[window.batch_rows])
         return gate_up_T2I
 
     def backward(

@@ -134,3 +134,15 @@ def test_wrong_input_is_refused(isa: str, dtype: torch.dtype) -> None:
         linear.rows(torch.zeros(2, dtype=torch.int32))
     with pytest.raises(ValueError, match="bias"):
         PackedLinear(torch.randn(8, 6).to(dtype), torch.randn(7).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_writes_where_it_is_told(dtype: torch.dtype) -> None:
+    linear = PackedLinear(torch.randn(50, 30).to(dtype), torch.randn(50).to(dtype))
+    x, out = torch.randn(7, 30).to(dtype), torch.zeros(9, 50, dtype=dtype)
+    for backend in ("auto", "reference"):
+        with use_backend(backend):
+            assert linear.forward(x, out[1:8]).data_ptr() == out[1:8].data_ptr()
+            assert torch.equal(out[1:8], linear.forward(x)) and not out[0].any() and not out[8].any()
+    with pytest.raises(ValueError, match="out is not"):
+        linear.forward(x, out)

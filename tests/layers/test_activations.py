@@ -104,3 +104,15 @@ def test_rows_under_recomputation_hold_what_comes_and_leave_the_buffers_alone() 
     rows.keep(slice(2, 5), q_TND=made)
     assert rows.q_TND is made and whole.q_TND is None
     assert torch.equal(rows.x_in_TH, torch.ones(3, 48)) and rows.k_TND is whole.k_TND
+
+
+def test_a_producer_may_write_into_the_buffer_itself_unless_it_recomputes() -> None:
+    saved, _, _ = make((CONFIG, 1, 7, torch.float32, 0))
+    whole = saved.layer(0)
+    place = whole.place("gate_up_T2I", slice(2, 5))
+    assert place is not None
+    place.fill_(3.0)
+    assert whole.gate_up_T2I is not None and float(whole.gate_up_T2I.sum()) == 3.0 * 3 * 2 * 88
+    assert whole.rows(slice(2, 5)).place("gate_up_T2I", slice(2, 5)) is None
+    whole.gate_up_T2I = None
+    assert whole.place("gate_up_T2I", slice(2, 5)) is None
