@@ -172,7 +172,12 @@ static void linear(int64_t dtype, int64_t transposed, const void* a, int64_t a_s
 #if defined(__AMX_BF16__)
   product<AmxTile>(op);
 #elif defined(__AVX512BF16__)
-  product<PairTile>(op);
+  if (transposed || M <= 6 || M > 12)
+    product<PairTile<6, 4>>(op);
+  else if (M <= 8)
+    product<PairTile<8, 3>>(op);
+  else
+    product<PairTile<12, 2>>(op);
 #else
   product<FloatTile>(op);
 #endif

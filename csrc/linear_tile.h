@@ -44,6 +44,12 @@ static inline void tile_of_rows(int64_t rows, const S& s) {
     case 4: if constexpr (Tile::ROWS >= 4) return Tile::template run<4, P>(s); break;
     case 5: if constexpr (Tile::ROWS >= 5) return Tile::template run<5, P>(s); break;
     case 6: if constexpr (Tile::ROWS >= 6) return Tile::template run<6, P>(s); break;
+    case 7: if constexpr (Tile::ROWS >= 7) return Tile::template run<7, P>(s); break;
+    case 8: if constexpr (Tile::ROWS >= 8) return Tile::template run<8, P>(s); break;
+    case 9: if constexpr (Tile::ROWS >= 9) return Tile::template run<9, P>(s); break;
+    case 10: if constexpr (Tile::ROWS >= 10) return Tile::template run<10, P>(s); break;
+    case 11: if constexpr (Tile::ROWS >= 11) return Tile::template run<11, P>(s); break;
+    case 12: if constexpr (Tile::ROWS >= 12) return Tile::template run<12, P>(s); break;
   }
 }
 
@@ -104,10 +110,12 @@ struct FloatTile {
 };
 
 #if defined(__AVX512BF16__)
-// bf16 on vdpbf16ps: every element is one chain of dot products over ascending pairs of k.
+// bf16 on vdpbf16ps: every element is one chain of dot products over ascending pairs of k. 24 sums in all: six rows of
+// four panels, or more rows of fewer, so that a batch which is decoded reads the weights once.
+template <int MOST_ROWS, int MOST_PANELS>
 struct PairTile {
   typedef bf16 Element;
-  static constexpr int ROWS = 6, PANELS = 4;
+  static constexpr int ROWS = MOST_ROWS, PANELS = MOST_PANELS;
   static constexpr int64_t STEP = 2, DEPTH = 256, UNCUT[2] = {1024, 512};
 
   void multiply(int64_t rows, int64_t panels, const TileStep<bf16, bf16>& s) const {
@@ -117,7 +125,7 @@ struct PairTile {
   template <int R, int P>
   static inline void run(const TileStep<bf16, bf16>& s) {
     __m512 sum[R][P];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++)
@@ -129,7 +137,7 @@ struct PairTile {
       __m512bh column[P];
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) column[p] = (__m512bh)_mm512_loadu_si512(b + p * b_stride);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int r = 0; r < R; r++) {
         int32_t two;
         memcpy(&two, a + r * a_stride, sizeof two);
@@ -138,7 +146,7 @@ struct PairTile {
         for (int p = 0; p < P; p++) sum[r][p] = _mm512_dpbf16_ps(sum[r][p], x, column[p]);
       }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) finish_vector(s, r, p * PANEL, (vf)sum[r][p]);

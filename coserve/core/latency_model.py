@@ -13,6 +13,7 @@ from collections import deque
 
 KNEES = (16, 64, 256)  # tokens of a step
 STRATA = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+TOKEN_STEP = 8  # of a prompt's part
 KEEP = 0.95  # of a stratum's sums at each of its observations, so it follows a machine that drifts
 SOLVE_EVERY, EARLY = 8, 64
 RIDGE = 1e-6
@@ -136,15 +137,16 @@ class LatencyModel:
 
     def tokens_within(self, seconds: float, tokens: int, context_tokens: int) -> int:
         """How many more tokens a step of `tokens` and `context_tokens` takes within `seconds` in all; 0 where
-        it takes as long already. A power of two or three halves of one, so not the last token."""
-        fitting, size = 0, 2
-        while size <= STRATA[-1]:
-            for more in (size, size + size // 2):
-                if self.predict_inference(tokens + more, context_tokens + more) > seconds:
-                    return fitting
-                fitting = more
-            size *= 2
-        return fitting
+        it takes as long already. A multiple of `TOKEN_STEP`."""
+        least, beyond = 0, STRATA[-1] // TOKEN_STEP + 1
+        while beyond - least > 1:
+            middle = (least + beyond) // 2
+            more = middle * TOKEN_STEP
+            if self.predict_inference(tokens + more, context_tokens + more) > seconds:
+                beyond = middle
+            else:
+                least = middle
+        return least * TOKEN_STEP
 
     @property
     def guard(self) -> float:

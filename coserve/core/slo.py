@@ -11,9 +11,9 @@ AUTO_FLOOR = 0.012  # seconds between tokens below which no reader sees a differ
 PROBE_EVERY = 16  # steps with inference between two that carry no training, to see it alone
 AUTO_GUARD = 0.1  # most of the model's error that counts then: half of what the ratio leaves
 SAFETY = 0.9  # of an explicit target
-PROMPT_RATIO = 2.5  # of the decoding rows' own time, that a step with a part of a prompt may take
+PROMPT_RATIO = 3.0  # of the decoding rows' own time, that a step with a part of a prompt may take
 PATIENCE = 0.5  # seconds without a first token
-MOST_LATE = 3.0  # times that much, and the gaps grow no longer
+MOST_LATE = 2.5  # times that much, and the gaps grow no longer
 LEAST_PROMPT_TOKENS = 16  # of a step, so that prompts move whatever the target
 
 
