@@ -127,7 +127,9 @@ class Scheduler:
         if plan.preempted:
             # A span planned before its request was preempted in favour of an earlier one.
             plan.inference = [s for s in plan.inference if s.request.status is RequestStatus.RUNNING]
-        return budget if prompts else min(budget, self._prompt_tokens(plan, now))
+        if prompts or not self.waiting:
+            return budget
+        return min(budget, self._prompt_tokens(plan, now))
 
     def _prompt_tokens(self, plan: StepPlan, now: float) -> int:
         """Prompt tokens of a step: so many that those who decode in it keep their target."""
