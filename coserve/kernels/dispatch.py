@@ -24,6 +24,7 @@ from coserve.errors import ConfigError
 Operation = TypeVar("Operation", bound=Callable[..., Any])
 Backend = Literal["reference", "auto", "triton"]
 ISA_LEVELS = ("plain", "avx2", "avx512", "avx512bf16", "amx")
+CPU = torch.device("cpu")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -165,13 +166,13 @@ def require_flat(param: torch.Tensor, /, **others: torch.Tensor) -> None:
         )
 
 
-def require_index(dtype: torch.dtype, **tensors: torch.Tensor) -> None:
-    """Each tensor must be a contiguous CPU tensor of the integer `dtype`."""
+def require_index(dtype: torch.dtype, device: torch.device = CPU, /, **tensors: torch.Tensor) -> None:
+    """Each tensor must be contiguous, of the integer `dtype`, on `device`."""
     for name, tensor in tensors.items():
-        if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
+        if tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
             raise ValueError(
                 f"{name} is {tensor.dtype} of strides {tensor.stride()} on {tensor.device}, "
-                f"expected contiguous {dtype} on the CPU"
+                f"expected contiguous {dtype} on {device}"
             )
 
 

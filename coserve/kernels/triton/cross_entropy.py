@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from coserve.kernels.cross_entropy import TokenScores
-from coserve.kernels.dispatch import require
+from coserve.kernels.dispatch import require, require_index
 from coserve.kernels.triton.aot import AotCase
-from coserve.kernels.triton.support import cdiv, require_dense, require_index
+from coserve.kernels.triton.support import cdiv, require_dense
 from coserve.kernels.triton.tuning import Tuned
 
 

@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from coserve.kernels.dispatch import require
+from coserve.kernels.dispatch import require, require_index
 from coserve.kernels.triton.aot import AotCase
-from coserve.kernels.triton.support import require_index, require_rows, require_same
+from coserve.kernels.triton.support import require_rows, require_same
 from coserve.kernels.triton.tuning import Tuned
 
 

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from coserve.kernels.dispatch import require
+from coserve.kernels.dispatch import require, require_index
 from coserve.kernels.dropout import Dropout
 from coserve.kernels.lora import TILE
 from coserve.kernels.triton.aot import AotCase
@@ -31,14 +31,7 @@ from coserve.kernels.triton.lora_shrink import (
     project_part,
     whole,
 )
-from coserve.kernels.triton.support import (
-    cdiv,
-    next_power_of_2,
-    require_dense,
-    require_index,
-    require_rows,
-    require_same,
-)
+from coserve.kernels.triton.support import cdiv, next_power_of_2, require_dense, require_rows, require_same
 from coserve.kernels.triton.tuning import Tuned
 
 MAX_BLOCK_R = 64

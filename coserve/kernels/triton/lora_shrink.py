@@ -20,12 +20,12 @@ import torch
 import triton
 import triton.language as tl
 
-from coserve.kernels.dispatch import require
+from coserve.kernels.dispatch import require, require_index
 from coserve.kernels.dropout import Dropout
 from coserve.kernels.lora import LoraSegments
 from coserve.kernels.triton.aot import AotCase
 from coserve.kernels.triton.dropout import kept, threshold_of
-from coserve.kernels.triton.support import cdiv, next_power_of_2, require_index
+from coserve.kernels.triton.support import cdiv, next_power_of_2
 from coserve.kernels.triton.tuning import Tuned
 
 MAX_RANK = 256

@@ -12,12 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from coserve.kernels.dispatch import require
+from coserve.kernels.dispatch import require, require_index
 from coserve.kernels.norm_rope_store import CacheSlots, HeadNorms
 from coserve.kernels.triton.aot import AotCase
 from coserve.kernels.triton.kv_store import check_caches
 from coserve.kernels.triton.rope import check_tables
-from coserve.kernels.triton.support import cdiv, next_power_of_2, require_dense, require_index
+from coserve.kernels.triton.support import cdiv, next_power_of_2, require_dense
 from coserve.kernels.triton.tuning import Tuned
 
 

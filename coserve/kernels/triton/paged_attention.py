@@ -16,16 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from coserve.kernels.dispatch import require
+from coserve.kernels.dispatch import require, require_index
 from coserve.kernels.triton.aot import AotCase
 from coserve.kernels.triton.attention_tile import attend, join, settings_for, tuned_by_dim
-from coserve.kernels.triton.support import (
-    cdiv,
-    next_power_of_2,
-    require_index,
-    require_rows,
-    require_same,
-)
+from coserve.kernels.triton.support import cdiv, next_power_of_2, require_rows, require_same
 from coserve.kernels.triton.tuning import Tuned
 
 SPLIT = 512  # keys

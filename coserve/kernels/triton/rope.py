@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from coserve.kernels.dispatch import require
+from coserve.kernels.dispatch import require, require_index
 from coserve.kernels.triton.aot import AotCase
-from coserve.kernels.triton.support import cdiv, next_power_of_2, require_index, require_rows
+from coserve.kernels.triton.support import cdiv, next_power_of_2, require_rows
 from coserve.kernels.triton.tuning import Tuned
 
 

@@ -31,13 +31,3 @@ def require_rows(**tensors: torch.Tensor) -> None:
     for name, tensor in tensors.items():
         inner = tensor[0] if len(tensor) else tensor
         require(inner.is_contiguous(), f"{name} of strides {tensor.stride()} is not contiguous in its rows")
-
-
-def require_index(dtype: torch.dtype, device: torch.device, **tensors: torch.Tensor) -> None:
-    """Each tensor is contiguous, of the integer `dtype`, on `device`."""
-    for name, tensor in tensors.items():
-        require(
-            tensor.dtype == dtype and tensor.device == device and tensor.is_contiguous(),
-            f"{name} is {tensor.dtype} of strides {tensor.stride()} on {tensor.device}, "
-            f"expected contiguous {dtype} on {device}",
-        )
