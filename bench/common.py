@@ -20,7 +20,11 @@ from typing import Any
 
 import made_tokenizer
 
-from coserve.config import ALLOCATOR, EngineConfig
+# A program's own folder comes first on the path, and has a coserve.py: the package must be found before it.
+HERE = str(Path(__file__).resolve().parent)
+sys.path[:] = [*(place for place in sys.path if place != HERE), HERE]
+
+from coserve.config import ALLOCATOR, EngineConfig  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path.home() / ".cache" / "coserve-bench"  # models and peers' environments, made once

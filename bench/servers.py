@@ -8,13 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import vllm_peer
 from http_load import completion, free_port, request_body
 
+ROOT = Path(__file__).resolve().parents[1]  # to run in: bench/ has a coserve.py that is not the package
 MODEL = "bench"  # the base's name in requests
 MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_STEP_TOKENS, KV_GIB = 4096, 64, 2048, 1
 READY_WITHIN = 600.0  # seconds
@@ -24,6 +25,18 @@ SHARED = (
     *("--max-num-batched-tokens", str(MAX_STEP_TOKENS)),
     "--no-enable-prefix-caching",  # prompts repeat between rounds
 )
+
+
+def proportional_memory(processes: Iterable[int]) -> int:
+    """Bytes (PSS) that these processes hold; those that have ended hold none."""
+    total = 0
+    for process in processes:
+        try:
+            text = Path(f"/proc/{process}/smaps_rollup").read_text()
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        total += sum(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("Pss:"))
+    return total
 
 
 class Server:
@@ -36,7 +49,7 @@ class Server:
         self._log = Path(log)
         began = time.perf_counter()
         self._process = subprocess.Popen(
-            command, env=environment, stdout=descriptor, stderr=descriptor, start_new_session=True
+            command, env=environment, stdout=descriptor, stderr=descriptor, start_new_session=True, cwd=ROOT
         )
         os.close(descriptor)
         try:
@@ -77,14 +90,7 @@ class Server:
 
     def memory(self) -> int:
         """Bytes of all its processes together, shared pages counted once (PSS)."""
-        total = 0
-        for process in self.processes():
-            try:
-                text = Path(f"/proc/{process}/smaps_rollup").read_text()
-            except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue
-            total += sum(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("Pss:"))
-        return total
+        return proportional_memory(self.processes())
 
     def processor_seconds(self) -> float:
         """Processor time of all its processes so far."""
