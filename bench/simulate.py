@@ -1,10 +1,11 @@
-"""The scheduler on a simulated device: latency, training share and queue over an arrival trace, at several
+"""The scheduler on a simulated device: latency, training's share and queue over an arrival trace, at several
 loads.
 
-`coserve/core` as it is, on a roofline of this CPU (`--device cpu`) or of an H200, for the 0.5B, 1B, 8B or
-70B shape. Saturation is measured first, by the same simulator; then each load runs three ways: requests
-alone, training alone, both. `eta` is the part of training alone that is kept beside requests; `U` adds the
-part of saturation that is served.
+`coserve/core` as it is, on a roofline of two CPU cores (`--device cpu`) or of an H200, for the 0.5B, 1B, 8B
+or 70B shape. Saturation is measured first, by the same simulator; then each load runs three ways: requests
+alone, training alone, both. `eta` is the part of training alone that is kept beside requests; `u` adds the
+part of saturation that is served; `rho` is ITL p99 over that of requests alone; `goodput` the part of the
+requests within their target.
 """
 
 from __future__ import annotations
@@ -12,18 +13,39 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import common
 import traces
-from simulator import DEVICES, SHAPES, Outcome, Simulator, TrainingJob, saturation
+from simulation.device import DEVICES, SHAPES
+from simulation.plots import Column, draw
+from simulation.server import Outcome, Simulator, TrainingJob, saturation
 
-from coserve.core.slo import LatencyTargets
+from coserve.core.slo import AUTO_FLOOR, AUTO_RATIO, LatencyTargets
+from coserve.errors import ConfigError
 
 LOADS = (0.25, 0.5, 0.75, 0.95)
-SATURATING = 500  # requests
-CAPS = {"cpu": (512, 128), "h200": (8192, 1024)}  # prompt and output tokens, so that a trace fits the device
+SATURATING = 2000  # requests of the flood at most
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a device is given to do: the longest prompt and output (tokens) so that a trace fits it, a job's
+    microbatches, the seconds of a run."""
+
+    prompt: int
+    output: int
+    microbatch: int
+    seconds: float
+
+
+PRESETS = {
+    "cpu": Preset(512, 128, 512, 600.0),
+    "h200": Preset(8192, 1024, 2048, 120.0),
+    "4xh200": Preset(8192, 1024, 2048, 120.0),
+}
 
 
 def options() -> argparse.Namespace:
@@ -33,23 +55,49 @@ def options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one load, a short trace")
     parser.add_argument("--device", choices=sorted(DEVICES), default="cpu")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="0.5b")
-    parser.add_argument("--trace", default="azure", help="azure, mooncake, servegen, poisson or bursty")
-    parser.add_argument("--seconds", type=float, default=600.0, help="simulated time of each run")
+    names = "azure, mooncake, servegen, poisson, bursty, or a .csv or .jsonl file"
+    parser.add_argument("--trace", default="azure", help=names)
+    parser.add_argument("--seconds", type=float, default=0.0, help="simulated time of a run (0: by device)")
+    parser.add_argument("--prompt-tokens", type=int, default=0, help="longest prompt (0: by device)")
+    parser.add_argument("--output-tokens", type=int, default=0, help="longest output (0: by device)")
     parser.add_argument("--slo-tpot-ms", type=float, default=0.0, help="0: automatic")
+    parser.add_argument("--slo-tpot-ratio", type=float, help="of TPOT p50 of requests alone at the same load")
     parser.add_argument("--slo-ttft-ms", type=float, default=0.0)
     parser.add_argument("--adapters", type=int, default=0, help="adapters that requests draw from (Zipf)")
+    parser.add_argument("--max-loras", type=int, default=16, help="of them on the device")
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--units-beside", type=int, help="backward units beside a forward")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--plot", type=Path, help="write a PNG of latency, share and queue over time")
+    parser.add_argument("--plot", type=Path, help="write a PNG of latencies, share and queue")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    how = parser.parse_args()
+    preset = PRESETS[how.device]
+    how.seconds = how.seconds or preset.seconds
+    if how.quick:
+        how.seconds = min(how.seconds, 60.0)
+    how.prompt_tokens = how.prompt_tokens or preset.prompt
+    how.output_tokens = how.output_tokens or preset.output
+    if how.slo_tpot_ms and how.slo_tpot_ratio:
+        parser.error("--slo-tpot-ms and --slo-tpot-ratio: give one of the two")
+    return how
 
 
-def simulator(how: argparse.Namespace, jobs: int) -> Simulator:
-    """A fresh server."""
-    targets = LatencyTargets(ttft=how.slo_ttft_ms / 1e3, tpot=how.slo_tpot_ms / 1e3)
-    work = [TrainingJob(f"job-{index}") for index in range(jobs)]
-    device, shape = DEVICES[how.device], SHAPES[how.shape]
-    return Simulator(device, shape, targets=targets, jobs=work, adapters=how.adapters, seed=how.seed)
+def simulator(how: argparse.Namespace, jobs: int, tpot: float = 0.0) -> Simulator:
+    """A fresh server with a TPOT target in seconds."""
+    device = DEVICES[how.device]
+    if how.units_beside is not None:
+        device = replace(device, units_beside=how.units_beside)
+    tokens = PRESETS[how.device].microbatch
+    return Simulator(
+        device,
+        SHAPES[how.shape],
+        targets=LatencyTargets(ttft=how.slo_ttft_ms / 1e3, tpot=tpot),
+        jobs=[TrainingJob(f"job-{index}", tokens) for index in range(jobs)],
+        adapters=how.adapters,
+        max_loras=how.max_loras,
+        max_num_seqs=how.max_num_seqs,
+        seed=how.seed,
+    )
 
 
 def describe(outcome: Outcome) -> dict[str, Any]:
@@ -64,7 +112,7 @@ def describe(outcome: Outcome) -> dict[str, Any]:
         "requests_per_second": len(outcome.served) / outcome.seconds,
         "trained_tokens_per_second": sum(outcome.trained_tokens.values()) / outcome.seconds,
         "ttft_ms_p50_p99": quantiles(outcome.ttfts),
-        "tpot_ms_p50_p99": quantiles([s.tpot for s in outcome.served if s.tpot is not None]),
+        "tpot_ms_p50_p99": quantiles(outcome.tpots),
         "itl_ms_p50_p99": quantiles(outcome.gaps),
         "wait_ms_p50_p99": quantiles(outcome.waits),
         "model_error_p95": outcome.quantile(outcome.errors, 0.95),
@@ -74,74 +122,63 @@ def describe(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def measure(how: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[float, Outcome]]:
-    """Rows of all runs, and the outcomes with both kinds of work, by load."""
-    caps = CAPS[how.device]
-    arrivals = traces.capped(traces.load(how.trace, max(how.seconds, 3600.0), how.seed), *caps)
+def measure(how: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Column]]:
+    """Rows of all runs, and what the plot shows of them."""
+    caps = how.prompt_tokens, how.output_tokens
+    arrivals = traces.load(how.trace, max(how.seconds, 3600.0), how.seed, *caps)
+    arrivals = traces.capped(arrivals, *caps)
     limit = saturation(simulator(how, 0), arrivals[:SATURATING])
-    rows: list[dict[str, Any]] = []
-    both: dict[float, Outcome] = {}
     alone = describe(simulator(how, how.jobs).run([], how.seconds))
-    rows.append({"load": 0.0, "arrangement": "training alone", **alone})
+    rows: list[dict[str, Any]] = [{"load": 0.0, "arrangement": "training alone", **alone}]
+    columns: list[Column] = []
     for load in (0.5,) if how.quick else LOADS:
         shaped = traces.at_rate(arrivals, load * limit, how.seconds)
-        serving = describe(simulator(how, 0).run(shaped, how.seconds))
-        rows.append({"load": load, "arrangement": "requests alone", **serving})
-        both[load] = simulator(how, how.jobs).run(shaped, how.seconds)
-        row = {"load": load, "arrangement": "both", **describe(both[load])}
+        serving = simulator(how, 0).run(shaped, how.seconds)
+        middle = serving.quantile(serving.tpots, 0.5)
+        asked = middle * how.slo_tpot_ratio if how.slo_tpot_ratio else how.slo_tpot_ms / 1e3
+        # The automatic target promises each step a ratio; requests are held to it at the alone run's p99.
+        target = asked or max(AUTO_FLOOR, AUTO_RATIO * serving.quantile(serving.tpots, 0.99))
+        both = simulator(how, how.jobs, asked).run(shaped, how.seconds)
+        columns.append(Column(load, serving, both, target))
+        pair = [
+            {
+                "load": load,
+                "arrangement": name,
+                "target_tpot_ms": round(target * 1e3, 3),
+                "goodput": outcome.goodput(target, how.slo_ttft_ms / 1e3 or float("inf")),
+                **describe(outcome),
+            }
+            for name, outcome in (("requests alone", serving), ("both", both))
+        ]
+        row = pair[1]
         row["eta"] = row["trained_tokens_per_second"] / alone["trained_tokens_per_second"]
         row["u"] = row["eta"] + row["requests_per_second"] / limit
-        row["rho"] = row["itl_ms_p50_p99"][1] / max(serving["itl_ms_p50_p99"][1], 1e-9)
-        rows.append(row)
+        row["rho"] = row["itl_ms_p50_p99"][1] / max(pair[0]["itl_ms_p50_p99"][1], 1e-9)
+        rows += pair
         print(
-            f"load {load:.2f}: eta {row['eta']:.2f}, U {row['u']:.2f}, rho {row['rho']:.2f}, "
-            f"ITL p50/p99 {row['itl_ms_p50_p99']}, TTFT {row['ttft_ms_p50_p99']} ms",
+            f"load {load:.2f}: U {row['u']:.2f}, eta {row['eta']:.2f}, rho {row['rho']:.2f}, goodput "
+            f"{row['goodput']:.3f} ({pair[0]['goodput']:.3f} alone) at {row['target_tpot_ms']} ms, "
+            f"TPOT {row['tpot_ms_p50_p99']}, ITL {row['itl_ms_p50_p99']}, TTFT {row['ttft_ms_p50_p99']} ms",
             file=sys.stderr,
         )
-    return rows, both
-
-
-def plot(path: Path, both: dict[float, Outcome], title: str) -> None:
-    """Step length, training's share and the queue over simulated time, a column for each load."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        3, len(both), figsize=(4 * len(both), 7), squeeze=False, sharex=True, sharey="row"
-    )
-    for column, (load, outcome) in enumerate(both.items()):
-        moments = [sample.time for sample in outcome.samples]
-        series = (
-            ("step, ms", [sample.step * 1e3 for sample in outcome.samples]),
-            ("training's share", [sample.share for sample in outcome.samples]),
-            ("requests", [sample.running + sample.waiting for sample in outcome.samples]),
-        )
-        for row, (label, values) in enumerate(series):
-            axes[row][column].plot(moments, values, linewidth=0.6)
-            axes[row][0].set_ylabel(label)
-        axes[0][column].set_title(f"load {load:.0%}")
-        axes[2][column].set_xlabel("seconds")
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    return rows, columns
 
 
 def main() -> None:
-    """Measure and write the result."""
+    """Measure and write the result; 2 for a trace that can't be read or a model that doesn't fit."""
     how = options()
-    if how.quick:
-        how.seconds = min(how.seconds, 60.0)
     began = time.perf_counter()
-    rows, both = measure(how)
+    try:
+        rows, columns = measure(how)
+    except (traces.TraceError, ConfigError) as error:
+        print(f"simulate: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
     took = time.perf_counter() - began
     half = next(row for row in rows if row["arrangement"] == "both" and row["load"] == 0.5)
     title = f"{how.shape} on {how.device}, {how.trace} arrivals"
     if how.plot:
-        plot(how.plot, both, title)
+        draw(how.plot, columns, f"Simulated: {title}")
     mine, peer = half["trained_tokens_per_second"], rows[0]["trained_tokens_per_second"]
-    prompt, output = CAPS[how.device]
     headline = {
         "what": f"simulated: trained tokens/s beside requests at half load; {title}; peer: training alone",
         "coserve": mine,
@@ -149,11 +186,17 @@ def main() -> None:
         "unit": "tokens/s",
         "ratio": mine / peer,
         "spread": [mine / peer, mine / peer],
-        "load": {"trace": how.trace, "of_saturation": 0.5, "prompt_tokens": prompt, "output_tokens": output},
+        "load": {
+            "trace": how.trace,
+            "of_saturation": 0.5,
+            "prompt_tokens": how.prompt_tokens,
+            "output_tokens": how.output_tokens,
+        },
     }
     settings = {name: str(value) for name, value in vars(how).items()}
-    simulated = {"settings": settings, "wall_seconds": took}
-    common.write("simulate", how.out, {"headline": headline, "rows": rows, **simulated})
+    simulated = how.seconds * (1 + 2 * len(columns))
+    pace = {"settings": settings, "wall_seconds": took, "simulated_seconds_per_second": simulated / took}
+    common.write("simulate", how.out, {"headline": headline, "rows": rows, **pace})
 
 
 if __name__ == "__main__":

@@ -24,8 +24,19 @@ MOONCAKE_BLOCK = 512  # tokens of a prefix block with one hash
 SERVEGEN_WINDOW, SERVEGEN_LENGTHS = 600.0, 21600  # seconds that a row of rates, a table of lengths stand for
 
 
+AZURE_COLUMNS = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
+AZURE_FORMAT = f"a CSV with the header {','.join(AZURE_COLUMNS)}, an ISO time and two counts of tokens a line"
+MOONCAKE_FORMAT = (
+    "a JSON object a line with timestamp (ms), input_length and output_length (tokens), and hash_ids (a list)"
+)
+SERVEGEN_FORMAT = (
+    "six fields a line: window's start (s), rate, coefficient of variation, Gamma or Weibull (empty: nothing "
+    "arrives), its two parameters; and a chunk-N-dataset.json with lengths for each window of 21600 s"
+)
+
+
 class TraceError(ValueError):
-    """A trace file isn't what its format says; names file and line."""
+    """A trace file is absent or isn't what its format says; names file and line, and what was expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,32 +53,32 @@ class Arrival:
 
 def azure(path: Path = AZURE) -> list[Arrival]:
     """Azure's CSV: TIMESTAMP, ContextTokens, GeneratedTokens."""
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))
-    if not rows or rows[0] != ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]:
-        raise TraceError(f"{path.name} line 1: expected the header TIMESTAMP,ContextTokens,GeneratedTokens")
-    found: list[Arrival] = []
-    start: datetime | None = None
-    for line, row in enumerate(rows[1:], 2):
+    found: list[tuple[datetime, int, int]] = []
+    rows = enumerate(csv.reader(_lines(path, AZURE_FORMAT)), 1)
+    if (first := next(rows, (1, []))[1]) != AZURE_COLUMNS:
+        raise _other(path, 1, AZURE_FORMAT, f"the header is {','.join(first)[:80]!r}")
+    for line, row in rows:
         try:
-            when = datetime.fromisoformat(row[0][:26])
-            start = start or when
-            found.append(Arrival((when - start).total_seconds(), int(row[1]), int(row[2])))
-        except (ValueError, IndexError) as error:
-            raise TraceError(f"{path.name} line {line}: {error}") from error
-    return found
+            when, prompt, output = row
+            found.append((datetime.fromisoformat(when[:26]), _length(prompt), _length(output)))
+        except ValueError as error:
+            raise _other(path, line, AZURE_FORMAT, error) from error
+    found.sort()
+    return [Arrival((when - found[0][0]).total_seconds(), prompt, output) for when, prompt, output in found]
 
 
 def mooncake(path: Path = MOONCAKE) -> list[Arrival]:
     """Mooncake's JSONL: timestamp (ms), input_length, output_length, hash_ids."""
     found = []
-    for line, text in enumerate(path.read_text().splitlines(), 1):
+    for line, text in enumerate(_lines(path, MOONCAKE_FORMAT), 1):
         try:
             row = json.loads(text)
-            lengths = int(row["input_length"]), int(row["output_length"])
-            found.append(Arrival(row["timestamp"] / 1e3, *lengths, prefix=tuple(row["hash_ids"])))
-        except (ValueError, KeyError, TypeError) as error:
-            raise TraceError(f"{path.name} line {line}: {error!r}") from error
+            lengths = _length(row["input_length"]), _length(row["output_length"])
+            found.append(Arrival(float(row["timestamp"]) / 1e3, *lengths, prefix=tuple(row["hash_ids"])))
+        except KeyError as error:
+            raise _other(path, line, MOONCAKE_FORMAT, f"{error} is absent") from error
+        except (ValueError, TypeError) as error:
+            raise _other(path, line, MOONCAKE_FORMAT, error) from error
     return sorted(found, key=lambda a: a.time)
 
 
@@ -83,15 +94,17 @@ def servegen(
         with trace.open(newline="") as file:
             windows = list(csv.reader(file))
         for line, row in enumerate(windows, 1):
-            if len(row) != 6:
-                raise TraceError(f"{trace.name} line {line}: {len(row)} fields, expected 6")
-            start = float(row[0])
-            if start + SERVEGEN_WINDOW <= begin or start >= begin + seconds or not row[3]:
-                continue
-            gap = _gap(row[3], float(row[4]), float(row[5]), draw)
-            prompt, output = lengths[int(start) // SERVEGEN_LENGTHS * SERVEGEN_LENGTHS]
-            time = start + gap()
-            while time < start + SERVEGEN_WINDOW:
+            try:
+                start, _, _, family, first, second = row
+                window = float(start)
+                if window + SERVEGEN_WINDOW <= begin or window >= begin + seconds or not family:
+                    continue
+                gap = _gap(family, float(first), float(second), draw)
+                prompt, output = lengths[int(window) // SERVEGEN_LENGTHS * SERVEGEN_LENGTHS]
+            except (ValueError, KeyError) as error:
+                raise _other(trace, line, SERVEGEN_FORMAT, error) from error
+            time = window + gap()
+            while time < window + SERVEGEN_WINDOW:
                 if begin <= time < begin + seconds:
                     found.append(Arrival(time - begin, prompt(draw), output(draw), client))
                 time += gap()
@@ -140,23 +153,51 @@ def at_rate(arrivals: Sequence[Arrival], rate: float, seconds: float) -> list[Ar
     return [replace(a, time=a.time * stretch) for a in found]
 
 
-def load(name: str, seconds: float, seed: int = 0) -> list[Arrival]:
-    """A trace by name: azure, mooncake, servegen, poisson or bursty. Where the published files are absent,
-    the first three are refused by name."""
+def load(name: str, seconds: float, seed: int = 0, prompt: int = 384, output: int = 96) -> list[Arrival]:
+    """A trace by name (azure, mooncake, servegen; poisson and bursty are generated, with at most `prompt` and
+    `output` tokens) or from a file of Azure's (.csv) or Mooncake's (.jsonl) format. TraceError: absent, or in
+    another format."""
     if name in ("poisson", "bursty"):
         cv = 1.0 if name == "poisson" else 3.0
-        return generated(1.0, seconds, prompt=256, output=64, cv=cv, seed=seed)
-    sources: dict[str, tuple[Path, Callable[[], list[Arrival]]]] = {
-        "azure": (AZURE, azure),
-        "mooncake": (MOONCAKE, mooncake),
-        "servegen": (SERVEGEN, lambda: servegen(seconds=seconds, seed=seed)),
-    }
-    if name not in sources:
-        raise TraceError(f"trace {name!r}: there are {', '.join([*sources, 'poisson', 'bursty'])}")
-    path, read = sources[name]
-    if not path.exists():
-        raise TraceError(f"trace {name!r}: {path} is absent; poisson and bursty are generated")
-    return read()
+        means = {"prompt": round(prompt / 1.5), "output": round(output / 1.5)}
+        return generated(1.0, seconds, cv=cv, seed=seed, **means)
+    if name == "servegen":
+        if not SERVEGEN.exists():
+            raise TraceError(f"trace servegen: {SERVEGEN} is absent; poisson and bursty are generated")
+        return servegen(seconds=seconds, seed=seed)
+    path = {"azure": AZURE, "mooncake": MOONCAKE}.get(name, Path(name))
+    readers: dict[str, Callable[[Path], list[Arrival]]] = {".csv": azure, ".jsonl": mooncake}
+    if path.suffix not in readers:
+        raise TraceError(
+            f"trace {name!r}: there are azure, mooncake, servegen, poisson, bursty, and files that end in "
+            f".csv ({AZURE_FORMAT}) or .jsonl ({MOONCAKE_FORMAT})"
+        )
+    found = readers[path.suffix](path)
+    if not found:
+        raise TraceError(f"{path}: the trace is empty")
+    return found
+
+
+def _lines(path: Path, form: str) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise TraceError(f"{path}: {error.strerror}; poisson and bursty are generated") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise _other(path, line, form, "not UTF-8 text") from error
+
+
+def _other(path: Path, line: int, form: str, what: object) -> TraceError:
+    return TraceError(f"{path} line {line}: {what}; expected {form}")
+
+
+def _length(value: object) -> int:
+    """Tokens, from a number or its text; ValueError for anything else."""
+    tokens = int(value) if isinstance(value, int | str) else -1
+    if tokens < 0:
+        raise ValueError(f"{value!r} is no count of tokens")
+    return tokens
 
 
 def _gap(family: str, first: float, second: float, draw: random.Random) -> Callable[[], float]:
@@ -164,15 +205,19 @@ def _gap(family: str, first: float, second: float, draw: random.Random) -> Calla
         return lambda: draw.gammavariate(first, second)
     if family == "Weibull":
         return lambda: draw.weibullvariate(second, first)
-    raise TraceError(f"arrival family {family!r}: there are Gamma and Weibull")
+    raise ValueError(f"arrival family {family!r}")
 
 
 def _servegen_lengths(path: Path) -> dict[int, tuple[Callable[[random.Random], int], ...]]:
-    tables = json.loads(path.read_text())
-    return {
-        int(window): tuple(_sampler(table[name]) for name in ("input_tokens", "output_tokens"))
-        for window, table in tables.items()
-    }
+    try:
+        return {
+            int(window): tuple(_sampler(table[name]) for name in ("input_tokens", "output_tokens"))
+            for window, table in json.loads("\n".join(_lines(path, SERVEGEN_FORMAT))).items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
+        if isinstance(error, TraceError):
+            raise
+        raise _other(path, 1, SERVEGEN_FORMAT, error) from error
 
 
 def _sampler(text: str) -> Callable[[random.Random], int]:

@@ -1,23 +1,46 @@
-"""A device made of arithmetic: runs a scheduler's plans under a clock of its own."""
+"""The simulated engine on a device that a test can work out by hand: a floor and a price per token."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+from simulation.engine import SimulatedEngine
+
 from coserve.core.adapter_slots import AdapterSlots
 from coserve.core.block_pool import BlockPool
-from coserve.core.latency_model import LatencyModel
 from coserve.core.prefix_cache import PrefixCache
 from coserve.core.request import Request
 from coserve.core.sampling_params import SamplingParams
-from coserve.core.scheduler import Scheduler, SchedulerLimits
+from coserve.core.scheduler import SchedulerLimits
 from coserve.core.slo import LatencyTargets
+from coserve.core.span import InferenceSpan, TrainingSpan
 from coserve.core.step_plan import StepPlan
 from coserve.core.training_sequence import TrainingPass, TrainingSequence, TrainingUnit
 
 STEP_FLOOR, PER_TOKEN, PER_UNIT_TOKEN = 3e-3, 1e-4, 1e-5
 
 
-class Simulation:
-    """Tokens are 0, 1, 2, ...; a step costs a floor plus a price per token."""
+class LinearCosts:
+    """A step with requests costs a floor; tokens, and those of a unit, have their price."""
+
+    layers = 2
+    overhead = 0.0
+    units_beside = 0
+
+    def forward(self, inference: Sequence[InferenceSpan], windows: Sequence[TrainingSpan]) -> float:
+        floor = STEP_FLOOR if inference else 0.0
+        return floor + PER_TOKEN * (sum(s.length for s in inference) + sum(s.length for s in windows))
+
+    def idle_arithmetic(self, inference: Sequence[InferenceSpan], windows: Sequence[TrainingSpan]) -> float:
+        return 0.0
+
+    def unit(self, kind: str, tokens: int, context: int) -> float:
+        return PER_UNIT_TOKEN * tokens * (2.0 if kind == "layer_c" else 1.0)
+
+
+class Simulation(SimulatedEngine):
+    """Requests' tokens are 0, 1, 2, ...; plans and their durations are kept."""
 
     def __init__(
         self,
@@ -30,14 +53,15 @@ class Simulation:
         tpot: float = 0.0,
         headroom: int = 4,
     ) -> None:
-        self.pool = BlockPool(blocks, PrefixCache() if prefix_caching else None)
-        self.model = LatencyModel()
         self.slots = AdapterSlots(64, 4)
-        limits = SchedulerLimits(max_num_seqs, max_tokens, block_size, headroom)
-        self.scheduler = Scheduler(
-            limits, self.pool, self.model, LatencyTargets(tpot=tpot), self._acquire, self._release
+        super().__init__(
+            LinearCosts(),
+            SchedulerLimits(max_num_seqs, max_tokens, block_size, headroom),
+            BlockPool(blocks, PrefixCache() if prefix_caching else None),
+            LatencyTargets(tpot=tpot),
+            self._acquire,
+            self.slots.release,
         )
-        self.now = 0.0
         self.plans: list[StepPlan] = []
         self.durations: list[float] = []
 
@@ -46,9 +70,6 @@ class Simulation:
             return False
         self.slots.acquire(key)
         return True
-
-    def _release(self, key: str) -> None:
-        self.slots.release(key)
 
     def request(
         self,
@@ -96,46 +117,23 @@ class Simulation:
                 passes.insert(0, TrainingPass(None, tuple(TrainingUnit("score", w) for w in widths)))
             sequences.append(
                 TrainingSequence(
-                    f"{name}/{index}", name, index, tokens, tuple(passes),
-                    level_slabs=level_slabs, head_slabs=head, window_tokens=window,
+                    f"{name}/{index}",
+                    name,
+                    index,
+                    tokens,
+                    tuple(passes),
+                    level_slabs=level_slabs,
+                    head_slabs=head,
+                    window_tokens=window,
                 )
             )
         self.scheduler.training.submit(name, sequences, priority)
         return sequences
 
-    def step(self) -> StepPlan:
-        """Schedule, pretend to run, commit."""
-        plan = self.scheduler.schedule(self.now)
-        inference, context = plan.inference_tokens, plan.context_tokens
-        seconds = STEP_FLOOR + PER_TOKEN * inference if plan.inference else 0.0
-        self.scheduler.commit(plan)
-        for span in plan.inference:
-            if span.samples and not span.request.finished and span.request.append(7) is not None:
-                self.scheduler.finish(span.request)
-        rows = sum(span.length for span in plan.training_forward)
-        if rows:
-            self.model.observe_unit("forward", rows, PER_TOKEN * rows)
-        else:
-            self.model.observe_inference(inference, context, seconds)
-        seconds += PER_TOKEN * rows
-        for span in plan.training_forward:
-            span.sequence.cursor += span.length
-            self.scheduler.training.release_head(span.sequence)
-            self.scheduler.training.charge(span.sequence.job_id, PER_TOKEN * span.length)
-        for span in plan.training_backward:
-            for index in range(span.start, span.start + span.length):
-                unit, kind = span.sequence.units[index], span.sequence.unit_kind(index)
-                cost = PER_UNIT_TOKEN * unit.tokens * (2.0 if kind == "layer_c" else 1.0)
-                self.model.observe_unit(kind, unit.tokens, cost)
-                self.scheduler.training.charge(span.sequence.job_id, cost)
-                seconds += cost
-            for _ in range(span.length):
-                span.sequence.pay_unit()
-            if span.sequence.done:
-                self.scheduler.training.release(span.sequence)
-        self.now += seconds
+    def step(self, next_arrival: float = math.inf) -> StepPlan:
+        plan = super().step(next_arrival)
         self.plans.append(plan)
-        self.durations.append(seconds)
+        self.durations.append(self.now - self.began)
         return plan
 
     def run(self, most: int = 2000) -> None:

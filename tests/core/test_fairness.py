@@ -54,7 +54,7 @@ class Jobs:
 @pytest.mark.parametrize("chat", [False, True])
 def test_seconds_go_by_weight_whatever_the_shapes(priorities: tuple[int, ...], chat: bool) -> None:
     """Alone, and beside chat whose target leaves less than the jobs could use."""
-    sim = Simulation(blocks=600, max_tokens=512, tpot=0.012)
+    sim = Simulation(blocks=6000, max_tokens=512, tpot=0.012)
     jobs = Jobs(sim)
     for (shape, priority), name in zip(zip(SHAPES, priorities, strict=True), "abc", strict=True):
         jobs.add(name, shape, priority)
