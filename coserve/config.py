@@ -18,6 +18,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     `dtype` is "auto" (fp32 for the demo model and fp32 checkpoints, else bf16), "float32" or "bfloat16".
     `kv_cache_memory_bytes` 0 derives the pool's size from `gpu_memory_utilization` of the free memory.
+    `max_num_queued_reqs` bounds the requests that wait for a place in a step; 0: any number may.
     `deterministic` asks a GPU for products whose rows don't depend on the batch; a CPU's never do.
     """
 
@@ -28,6 +29,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int = 0
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
+    max_num_queued_reqs: int = 0
     block_size: int = 16
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int = 0

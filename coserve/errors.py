@@ -10,8 +10,10 @@
     ├── NotFound                ── ModelNotFound
     ├── Conflict                the name exists, or the thing is busy
     ├── PayloadTooLarge / UnsupportedMediaType / MethodNotAllowed
-    ├── RateLimited             try again after `retry_after` seconds
+    ├── RateLimited             a key's limit; try again after `retry_after` seconds
+    │   └── TargetOutOfReach    the first token would come after its latency target
     ├── Unavailable             starting, draining, or the engine is being restarted
+    │   └── QueueFull           as many requests wait as may
     └── InternalError           a fault of ours
 
 `server/errors.py` maps the tree once to HTTP and once to gRPC. Messages name the field, line or flag and
@@ -151,6 +153,12 @@ class RateLimited(CoserveError):
         self.retry_after = retry_after
 
 
+class TargetOutOfReach(RateLimited):
+    """The requests ahead leave this one's first token no time within its class's target."""
+
+    default_code = "ttft_target_out_of_reach"
+
+
 class Unavailable(CoserveError):
     """The server can't take this now (starting, draining, engine restarting); may be retried."""
 
@@ -161,6 +169,12 @@ class Unavailable(CoserveError):
     ) -> None:
         super().__init__(message, param=param, code=code)
         self.retry_after = retry_after
+
+
+class QueueFull(Unavailable):
+    """As many requests wait as `--max-num-queued-reqs` allows."""
+
+    default_code = "queue_full"
 
 
 class InternalError(CoserveError):

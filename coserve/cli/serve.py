@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ def serve(
     max_model_len: flags.MaxModelLen = 0,
     max_num_seqs: flags.MaxNumSeqs = 256,
     max_num_batched_tokens: flags.MaxNumBatchedTokens = 2048,
+    max_num_queued_reqs: flags.MaxNumQueuedReqs = 0,
     block_size: flags.BlockSize = 16,
     gpu_memory_utilization: flags.GpuMemoryUtilization = 0.9,
     kv_cache_memory_bytes: flags.KvCacheMemory = "0",
@@ -64,6 +66,10 @@ def serve(
 def server_config(given: Mapping[str, Any]) -> ServerConfig:
     """The configuration that the flags' values describe; ConfigError names a flag that can't be honoured."""
     _check_files(given)
+    for name in ("slo_ttft_ms", "slo_tpot_ms"):
+        if not math.isfinite(given[name]):
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} {given[name]}: give milliseconds, or 0 for automatic.", param=name)
     directory, name = find_model(_one_model(given["model"], given["model_option"]))
     changed = {
         "model": str(directory),

@@ -24,6 +24,9 @@ Dtype = Annotated[str, typer.Option(metavar="auto|float32|bfloat16", help="Preci
 MaxModelLen = Annotated[int, typer.Option(min=0, help="Context in tokens; 0 is the model's own.")]
 MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Requests that run at the same time.")]
 MaxNumBatchedTokens = Annotated[int, typer.Option(min=16, help="Tokens of one step.")]
+MaxNumQueuedReqs = Annotated[
+    int, typer.Option(min=0, help="Requests that may wait; more are refused. 0 is any number.")
+]
 BlockSize = Annotated[int, typer.Option(min=1, max=256, help="Tokens of one KV block.")]
 GpuMemoryUtilization = Annotated[
     float, typer.Option(min=0.05, max=1.0, help="Share of the free memory that the pool takes.")
@@ -46,7 +49,7 @@ ApiKey = Annotated[list[str] | None, typer.Option(metavar="KEY", help="A key tha
 AdminApiKey = Annotated[
     list[str] | None, typer.Option(metavar="KEY", help="A key that may do all; repeatable.")
 ]
-KeysFile = Annotated[str, typer.Option(metavar="FILE", help="Keys with their roles, as TOML or JSON.")]
+KeysFile = Annotated[str, typer.Option(metavar="FILE", help="Keys with roles, limits and latency classes, as TOML or JSON.")]
 SslKeyfile = Annotated[str, typer.Option(metavar="FILE", help="TLS key.")]
 SslCertfile = Annotated[str, typer.Option(metavar="FILE", help="TLS certificate.")]
 StateDir = Annotated[str, typer.Option(metavar="DIR", help="Where files, jobs and adapters are kept.")]

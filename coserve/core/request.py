@@ -6,6 +6,7 @@ import enum
 
 from coserve.core.sampling_params import SamplingParams
 from coserve.core.sequence import Sequence
+from coserve.core.slo import LatencyTargets
 
 
 class RequestStatus(enum.Enum):
@@ -20,7 +21,9 @@ class RequestStatus(enum.Enum):
 class Request(Sequence):
     """One request. `adapter` is the digest of the adapter version it began on, None for the base.
 
-    `token_ids` holds prompt and output. `block_table` lists the blocks that hold its K and V.
+    `token_ids` holds prompt and output. `block_table` lists the blocks that hold its K and V. `targets` are
+    its latency class's where those aren't the server's own; `tenant` and `weight` say whose share it is
+    served from, and how large that is.
     """
 
     def __init__(
@@ -31,6 +34,9 @@ class Request(Sequence):
         *,
         adapter: str | None = None,
         priority: int = 0,
+        targets: LatencyTargets | None = None,
+        tenant: str = "",
+        weight: float = 1.0,
         arrival: float = 0.0,
         eos_token_ids: tuple[int, ...] = (),
         max_model_len: int,
@@ -40,11 +46,15 @@ class Request(Sequence):
         self.num_prompt_tokens = len(prompt_token_ids)
         self.sampling = sampling
         self.priority = priority
+        self.targets = targets
+        self.tenant = tenant
+        self.weight = weight
         self.arrival = arrival
         self.status = RequestStatus.WAITING
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
         self.num_cached_tokens = 0
+        self.num_expected_cached = 0  # when it came, where anybody asked
         self.num_preemptions = 0
         self.scheduled_at: float | None = None
         self._stop_ids = frozenset(sampling.stop_token_ids) | (

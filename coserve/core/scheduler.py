@@ -6,15 +6,18 @@ goes to training. All decisions are made here, from plain numbers; time is passe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from coserve.core.block_pool import BlockPool
+from coserve.core.fair_shares import FairShares
 from coserve.core.latency_model import LatencyModel
 from coserve.core.prefix_cache import block_key, root_key
 from coserve.core.request import Request, RequestStatus
 from coserve.core.slo import IDLE_QUANTUM, LEAST_PROMPT_TOKENS, PROBE_EVERY, LatencyTargets
 from coserve.core.span import InferenceSpan, SpanKind
+from coserve.core.step_demands import Demand, demands_of
 from coserve.core.step_plan import StepPlan
 from coserve.core.training_queue import TrainingQueue
 from coserve.core.training_sequence import TILE
@@ -33,6 +36,7 @@ class SchedulerLimits:
 class Scheduler:
     """Continuous batching with chunked prefill, preemption by recompute, and training in what is left.
 
+    `targets` are those of requests that bring none; a step keeps to the tightest of its requests' targets.
     `adapter_ready(digest)` says whether an adapter's rows are on the device and, if so, takes a reference
     for one request; `adapter_released(digest)` gives it back.
     """
@@ -57,16 +61,28 @@ class Scheduler:
         self.num_deferred = 0  # waiting requests whose adapter wasn't on the device in the last step
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self.shares = FairShares()
+        self.mean_output = 0.0  # tokens of the requests that ended lately
+        self.left_waiting = False  # the last step had no room for somebody
         self._requests: dict[str, Request] = {}
+        self._num_with_targets = 0
+        self._num_finished = 0
         self._adapter_ready = adapter_ready
         self._adapter_released = adapter_released
-        self._steps_with_inference = 0
+        self.steps_with_inference = 0
 
     # ------------------------------------------------------------------ requests in and out
+
+    def ahead_of(self, request: Request) -> list[Request]:
+        """Those waiting whose turn comes before that of a request that isn't here yet."""
+        waiting = sorted((*self.waiting, request), key=_order)
+        return list(itertools.takewhile(lambda r: r is not request, self.shares.in_turn(waiting)))
 
     def add(self, request: Request) -> None:
         """Queue a request."""
         self._requests[request.sequence_id] = request
+        self._num_with_targets += request.targets is not None
+        self.shares.join(request)
         self.waiting.append(request)
         self.waiting.sort(key=lambda r: r.order)
 
@@ -84,6 +100,10 @@ class Scheduler:
         else:
             self.waiting.remove(request)
         request.status = RequestStatus.FINISHED
+        self._num_with_targets -= request.targets is not None
+        self.shares.leave(request)
+        self._num_finished += 1
+        self.mean_output += (request.num_output_tokens - self.mean_output) / min(self._num_finished, 64)
         del self._requests[request.sequence_id]
 
     @property
@@ -110,12 +130,14 @@ class Scheduler:
             if not request.finished:
                 request.cursor = span.start + span.length
                 self._remember_blocks(request, span.start)
+                if self.shares.contended and span.kind is SpanKind.DECODE:
+                    self.shares.charge(request, 1)
 
     def _schedule_running(self, plan: StepPlan, budget: int, now: float) -> int:
         """Those that owe one token first; then prompts, as far as the others can wait for them. Returns what
         is left for prompts that wait."""
         prompts = False
-        for request in sorted(self.running, key=lambda r: (r.forward_owed > 1, r.order)):
+        for request in sorted(self.running, key=self._by_shares if self.shares.contended else _by_order):
             if request.forward_owed > 1 and not prompts:
                 prompts, budget = True, min(budget, self._prompt_tokens(plan, now))
             if request.status is not RequestStatus.RUNNING or budget == 0:
@@ -133,17 +155,27 @@ class Scheduler:
 
     def _prompt_tokens(self, plan: StepPlan, now: float) -> int:
         """Prompt tokens of a step: so many that those who decode in it keep their target."""
-        tokens, context = plan.inference_tokens, plan.context_tokens
+        return self.prompt_tokens(plan.inference_tokens, plan.context_tokens, now)
+
+    def prompt_tokens(self, tokens: int, context: int, now: float) -> int:
+        """Prompt tokens beside decoding rows of `tokens` that look at `context` keys."""
         alone = self.model.predict_inference(tokens, context)
         if alone == 0.0:
             return self.limits.max_num_batched_tokens
-        limit = self.targets.prompt_limit(alone, self._oldest_wait(now))
+        demands = self.demands(now)
+        late = max((d.wait / d.targets.patience for d in demands if d.wait is not None), default=0.0)
+        limit = min(
+            (d.targets.prompt_limit(alone, late * d.targets.patience) for d in demands if d.decodes),
+            default=self.targets.prompt_limit(alone, late * self.targets.patience),
+        )
         return max(LEAST_PROMPT_TOKENS, self.model.tokens_within(limit, tokens, context))
 
     def _schedule_waiting(self, plan: StepPlan, budget: int, now: float) -> None:
-        self.num_deferred = 0
-        for request in list(self.waiting):
+        self.num_deferred, self.left_waiting = 0, False
+        in_turn = self.shares.in_turn(self.waiting) if self.shares.contended else list(self.waiting)
+        for request in in_turn:
             if budget == 0 or len(self.running) >= self.limits.max_num_seqs:
+                self.left_waiting = True
                 break
             if request.adapter is not None and not self._adapter_ready(request.adapter):
                 self.num_deferred += 1
@@ -152,30 +184,36 @@ class Scheduler:
             length = min(request.forward_owed, budget)
             if not self._grow(request, request.cursor + length, plan, admit=True):
                 self._leave_device(request)
-                request.cursor = 0
+                request.cursor, self.left_waiting = 0, True
                 break
             self.waiting.remove(request)
             self.running.append(request)
-            if request.status is RequestStatus.WAITING and self.blocks.cache is not None:
-                request.num_cached_tokens = request.cursor
-                self.prefix_queries += request.num_tokens
-                self.prefix_hits += request.cursor
+            if request.status is RequestStatus.WAITING:
+                self._count_admission(request)
             request.status = RequestStatus.RUNNING
             if request.scheduled_at is None:
                 request.scheduled_at = now
             budget -= length
             plan.inference.append(self._span(request, length))
 
+    def _count_admission(self, request: Request) -> None:
+        """A request begins; one that was preempted does not begin again, and pays for its prompt once."""
+        if self.blocks.cache is not None:
+            request.num_cached_tokens = request.cursor
+            self.prefix_queries += request.num_tokens
+            self.prefix_hits += request.cursor
+        if self.shares.contended:
+            self.shares.charge(request, request.forward_owed)
+
     def _schedule_training(self, plan: StepPlan, token_budget: int, now: float) -> None:
         if plan.inference:
             alone = self.model.predict_inference(plan.inference_tokens, plan.context_tokens)
             plan.inference_alone = plan.predicted = alone
-            self._steps_with_inference += 1
-            probing = not self.model.trained or self._steps_with_inference % PROBE_EVERY == 0
+            self.steps_with_inference += 1
+            probing = not self.model.trained or self.steps_with_inference % PROBE_EVERY == 0
             if probing or not self.training.has_work:
                 return
-            wait = self._oldest_wait(now)
-            plan.training_budget = self.targets.training_budget(alone, self.model.guard, wait)
+            plan.training_budget = self.training_budget(alone, now)
         elif self.waiting and not self.training.has_work:
             return
         else:
@@ -189,10 +227,14 @@ class Scheduler:
         for span in () if plan.apart else forward:
             plan.predicted += self.model.predict_unit("forward", span.length)
 
-    def _oldest_wait(self, now: float) -> float | None:
-        """Longest time any request has been waiting for its first token."""
-        arrivals = [r.arrival for r in (*self.running, *self.waiting) if r.num_output_tokens == 0]
-        return now - min(arrivals) if arrivals else None
+    def training_budget(self, alone: float, now: float) -> float:
+        """Seconds of training that every request's target leaves in a step whose inference takes `alone`."""
+        guard = self.model.guard
+        return min(d.targets.training_budget(alone, guard, d.wait) for d in self.demands(now))
+
+    def demands(self, now: float) -> list[Demand]:
+        """What the requests ask of a step: one demand for each set of targets among them."""
+        return demands_of(self.running, self.waiting, self.targets, self._num_with_targets > 0, now)
 
     @staticmethod
     def _span(request: Request, length: int) -> InferenceSpan:
@@ -226,11 +268,14 @@ class Scheduler:
                 continue
             if admit:
                 return False
-            victim = max(self.running, key=lambda r: r.order)
+            victim = max(self.running, key=self.shares.rank if self.shares.contended else _order)
             self._preempt(victim, plan)
             if victim is request:
                 return False
         return True
+
+    def _by_shares(self, request: Request) -> tuple[bool, tuple[int, float, float, str]]:
+        return (request.forward_owed > 1, self.shares.rank(request))
 
     def _preempt(self, request: Request, plan: StepPlan) -> None:
         self.running.remove(request)
@@ -264,6 +309,18 @@ class Scheduler:
             request.block_table.append(block)
         request.cursor = len(request.block_table) * size
 
+    def cached_tokens(self, request: Request) -> int:
+        """Tokens of a request that the prefix cache holds now; nothing is shared yet."""
+        cache, size = self.blocks.cache, self.limits.block_size
+        if cache is None or request.sampling.prompt_logprobs is not None:
+            return 0
+        count = 0
+        for index in range((request.num_tokens - 1) // size):
+            if cache.lookup(self._key(request, index)) is None:
+                break
+            count += size
+        return count
+
     def _remember_blocks(self, request: Request, start: int) -> None:
         """Blocks that became full with the tokens from `start` on."""
         cache = self.blocks.cache
@@ -283,3 +340,11 @@ class Scheduler:
             parent = hashes[-1] if hashes else root_key(request.adapter)
             hashes.append(block_key(parent, request.token_ids[start : start + size]))
         return hashes[index]
+
+
+def _by_order(request: Request) -> tuple[bool, tuple[int, float, str]]:
+    return (request.forward_owed > 1, request.order)
+
+
+def _order(request: Request) -> tuple[int, float, str]:
+    return request.order

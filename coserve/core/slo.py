@@ -30,12 +30,17 @@ class LatencyTargets:
             return self.tpot * SAFETY
         return max(AUTO_RATIO * inference_alone, AUTO_FLOOR)
 
+    @property
+    def patience(self) -> float:
+        """Seconds without a first token after which a request is late."""
+        return self.ttft / 2 if self.ttft > 0.0 else PATIENCE
+
     def prompt_limit(self, decode_alone: float, oldest_first_token_wait: float | None) -> float:
         """How long a step of decoding rows that take `decode_alone` may become by parts of prompts. Without a
         target it grows once somebody has waited longer than `PATIENCE`: a queue costs more than a gap."""
         if self.tpot > 0.0:
             return self.tpot * SAFETY
-        late = (oldest_first_token_wait or 0.0) / (self.ttft / 2 if self.ttft > 0.0 else PATIENCE)
+        late = (oldest_first_token_wait or 0.0) / self.patience
         return max(PROMPT_RATIO * decode_alone, AUTO_FLOOR) * min(max(1.0, late), MOST_LATE)
 
     def training_budget(

@@ -37,15 +37,19 @@ ENGINE_ENVIRONMENT = {
 }
 
 
-def error_from(message: str, code: str | None, param: str | None = None) -> errors.CoserveError:
+def error_from(
+    message: str, code: str | None, param: str | None = None, retry_after: float = 0.0
+) -> errors.CoserveError:
     """The error of the tree that carries this code; `InternalError` for codes nobody knows."""
     pending: list[type[errors.CoserveError]] = [errors.CoserveError]
     while pending:
         kind = pending.pop()
         pending.extend(kind.__subclasses__())
-        plain = kind not in (errors.CoserveError, errors.DatasetError, errors.RateLimited)
-        if plain and kind.default_code == code:
-            return kind(message, param=param)
+        if kind in (errors.CoserveError, errors.DatasetError) or kind.default_code != code:
+            continue
+        if issubclass(kind, errors.RateLimited | errors.Unavailable):
+            return kind(message, param=param, retry_after=retry_after)
+        return kind(message, param=param)
     return errors.InternalError(message, param=param, code=code)
 
 
@@ -210,7 +214,7 @@ class EngineClient:
                 output = await queue.get()
                 finished = output.finish_reason is not None
                 if output.error is not None:
-                    raise error_from(output.error, output.error_code)
+                    raise error_from(output.error, output.error_code, retry_after=output.retry_after)
                 yield output
         finally:
             self._streams.pop(add.request_id, None)

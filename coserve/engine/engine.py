@@ -12,6 +12,7 @@ import torch
 
 from coserve.config import EngineConfig
 from coserve.core.adapter_slots import AdapterSlots
+from coserve.core.admission import Admission
 from coserve.core.block_pool import BlockPool
 from coserve.core.latency_model import LatencyModel
 from coserve.core.prefix_cache import PrefixCache
@@ -86,6 +87,7 @@ class Engine:
             adapter_ready=self.adapters.acquire,
             adapter_released=self.adapters.release,
         )
+        self.admission = Admission(self.scheduler, config.max_num_queued_reqs)
         on_gpu = device.type == "cuda"
         self.streams: Streams = CudaStreams() if on_gpu else InOrder()
         graphs = CudaGraphs() if on_gpu else None
@@ -224,10 +226,18 @@ class Engine:
             message.sampling,
             adapter=ref.digest if ref else None,
             priority=message.priority,
+            targets=message.targets,
+            tenant=message.tenant,
+            weight=message.weight,
             arrival=message.arrival,
             eos_token_ids=self.model_config.eos_token_ids,
             max_model_len=self.max_model_len,
         )
+        try:
+            self.admission.check(request, time.time())
+        except CoserveError as error:
+            self.outbox.refuse(message.request_id, error)
+            return
         needed = -(-min(request.num_prompt_tokens + 1, self.max_model_len) // self.config.block_size)
         if needed > self.blocks.num_blocks:
             self.outbox.refuse(message.request_id, CoserveError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from coserve.core.sampling_params import SamplingParams
+from coserve.core.slo import LatencyTargets
 from coserve.training.job import JobSpec, StepMetrics
 
 
@@ -29,13 +30,20 @@ class AdapterRef(msgspec.Struct, frozen=True):
 
 
 class AddRequest(Message):
-    """Admit a request. The first output of an impossible one is a `RequestOutput` with `error` set."""
+    """Admit a request. The first output of a refused one is a `RequestOutput` with `error` set.
+
+    `targets` are its latency class's where those aren't the server's own, `tenant` (a key's digest) and
+    `weight` whose share it is served from.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     adapter: AdapterRef | None = None
     priority: int = 0
+    targets: LatencyTargets | None = None
+    tenant: str = ""
+    weight: float = 1.0
     arrival: float = 0.0  # time.time() at the server
 
 
@@ -119,6 +127,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     stop_token_id: int | None = None
     error: str | None = None
     error_code: str | None = None
+    retry_after: float = 0.0  # seconds, where the error is one that passes
     cached_tokens: int = 0
     num_preemptions: int = 0
     scheduled_at: float | None = None  # time.time() of the first step with a token of it; first output only
@@ -216,6 +225,7 @@ class EngineStats(Message):
     adapter_tiers: dict[str, str] = {}  # digest -> "device" | "host"; absent: disk only
     running_adapters: list[str] = []  # names with a request in flight
     waiting_adapters: list[str] = []
+    least_targets: LatencyTargets | None = None  # one request alone could be held to; None: unknown
     steps: list[StepTiming] = []
     preemptions: int = 0
     prefix_queries: int = 0

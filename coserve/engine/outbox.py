@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from coserve.engine import messages as m
-from coserve.errors import CoserveError
+from coserve.errors import CoserveError, RateLimited, Unavailable
 from coserve.training.job import StepMetrics
 
 
@@ -36,7 +36,11 @@ class Outbox:
     def refuse(self, request_id: str, error: CoserveError) -> None:
         """A request that can't be served."""
         output = m.RequestOutput(
-            request_id=request_id, finish_reason="error", error=error.message, error_code=error.code
+            request_id=request_id,
+            finish_reason="error",
+            error=error.message,
+            error_code=error.code,
+            retry_after=error.retry_after if isinstance(error, RateLimited | Unavailable) else 0.0,
         )
         self.send(m.StepOutputs(outputs=[output]))
 

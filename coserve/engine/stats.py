@@ -69,6 +69,7 @@ class StatsKeeper:
             adapter_tiers=adapters.tiers(),
             running_adapters=self._names(scheduler.running),
             waiting_adapters=self._names(scheduler.waiting),
+            least_targets=engine.admission.least_targets(),
             steps=self._steps,
             preemptions=scheduler.num_preemptions - self._preemptions,
             prefix_queries=scheduler.prefix_queries - self._prefix[0],

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import grpc
-from google.protobuf import any_pb2
+from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from coserve import errors
@@ -59,7 +60,7 @@ def envelope(error: errors.CoserveError) -> dict[str, Any]:
 def http_headers(error: errors.CoserveError) -> dict[str, str]:
     """Retry advice that OpenAI's client understands."""
     if isinstance(error, errors.RateLimited | errors.Unavailable):
-        return {"retry-after": str(max(1, round(error.retry_after)))}
+        return {"retry-after": str(max(1, math.ceil(error.retry_after)))}
     if isinstance(error, errors.Conflict | errors.InternalError):
         return {"x-should-retry": "false"}
     return {}
@@ -74,15 +75,20 @@ def grpc_code(error: errors.CoserveError) -> grpc.StatusCode:
 
 
 def grpc_status(error: errors.CoserveError) -> status_pb2.Status:
-    """google.rpc.Status with ErrorInfo (`reason` = code) and, for bad input, BadRequest details."""
+    """google.rpc.Status with ErrorInfo (`reason` = code) and details: BadRequest for bad input, RetryInfo for
+    what passes."""
     metadata = {"code": error.code, "param": error.param or ""}
     info = error_details_pb2.ErrorInfo(reason=error.code, domain="coserve", metadata=metadata)
-    details = [info]
+    details: list[Any] = [info]
     if isinstance(error, errors.InvalidRequest | errors.PayloadTooLarge):
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=error.param or "", description=error.message, reason=error.code
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, errors.RateLimited | errors.Unavailable):
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(max(1.0, error.retry_after) * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     packed = []
     for detail in details:
         box = any_pb2.Any()

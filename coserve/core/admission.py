@@ -1,0 +1,105 @@
+"""Who is turned away at the door: a request that came too late for its first token, or to a full queue.
+
+A request that is let in keeps its place; saying no at once costs its sender a retry, saying yes would cost
+everybody behind it their target.
+"""
+
+from __future__ import annotations
+
+from coserve.core.request import Request
+from coserve.core.scheduler import Scheduler
+from coserve.core.slo import LEAST_PROMPT_TOKENS, SAFETY, LatencyTargets
+from coserve.errors import QueueFull, TargetOutOfReach
+
+KNOWN_AFTER = 64  # steps with inference; the first ones are slower than those that follow
+
+
+class Admission:
+    """Decides at a request's arrival. `max_queued` bounds the requests that wait, 0: any number may."""
+
+    def __init__(self, scheduler: Scheduler, max_queued: int = 0) -> None:
+        self.scheduler = scheduler
+        self.max_queued = max_queued
+
+    def check(self, request: Request, now: float) -> None:
+        """Raise QueueFull, or TargetOutOfReach when the requests ahead leave its first token no time.
+
+        Only an explicit target refuses anybody. A prompt that takes longer than its target on an idle device
+        is let in while the queue by itself takes no longer than that: no retry would make it shorter.
+        """
+        scheduler = self.scheduler
+        if self.max_queued:
+            self._check_queue(now)
+        target = (request.targets or scheduler.targets).ttft
+        if target == 0.0 or not scheduler.has_requests:
+            return
+        total, own = self.predict(request, now)
+        late = max(0.0, now - request.arrival) + total - (target if own <= target else target + own)
+        if late > 0.0:
+            raise TargetOutOfReach(
+                f"The first token would come after about {total:.2g} s, and its target is {target:.3g} s.",
+                retry_after=late,
+            )
+
+    def predict(self, request: Request, now: float) -> tuple[float, float]:
+        """Seconds until the request's first token as things stand, and what they would be on an idle device;
+        zeros while the latency model can't tell."""
+        scheduler = self.scheduler
+        model = scheduler.model
+        if not model.trained:
+            return 0.0, 0.0
+        ahead = scheduler.ahead_of(request)
+        request.num_expected_cached = scheduler.cached_tokens(request)
+        own = request.forward_owed - request.num_expected_cached
+        owed = own + sum(r.forward_owed for r in scheduler.running if r.forward_owed > 1)
+        owed += sum(r.forward_owed - r.num_expected_cached for r in ahead)
+        rows = [r for r in scheduler.running if r.forward_owed <= 1]
+        context = sum(r.num_tokens for r in rows)
+        most = max(1, scheduler.limits.max_num_batched_tokens - len(rows))
+        part = min(most, scheduler.prompt_tokens(len(rows), context, now)) if rows else most
+        parts, rest = divmod(owed, part)
+        total = parts * self._step_seconds(len(rows) + part, context + part, now)
+        total += self._step_seconds(len(rows) + rest, context + rest, now) if rest else 0.0
+        idle_steps = self._slot_steps(len(ahead)) - parts
+        if idle_steps > 0.0:
+            total += idle_steps * self._step_seconds(len(rows), context, now)
+        steps, rest = divmod(own, scheduler.limits.max_num_batched_tokens)
+        alone = steps * model.predict_inference(scheduler.limits.max_num_batched_tokens, own)
+        return total, alone + model.predict_inference(rest, own)
+
+    def least_targets(self) -> LatencyTargets | None:
+        """The targets that one request alone on the device could be held to; None while nobody knows."""
+        scheduler = self.scheduler
+        if scheduler.steps_with_inference < KNOWN_AFTER:
+            return None
+        first = scheduler.model.predict_inference(LEAST_PROMPT_TOKENS, LEAST_PROMPT_TOKENS)
+        return LatencyTargets(
+            ttft=first / SAFETY, tpot=scheduler.model.predict_inference(1, LEAST_PROMPT_TOKENS) / SAFETY
+        )
+
+    def _check_queue(self, now: float) -> None:
+        scheduler = self.scheduler
+        slots = scheduler.limits.max_num_seqs - len(scheduler.running)
+        queued = len(scheduler.waiting) - (0 if scheduler.left_waiting else slots)
+        if queued >= self.max_queued:
+            rows, context = len(scheduler.running), sum(r.num_tokens for r in scheduler.running)
+            raise QueueFull(
+                f"{queued} requests wait already, and --max-num-queued-reqs is {self.max_queued}.",
+                retry_after=self._slot_steps(queued) * self._step_seconds(rows, context, now),
+            )
+
+    def _step_seconds(self, tokens: int, context: int, now: float) -> float:
+        scheduler = self.scheduler
+        alone = scheduler.model.predict_inference(tokens, context)
+        if alone > 0.0 and scheduler.training.has_work:
+            return alone + scheduler.training_budget(alone, now)
+        return alone
+
+    def _slot_steps(self, ahead: int) -> float:
+        """Steps until a slot is free for one that has `ahead` before it: requests end at the rate at which
+        those that ended lately did."""
+        scheduler = self.scheduler
+        missing = len(scheduler.running) + ahead + 1 - scheduler.limits.max_num_seqs
+        if missing <= 0:
+            return 0.0
+        return missing * max(1.0, scheduler.mean_output) / max(1, len(scheduler.running))

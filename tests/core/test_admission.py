@@ -1,0 +1,164 @@
+"""Who is turned away: by the prediction of the first token's time, and by the queue's length."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coserve.core.admission import Admission
+from coserve.core.request import Request
+from coserve.core.slo import LatencyTargets
+from coserve.errors import QueueFull, TargetOutOfReach
+from tests.core.arrivals import arrive, made, warm
+from tests.core.simulation import PER_TOKEN, STEP_FLOOR, Simulation
+
+TARGET = LatencyTargets(ttft=50e-3)
+
+
+def warmed(**settings_: int) -> tuple[Simulation, Admission]:
+    sim = Simulation(blocks=2000, **settings_)
+    warm(sim)
+    return sim, Admission(sim.scheduler)
+
+
+def first_token(sim: Simulation, request: Request) -> float:
+    """Seconds from a request's arrival to its first token."""
+    while request.num_output_tokens == 0:
+        sim.step()
+    return sim.now - request.arrival
+
+
+def test_a_queue_that_takes_too_long_is_refused_with_the_time_that_is_missing() -> None:
+    sim, admission = warmed(max_num_seqs=64)
+    for number in range(10):
+        arrive(sim, f"ahead {number}", 60, 1)
+    request = made(sim, "late", 20, 1, targets=TARGET)
+    with pytest.raises(TargetOutOfReach) as refusal:
+        admission.check(request, sim.now)
+    total = 620 / 64 * (STEP_FLOOR + 64 * PER_TOKEN)
+    assert refusal.value.retry_after == pytest.approx(total - TARGET.ttft, rel=0.2)
+    sim.scheduler.add(request)
+    assert first_token(sim, request) == pytest.approx(TARGET.ttft + refusal.value.retry_after, rel=0.1)
+
+
+def test_without_a_target_nobody_is_refused() -> None:
+    sim, admission = warmed()
+    for number in range(200):
+        arrive(sim, f"ahead {number}", 60, 5)
+    admission.check(made(sim, "patient", 20, 5), sim.now)
+    admission.check(made(sim, "paced", 20, 5, targets=LatencyTargets(tpot=1e-6)), sim.now)
+
+
+def test_before_the_model_knows_nobody_is_refused() -> None:
+    sim = Simulation()
+    for number in range(50):
+        arrive(sim, f"ahead {number}", 60, 5)
+    Admission(sim.scheduler).check(made(sim, "early", 20, 5, targets=TARGET), sim.now)
+
+
+def test_a_prompt_too_long_for_its_target_is_let_in_when_the_queue_is_short() -> None:
+    sim, admission = warmed(max_num_seqs=64)
+    arrive(sim, "ahead", 60, 1)
+    admission.check(made(sim, "long", 5000, 1, targets=TARGET), sim.now)
+    for number in range(20):
+        arrive(sim, f"ahead {number}", 60, 1)
+    with pytest.raises(TargetOutOfReach):
+        admission.check(made(sim, "long too", 5000, 1, targets=TARGET), sim.now)
+
+
+def test_a_request_of_higher_priority_is_judged_by_those_before_it() -> None:
+    sim, admission = warmed(max_num_seqs=64)
+    for number in range(20):
+        arrive(sim, f"ahead {number}", 60, 1)
+    admission.check(made(sim, "first", 20, 1, targets=TARGET, priority=-1), sim.now)
+    with pytest.raises(TargetOutOfReach):
+        admission.check(made(sim, "last", 20, 1, targets=TARGET), sim.now)
+
+
+def test_a_prompt_in_the_prefix_cache_costs_its_rest_only() -> None:
+    sim, admission = warmed(max_num_seqs=64, prefix_caching=True)
+    arrive(sim, "same", 1000, 1)
+    sim.run()
+    arrive(sim, "ahead", 60, 1)
+    total, own = admission.predict(made(sim, "again", 1000, 1, targets=TARGET), sim.now)
+    assert own <= total < TARGET.ttft
+    sim.pool.cache = None
+    assert admission.predict(made(sim, "never seen", 1000, 1, targets=TARGET), sim.now)[1] > TARGET.ttft
+
+
+def test_a_full_house_is_predicted_from_how_long_requests_lately_took() -> None:
+    sim, admission = warmed(max_num_seqs=4)
+    for number in range(4):
+        arrive(sim, f"running {number}", 8, 400)
+    for _ in range(5):
+        sim.step()
+    sim.scheduler.mean_output = 400.0
+    with pytest.raises(TargetOutOfReach):
+        admission.check(made(sim, "fifth", 8, 4, targets=LatencyTargets(ttft=0.2)), sim.now)
+    admission.check(made(sim, "fifth", 8, 4, targets=LatencyTargets(ttft=2.0)), sim.now)
+
+
+def test_the_queue_is_bounded_and_a_burst_into_free_slots_is_no_queue() -> None:
+    sim = Simulation(max_num_seqs=4, max_tokens=512)
+    admission = Admission(sim.scheduler, max_queued=2)
+    for number in range(6):
+        admission.check(made(sim, f"burst {number}", 4, 30), sim.now)
+        arrive(sim, f"burst {number}", 4, 30)
+    with pytest.raises(QueueFull) as refusal:
+        admission.check(made(sim, "seventh", 4, 30), sim.now)
+    assert "--max-num-queued-reqs is 2" in refusal.value.message
+    sim.step()
+    with pytest.raises(QueueFull):
+        admission.check(made(sim, "seventh", 4, 30), sim.now)
+    sim.run()
+    admission.check(made(sim, "later", 4, 30), sim.now)
+
+
+def test_what_could_be_met_is_known_after_some_steps() -> None:
+    sim = Simulation()
+    admission = Admission(sim.scheduler)
+    assert admission.least_targets() is None
+    warm(sim)
+    least = admission.least_targets()
+    assert least is not None
+    assert least.tpot == pytest.approx((STEP_FLOOR + PER_TOKEN) / 0.9, rel=0.1)
+    assert least.ttft == pytest.approx((STEP_FLOOR + 16 * PER_TOKEN) / 0.9, rel=0.1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    prompts=st.lists(st.integers(1, 150), min_size=1, max_size=30),
+    gaps=st.lists(st.sampled_from([0, 0, 1, 3]), min_size=30, max_size=30),
+    ttft=st.sampled_from([15e-3, 30e-3, 80e-3]),
+)
+def test_whoever_is_let_in_gets_its_first_token_in_time(prompts, gaps, ttft) -> None:
+    """Whenever the model says that the target can be met, it is; and only then is anybody let in."""
+    sim, admission = warmed(max_num_seqs=64)
+    targets = LatencyTargets(ttft=ttft)
+    let_in: list[Request] = []
+    first: dict[str, float] = {}
+
+    def step() -> None:
+        if sim.scheduler.has_requests:
+            sim.step()
+        first.update({r.sequence_id: sim.now for r in let_in if r.finished and r.sequence_id not in first})
+
+    for number, (prompt, gap) in enumerate(zip(prompts, gaps, strict=False)):
+        request = made(sim, f"r{number:02}", prompt, 1, targets=targets)
+        try:
+            admission.check(request, sim.now)
+        except TargetOutOfReach as refusal:
+            assert refusal.retry_after > 0.0
+        else:
+            sim.scheduler.add(request)
+            let_in.append(request)
+        for _ in range(gap):
+            step()
+    while sim.scheduler.has_requests:
+        step()
+    assert let_in
+    for request in let_in:
+        alone = STEP_FLOOR * -(-request.num_prompt_tokens // 64) + PER_TOKEN * request.num_prompt_tokens
+        allowed = ttft if alone <= ttft else ttft + alone
+        assert first[request.sequence_id] - request.arrival <= 1.1 * allowed + 1e-3
