@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from coserve.core.slo import LatencyTargets
 from coserve.engine.messages import EngineStats, StepTiming
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -89,7 +90,7 @@ class Metrics:
         max_model_len: int,
         max_loras: int,
         cache_config: Mapping[str, object] | None = None,
-        slo_targets: Mapping[str, float] | None = None,
+        targets: LatencyTargets | None = None,
     ) -> None:
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model_name, "engine": _ENGINE}
@@ -99,7 +100,7 @@ class Metrics:
         self._make_engine_gauges(cache_config or {})
         self._make_request_metrics()
         self._make_finetuning()
-        self._make_own(slo_targets or {})
+        self._make_own(targets or LatencyTargets())
 
     # ------------------------------------------------------------------ making
 
@@ -205,7 +206,7 @@ class Metrics:
             "coserve_finetune_share", "Fine-tuning's share of the step's time, 0-1.", registry=registry
         )
 
-    def _make_own(self, slo_targets: Mapping[str, float]) -> None:
+    def _make_own(self, targets: LatencyTargets) -> None:
         registry = self.registry
         self._step_seconds = Histogram(
             "coserve_step_seconds", "Duration of a step.", ("kind",), buckets=_STEP, registry=registry
@@ -232,14 +233,18 @@ class Metrics:
             buckets=_PUBLISH,
             registry=registry,
         )
-        targets = Gauge(
-            "coserve_slo_target_seconds", "Latency targets (0: automatic).", ("kind",), registry=registry
+        slo = Gauge(
+            "coserve_slo_target_seconds",
+            "Latency targets of the default class (0: automatic).",
+            ("kind",),
+            registry=registry,
         )
-        missed = Counter("coserve_slo_missed", "Requests over their target.", ("kind",), registry=registry)
-        self._slo = {kind: slo_targets.get(kind, 0.0) for kind in ("ttft", "tpot")}
-        for kind, value in self._slo.items():
-            targets.labels(kind).set(value)
-        self._missed = {kind: missed.labels(kind) for kind in self._slo}
+        slo.labels("ttft").set(targets.ttft)
+        slo.labels("tpot").set(targets.tpot)
+        missed = Counter(
+            "coserve_slo_missed", "Requests over their class's target.", ("kind",), registry=registry
+        )
+        self._missed = {kind: missed.labels(kind) for kind in ("ttft", "tpot")}
         self._rejected = Counter(
             "coserve_requests_rejected", "Requests refused, by reason.", ("reason",), registry=registry
         )
@@ -253,10 +258,10 @@ class Metrics:
         self._max_tokens.observe(max_tokens)
         self._n.observe(n)
 
-    def first_token(self, seconds: float) -> None:
-        """Time from a sample's arrival to its first token."""
+    def first_token(self, seconds: float, targets: LatencyTargets) -> None:
+        """Time from a sample's arrival to its first token, and its class's targets."""
         self._ttft.observe(seconds)
-        if 0.0 < self._slo["ttft"] < seconds:
+        if 0.0 < targets.ttft < seconds:
             self._missed["ttft"].inc()
 
     def tokens(self, count: int, gap: float | None) -> None:
@@ -267,9 +272,16 @@ class Metrics:
                 self._itl.observe(gap / count)
 
     def request_ended(
-        self, reason: str, times: RequestTimes, prompt: int, generated: int, cached: int, preemptions: int
+        self,
+        reason: str,
+        times: RequestTimes,
+        targets: LatencyTargets,
+        prompt: int,
+        generated: int,
+        cached: int,
+        preemptions: int,
     ) -> None:
-        """One sample ended: its reason once, its sizes and its times."""
+        """One sample ended: its reason once, its sizes, its times, and its class's targets."""
         self._success[reason if reason in self._success else "error"].inc()
         self._generated.observe(generated)
         self._max_generated.observe(generated)
@@ -288,7 +300,7 @@ class Metrics:
             self._decode.observe(decode)
             if generated > 1:
                 self._tpot.observe(decode / (generated - 1))
-                if 0.0 < self._slo["tpot"] < decode / (generated - 1):
+                if 0.0 < targets.tpot < decode / (generated - 1):
                     self._missed["tpot"].inc()
 
     def rejected(self, reason: str) -> None:

@@ -47,9 +47,10 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                added = {"x-request-id": identity, **self._context.quotas.headers(state.get("key"))}
                 message["headers"] = [
                     *message.get("headers", ()),
-                    (b"x-request-id", identity.encode("latin-1")),
+                    *((name.encode("latin-1"), value.encode("latin-1")) for name, value in added.items()),
                 ]
             await send(message)
 
@@ -58,7 +59,7 @@ class Gate:
             try:
                 authorization = headers.get(b"authorization")
                 text = authorization.decode("latin-1") if authorization is not None else None
-                state["role"] = None if path in OPEN_PATHS else self._context.auth.role(text)
+                state["key"] = None if path in OPEN_PATHS else self._context.auth.key(text)
                 if path not in _WHILE_DRAINING:
                     self._context.lifecycle.check_open()
             except errors.CoserveError as error:
@@ -81,7 +82,7 @@ class Gate:
 def _endpoint(route: Route, context: Context) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         try:
-            Authenticator.require(request.state.role, route.right)
+            Authenticator.require(request.state.key, route.right)
             return await route.handler(request)
         except ClientDisconnect:
             return gone_response()

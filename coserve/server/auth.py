@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from coserve.errors import ConfigError, PermissionDenied, Unauthenticated
+from coserve.errors import PermissionDenied, Unauthenticated
 
 USE = "use"
 TUNE = "tune"
@@ -32,13 +29,27 @@ _ALLOWED: dict[str, frozenset[str]] = {
 
 @dataclass(frozen=True)
 class Key:
-    """One accepted key: its digest and its role."""
+    """One accepted key: its digest, its role, and how the requests that carry it are served.
+
+    `classes` are the latency classes that it may use, the first being its own; empty: all of them, its own
+    being "default". `weight` is its share beside other keys. `max_concurrent_requests` and
+    `tokens_per_minute` are limits, 0 being none.
+    """
 
     sha256: bytes
     role: str
+    classes: tuple[str, ...] = ()
+    weight: float = 1.0
+    max_concurrent_requests: int = 0
+    tokens_per_minute: int = 0
+
+    @property
+    def tenant(self) -> str:
+        """A name for who holds this key, which says nothing about the key."""
+        return self.sha256.hex()[:16]
 
 
-def _digest(key: str) -> bytes:
+def digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
@@ -50,17 +61,14 @@ class Authenticator:
 
     @classmethod
     def from_config(
-        cls, api_keys: Iterable[str], admin_api_keys: Iterable[str], keys_file: str
+        cls, api_keys: Iterable[str], admin_api_keys: Iterable[str], keys: Iterable[Key] = ()
     ) -> Authenticator:
-        """Keys of the flags and of `--keys-file`; ConfigError names what is wrong in the file."""
-        keys = [Key(_digest(key), USE) for key in api_keys]
-        keys += [Key(_digest(key), ADMIN) for key in admin_api_keys]
-        if keys_file:
-            keys += read_keys_file(Path(keys_file))
-        return cls(keys)
+        """Keys of the flags, and `keys` of `--keys-file`."""
+        chat = [Key(digest(key), USE) for key in api_keys]
+        return cls([*chat, *(Key(digest(key), ADMIN) for key in admin_api_keys), *keys])
 
-    def role(self, authorization: str | None) -> str | None:
-        """Role of an `Authorization: Bearer KEY` value; None when no key is needed.
+    def key(self, authorization: str | None) -> Key | None:
+        """The key of an `Authorization: Bearer KEY` value; None when none is needed.
 
         Raises Unauthenticated when there is none, or one that isn't known. All keys are compared, so the
         time taken says nothing about which one was near.
@@ -70,58 +78,17 @@ class Authenticator:
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
             raise Unauthenticated("No API key: send it as 'Authorization: Bearer KEY'.")
-        offered = _digest(token.strip())
-        found: str | None = None
+        offered = digest(token.strip())
+        found: Key | None = None
         for key in self._keys:
             if hmac.compare_digest(key.sha256, offered):
-                found = key.role
+                found = key
         if found is None:
             raise Unauthenticated("The API key is not known to this server.")
         return found
 
     @staticmethod
-    def require(role: str | None, right: str) -> None:
-        """Raise PermissionDenied unless `role` (None: open server) includes `right`."""
-        if role is not None and right not in _ALLOWED[role]:
-            raise PermissionDenied(f"This API key has the role '{role}', which may not do this.")
-
-
-def read_keys_file(path: Path) -> list[Key]:
-    """Keys of a TOML or JSON file: a list `keys` of {key | sha256, role}; ConfigError when malformed."""
-    try:
-        text = path.read_text("utf-8")
-        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(f"--keys-file: can't read {path}: {error.strerror}.", param="keys_file") from None
-    except ValueError:
-        raise ConfigError(
-            f"--keys-file: {path} is neither valid TOML nor JSON (.json).", param="keys_file"
-        ) from None
-    entries = data.get("keys") if isinstance(data, dict) else None
-    if not isinstance(entries, list):
-        raise ConfigError(f"--keys-file: {path} needs a list 'keys'.", param="keys_file")
-    return [_read_entry(entry, f"keys[{index}]") for index, entry in enumerate(entries)]
-
-
-def _read_entry(entry: object, where: str) -> Key:
-    if not isinstance(entry, dict):
-        raise ConfigError(f"--keys-file: {where} must be a table with 'key' and 'role'.", param="keys_file")
-    unknown = set(entry) - {"key", "sha256", "role", "name"}
-    if unknown:
-        raise ConfigError(f"--keys-file: {where} has an unknown field {min(unknown)}.", param="keys_file")
-    role = entry.get("role", USE)
-    if role not in ROLES:
-        raise ConfigError(f"--keys-file: {where}.role must be one of {', '.join(ROLES)}.", param="keys_file")
-    key, digest = entry.get("key"), entry.get("sha256")
-    if isinstance(key, str) and key and digest is None:
-        return Key(_digest(key), role)
-    if isinstance(digest, str) and key is None:
-        try:
-            raw = bytes.fromhex(digest)
-        except ValueError:
-            raw = b""
-        if len(raw) == 32:
-            return Key(raw, role)
-    raise ConfigError(
-        f"--keys-file: {where} needs either 'key' (text) or 'sha256' (64 hex digits).", param="keys_file"
-    )
+    def require(key: Key | None, right: str) -> None:
+        """Raise PermissionDenied unless the role of `key` (None: open server) includes `right`."""
+        if key is not None and right not in _ALLOWED[key.role]:
+            raise PermissionDenied(f"This API key has the role '{key.role}', which may not do this.")

@@ -16,6 +16,8 @@ from coserve.server.application.models import BaseModel
 from coserve.server.application.sampling import SamplingDefaults
 from coserve.server.application.uploads import Uploads
 from coserve.server.auth import Authenticator
+from coserve.server.quotas import Quotas
+from coserve.server.service_tiers import ServiceTiers
 from coserve.tokenizer import Tokenizer
 
 
@@ -31,6 +33,8 @@ class Context:
     lifecycle: Lifecycle
     metrics: Metrics
     auth: Authenticator
+    tiers: ServiceTiers
+    quotas: Quotas
     generator: Generator
     adapters: Adapters
     files: Files

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import Any, NoReturn
 
@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 
 from coserve.errors import CoserveError
-from coserve.server.auth import TUNE, USE, Authenticator
+from coserve.server.auth import TUNE, USE, Authenticator, Key
 from coserve.server.context import Context
 from coserve.server.errors import grpc_code, grpc_status, internal_error
 
@@ -34,6 +34,12 @@ async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn
     await context.abort(grpc_code(error), error.message, trailing_metadata=(details,))
 
 
+def key_of(context: Context, metadata: Iterable[tuple[str, str | bytes]] | None) -> Key | None:
+    """The key that a call's metadata carries; None where none is needed. Raises Unauthenticated."""
+    authorization = dict(metadata or ()).get("authorization")
+    return context.auth.key(authorization if isinstance(authorization, str) else None)
+
+
 class Guard(grpc.aio.ServerInterceptor):
     """Health is open; every other method wants a key where keys are set, our services the right role."""
 
@@ -41,11 +47,9 @@ class Guard(grpc.aio.ServerInterceptor):
         self._context = context
 
     def _check(self, details: grpc.HandlerCallDetails, ours: bool) -> None:
-        metadata = dict(details.invocation_metadata or ())
-        authorization = metadata.get("authorization")
-        role = self._context.auth.role(authorization if isinstance(authorization, str) else None)
+        key = key_of(self._context, details.invocation_metadata)
         right = next((right for prefix, right in _RIGHTS.items() if details.method.startswith(prefix)), USE)
-        Authenticator.require(role, right)
+        Authenticator.require(key, right)
         if ours:
             self._context.lifecycle.check_open()
 

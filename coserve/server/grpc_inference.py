@@ -12,11 +12,13 @@ from coserve.errors import InvalidRequest
 from coserve.server.application.chat import read_conversation
 from coserve.server.application.generation import Delta, Generation
 from coserve.server.application.sampling import MAX_LOGPROBS, parse_sampling
+from coserve.server.auth import Key
 from coserve.server.context import Context
 from coserve.server.fields import Fields
 from coserve.server.grpc_convert import plain
 from coserve.server.grpc_gen import inference_pb2 as pb
 from coserve.server.grpc_gen import inference_pb2_grpc
+from coserve.server.grpc_guard import key_of
 
 
 class Inference(inference_pb2_grpc.InferenceServiceServicer):
@@ -29,15 +31,16 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream the output of one prompt."""
-        generation = self._prepare(plain(request))
+        generation = self._prepare(plain(request), key_of(self._context, context.invocation_metadata()))
         async with aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
                 yield self._response(delta, generation)
 
-    def _prepare(self, body: dict[str, object]) -> Generation:
+    def _prepare(self, body: dict[str, object], key: Key | None) -> Generation:
         context = self._context
         fields = Fields(body)
         sampling = fields.object("sampling_params") or Fields({}, "sampling_params.")
+        service = context.tiers.read(fields, key)
         target = context.adapters.resolve(fields.string("model"))
         request = parse_sampling(
             Fields({**sampling.body, "priority": fields.raw("priority")}, "sampling_params."),
@@ -46,7 +49,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             logprobs=sampling.integer("logprobs", None, 0, MAX_LOGPROBS),
             default_max_tokens=None,
         )
-        return context.generator.prepare(target, request, [self._prompt(fields)])
+        return context.generator.prepare(target, request, service, [self._prompt(fields)])
 
     def _prompt(self, fields: Fields) -> list[int]:
         given = [name for name in ("prompt", "token_ids", "messages") if fields.has(name)]
@@ -77,6 +80,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         if delta.finish_reason is not None:
             usage = generation.usage
             response.finish_reason = delta.finish_reason
+            response.service_tier = generation.service.latency_class.name
             response.usage.CopyFrom(
                 pb.Usage(
                     prompt_tokens=usage.prompt_tokens,

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp
 
 from coserve import log
 from coserve.config import DEMO_MODEL_DIR, DEMO_MODEL_NAME, EngineConfig, ServerConfig
+from coserve.core.slo import LatencyTargets
 from coserve.engine.client import EngineClient
 from coserve.engine.messages import EngineReady, EngineStats
 from coserve.errors import ConfigError
@@ -42,6 +43,9 @@ from coserve.server.context import Context
 from coserve.server.database import Database
 from coserve.server.grpc_server import GrpcServer
 from coserve.server.health import metrics_app
+from coserve.server.keys_file import read_keys_file
+from coserve.server.quotas import Quotas
+from coserve.server.service_tiers import ServiceTiers
 from coserve.server.state_dir import StateDir
 from coserve.tokenizer import Tokenizer
 
@@ -111,7 +115,10 @@ async def running_server(
     config: ServerConfig, make_engine: EngineFactory = EngineClient
 ) -> AsyncIterator[RunningServer]:
     """A server for the time of the block; leaving it drains. `make_engine` lets tests bring their own."""
-    auth = Authenticator.from_config(config.api_keys, config.admin_api_keys, config.keys_file)
+    default = LatencyTargets(ttft=config.engine.slo_ttft_ms / 1e3, tpot=config.engine.slo_tpot_ms / 1e3)
+    keys_file = read_keys_file(config.keys_file, default)
+    auth = Authenticator.from_config(config.api_keys, config.admin_api_keys, keys_file.keys)
+    tiers = ServiceTiers(default, keys_file.classes)
     state = StateDir(config.state_dir or DEFAULT_STATE_DIR)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(state.close)
@@ -120,7 +127,7 @@ async def running_server(
         metrics_socket = None
         if config.metrics_port is not None:
             metrics_socket = stack.enter_context(bind(config.host, config.metrics_port, "--metrics-port"))
-        context = await _start_parts(config, auth, state, make_engine, stack)
+        context = await _start_parts(config, auth, tiers, state, make_engine, stack)
         grpc_server = GrpcServer(context)
         grpc_port = await grpc_server.start()
         stack.push_async_callback(grpc_server.stop, _GRPC_GRACE)
@@ -151,6 +158,7 @@ async def _drain(context: Context, grpc_server: GrpcServer, timeout: float) -> N
 async def _start_parts(
     config: ServerConfig,
     auth: Authenticator,
+    tiers: ServiceTiers,
     state: StateDir,
     make_engine: EngineFactory,
     stack: contextlib.AsyncExitStack,
@@ -171,7 +179,7 @@ async def _start_parts(
         raise
     await starting
     stack.push_async_callback(engine.shutdown, _ENGINE_SHUTDOWN)
-    context = _make_parts(config, auth, state, database, engine, model_config, tokenizer)
+    context = _make_parts(config, auth, tiers, state, database, engine, model_config, tokenizer)
     await context.files.restore()
     await context.uploads.restore()
     await context.adapters.restore()
@@ -187,6 +195,7 @@ async def _start_parts(
 def _make_parts(
     config: ServerConfig,
     auth: Authenticator,
+    tiers: ServiceTiers,
     state: StateDir,
     database: Database,
     engine: EngineClient,
@@ -199,8 +208,10 @@ def _make_parts(
     name, max_rank = engine.config.served_model_name, engine.config.max_lora_rank
     lifecycle = Lifecycle(engine)
     base = base_model(name, config.engine.model or name, info.max_model_len, info.vocab_size)
-    metrics = _metrics(engine.config, info, name)
-    generator = Generator(engine, tokenizer, lifecycle, metrics, info.max_model_len, info.vocab_size)
+    metrics, quotas = _metrics(engine.config, tiers.default, info, name), Quotas()
+    generator = Generator(
+        engine, tokenizer, lifecycle, metrics, tiers, quotas, info.max_model_len, info.vocab_size
+    )
     files = Files(database, state)
     adapters = Adapters(
         base=base,
@@ -235,6 +246,8 @@ def _make_parts(
         lifecycle=lifecycle,
         metrics=metrics,
         auth=auth,
+        tiers=tiers,
+        quotas=quotas,
         generator=generator,
         adapters=adapters,
         files=files,
@@ -247,7 +260,14 @@ def _listen(context: Context) -> None:
     """Hear the engine: its reports on jobs, its figures, and that it was started again."""
     engine, jobs, adapters, metrics = context.engine, context.jobs, context.adapters, context.metrics
 
+    is_reported = False
+
     def on_stats(stats: EngineStats) -> None:
+        nonlocal is_reported
+        if stats.least_targets is not None and not is_reported:
+            is_reported = True
+            for sentence in context.tiers.out_of_reach(stats.least_targets):
+                logger.warning(sentence)
         metrics.engine_stats(stats)
         adapters.take_tiers(stats.adapter_tiers)
 
@@ -263,7 +283,7 @@ def _listen(context: Context) -> None:
     engine.on_restart = on_restart
 
 
-def _metrics(config: EngineConfig, info: EngineReady, name: str) -> Metrics:
+def _metrics(config: EngineConfig, targets: LatencyTargets, info: EngineReady, name: str) -> Metrics:
     cache = {
         "block_size": info.block_size,
         "num_gpu_blocks": info.num_blocks,
@@ -271,7 +291,6 @@ def _metrics(config: EngineConfig, info: EngineReady, name: str) -> Metrics:
         "enable_prefix_caching": config.enable_prefix_caching,
         "gpu_memory_utilization": config.gpu_memory_utilization,
     }
-    targets = {"ttft": config.slo_ttft_ms / 1000.0, "tpot": config.slo_tpot_ms / 1000.0}
     return Metrics(name, info.max_model_len, config.max_loras, cache, targets)
 
 

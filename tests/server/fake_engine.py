@@ -56,6 +56,7 @@ class FakeEngine:
         self.auto_train = True
         self.fail_load: CoserveError | None = None
         self.fail_after: int | None = None
+        self.refusal: CoserveError | None = None
         self.on_job_event: Callable[[object], Awaitable[None]]
         self.on_stats: Callable[[m.EngineStats], None] = lambda stats: None
         self.on_restart: Callable[[], Awaitable[None]]
@@ -86,6 +87,8 @@ class FakeEngine:
         if not self.ready:
             raise Unavailable("The engine is starting.")
         self.requests.append(add)
+        if self.refusal is not None:
+            raise self.refusal
         finished = False
         try:
             for place, output in enumerate(self._outputs(add)):

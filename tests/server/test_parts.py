@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coserve import log
+from coserve.core.slo import LatencyTargets
 from coserve.errors import ConfigError, PermissionDenied, Unauthenticated
 from coserve.server.application.job_data import Sources, prepare
 from coserve.server.application.sampling import SamplingDefaults
 from coserve.server.application.tool_calls import ToolCallParser
 from coserve.server.auth import Authenticator
+from coserve.server.keys_file import read_keys_file
 from coserve.training.job import TrainingSpec
 from tests.server.fake_engine import TOKENIZER
 
@@ -27,14 +29,15 @@ def test_keys_files(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     digest = hashlib.sha256(b"secret").hexdigest()
     path.write_text(json.dumps({"keys": [{"sha256": digest, "role": "tune"}, {"key": "plain"}]}))
-    auth = Authenticator.from_config((), (), str(path))
-    assert auth.role("Bearer secret") == "tune" and auth.role("bearer plain") == "use"
+    auth = Authenticator.from_config((), (), read_keys_file(str(path), LatencyTargets()).keys)
+    tune, use = auth.key("Bearer secret"), auth.key("bearer plain")
+    assert tune is not None and tune.role == "tune" and use is not None and use.role == "use"
     for wrong in (None, "", "Bearer", "Bearer other", "secret", "Basic secret"):
         with pytest.raises(Unauthenticated):
-            auth.role(wrong)
-    auth.require("tune", "use")
+            auth.key(wrong)
+    auth.require(tune, "use")
     with pytest.raises(PermissionDenied):
-        auth.require("use", "tune")
+        auth.require(use, "tune")
 
 
 @pytest.mark.parametrize(
@@ -47,9 +50,9 @@ def test_bad_keys_files(tmp_path: Path, text: str) -> None:
     path = tmp_path / "keys.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match="--keys-file"):
-        Authenticator.from_config((), (), str(path))
+        read_keys_file(str(path), LatencyTargets())
     with pytest.raises(ConfigError, match="--keys-file"):
-        Authenticator.from_config((), (), str(tmp_path / "none.toml"))
+        read_keys_file(str(tmp_path / "none.toml"), LatencyTargets())
 
 
 PIECES = ["a", "<", "<tool", "_call>", CALL, "</tool_call>", "\n", "世"]

@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from coserve.core.sampling_params import SamplingParams
 from coserve.engine.client import EngineClient
 from coserve.engine.messages import AddRequest, RequestOutput, TokenLogprobs
-from coserve.errors import ContextLengthExceeded, InvalidRequest
+from coserve.errors import ContextLengthExceeded, InvalidRequest, QueueFull, RateLimited
 from coserve.metrics import Metrics, RequestTimes
 from coserve.server.application.lifecycle import Lifecycle
 from coserve.server.application.models import Target
 from coserve.server.application.sampling import SamplingRequest, check_token_ids
+from coserve.server.quotas import Quotas
+from coserve.server.service_tiers import Service, ServiceTiers
 from coserve.tokenizer import StopChecker, Tokenizer
 
 
@@ -97,11 +99,17 @@ class Generation:
     """All samples of one request on one target."""
 
     def __init__(
-        self, generator: Generator, target: Target, request: SamplingRequest, prompts: list[list[int]]
-    ):
+        self,
+        generator: Generator,
+        target: Target,
+        request: SamplingRequest,
+        service: Service,
+        prompts: list[list[int]],
+    ) -> None:
         self._generator = generator
         self.target = target
         self.request = request
+        self.service = service
         self.prompts = prompts
         self.samples = generator.samples(request, prompts)
         self.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in prompts))
@@ -109,9 +117,10 @@ class Generation:
     async def deltas(self) -> AsyncIterator[Delta]:
         """Deltas of all samples as they come; `usage` counts along.
 
-        Raises Unavailable when the engine goes away, and what the engine refused the request with.
+        Raises RateLimited, and what the engine refused the request with, before the first; Unavailable when
+        the engine goes away.
         """
-        async with aclosing(self._generator.run(self.target, self.request, self.samples)) as deltas:
+        async with aclosing(self._generator.run(self)) as deltas:
             async for delta in deltas:
                 self.usage.add(delta)
                 yield delta
@@ -134,6 +143,8 @@ class Generator:
         tokenizer: Tokenizer,
         lifecycle: Lifecycle,
         metrics: Metrics,
+        tiers: ServiceTiers,
+        quotas: Quotas,
         max_model_len: int,
         vocab_size: int,
     ) -> None:
@@ -141,15 +152,20 @@ class Generator:
         self._tokenizer = tokenizer
         self._lifecycle = lifecycle
         self._metrics = metrics
+        self._tiers = tiers
+        self._quotas = quotas
         self._in_use: dict[str, int] = {}
         self._released = asyncio.Condition()
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
 
-    def prepare(self, target: Target, request: SamplingRequest, prompts: list[list[int]]) -> Generation:
-        """Check prompts and lengths; everything that can be refused is refused here, before any output."""
+    def prepare(
+        self, target: Target, request: SamplingRequest, service: Service, prompts: list[list[int]]
+    ) -> Generation:
+        """Check prompts and lengths. What is wrong with a request is refused here; limits and targets speak
+        before its first output."""
         self._lifecycle.check_ready()
-        return Generation(self, target, request, prompts)
+        return Generation(self, target, request, service, prompts)
 
     def samples(self, request: SamplingRequest, prompts: list[list[int]]) -> list[Sample]:
         """Samples of all prompts: index = prompt * n + sample."""
@@ -159,7 +175,6 @@ class Generator:
                 raise InvalidRequest("The prompt has no tokens.", param="prompt")
             check_token_ids(prompt, self.vocab_size, "prompt")
             limit = self._token_limit(request, len(prompt))
-            self._metrics.request_admitted(len(prompt), limit, request.n)
             for number in range(request.n):
                 made.append(Sample(place * request.n + number, prompt, request.sampling_for(number, limit)))
         return made
@@ -180,13 +195,12 @@ class Generator:
             param="max_tokens" if room >= 1 else "input_tokens",
         )
 
-    async def run(
-        self, target: Target, request: SamplingRequest, samples: list[Sample]
-    ) -> AsyncIterator[Delta]:
-        """Deltas of all `samples`, merged as they come."""
-        with self._lifecycle.work():
-            async with self._using(target):
-                streams = [self._sample(target, request, sample) for sample in samples]
+    async def run(self, generation: Generation) -> AsyncIterator[Delta]:
+        """Deltas of all samples, merged as they come."""
+        quota = self._quotas.request(generation.service.key, generation.usage.prompt_tokens)
+        with self._lifecycle.work(), quota:
+            async with self._using(generation.target):
+                streams = [self._sample(generation, sample) for sample in generation.samples]
                 merged = streams[0] if len(streams) == 1 else _merge(streams)
                 async with aclosing(merged) as deltas:
                     async for delta in deltas:
@@ -214,41 +228,57 @@ class Generator:
         async with self._released:
             await self._released.wait_for(lambda: digest not in self._in_use)
 
-    async def _sample(self, target: Target, request: SamplingRequest, sample: Sample) -> AsyncIterator[Delta]:
+    async def _sample(self, generation: Generation, sample: Sample) -> AsyncIterator[Delta]:
         times = RequestTimes(arrival=time.time())
-        add = AddRequest(
-            request_id=uuid.uuid4().hex,
-            prompt_token_ids=sample.prompt_token_ids,
-            sampling=sample.sampling,
-            adapter=target.adapter,
-            priority=request.priority,
-            arrival=times.arrival,
-        )
+        service, request = generation.service, generation.request
+        targets = service.latency_class.targets
         text = _TextStream(self._tokenizer, request)
         generated = cached = preemptions = 0
-        reason = "abort"
+        reason, admitted, refused = "abort", False, False
         try:
-            async with aclosing(self._engine.generate(add)) as outputs:
+            async with aclosing(self._engine.generate(self._message(generation, sample, times))) as outputs:
                 async for output in outputs:
                     if output.finish_reason == "abort":
                         break
+                    if not admitted and sample.index % request.n == 0:
+                        limit = sample.sampling.max_tokens
+                        self._metrics.request_admitted(len(sample.prompt_token_ids), limit, request.n)
+                    admitted = True
                     generated += len(output.token_ids)
                     cached = max(cached, output.cached_tokens)
                     preemptions = max(preemptions, output.num_preemptions)
-                    self._measure(times, output)
+                    self._measure(times, output, service)
                     delta = text.delta(sample.index, output)
                     reason = delta.finish_reason or reason
                     yield delta
                     if delta.finish_reason is not None:
                         break
+        except (RateLimited, QueueFull):
+            refused = True
+            raise
         except Exception:
             reason = "error"
             raise
         finally:
-            prompt = len(sample.prompt_token_ids)
-            self._metrics.request_ended(reason, times, prompt, generated, cached, preemptions)
+            if not refused:
+                prompt = len(sample.prompt_token_ids)
+                self._metrics.request_ended(reason, times, targets, prompt, generated, cached, preemptions)
 
-    def _measure(self, times: RequestTimes, output: RequestOutput) -> None:
+    def _message(self, generation: Generation, sample: Sample, times: RequestTimes) -> AddRequest:
+        service, latency_class = generation.service, generation.service.latency_class
+        return AddRequest(
+            request_id=uuid.uuid4().hex,
+            prompt_token_ids=sample.prompt_token_ids,
+            sampling=sample.sampling,
+            adapter=generation.target.adapter,
+            priority=generation.request.priority + latency_class.priority,
+            targets=self._tiers.own_targets(latency_class),
+            tenant=service.key.tenant if service.key is not None else "",
+            weight=service.key.weight if service.key is not None else 1.0,
+            arrival=times.arrival,
+        )
+
+    def _measure(self, times: RequestTimes, output: RequestOutput, service: Service) -> None:
         if output.scheduled_at is not None:
             times.scheduled = output.scheduled_at
         if not output.token_ids:
@@ -257,9 +287,10 @@ class Generator:
         gap = None if times.last_token is None else now - times.last_token
         if times.first_token is None:
             times.first_token = now
-            self._metrics.first_token(now - times.arrival)
+            self._metrics.first_token(now - times.arrival, service.latency_class.targets)
         times.last_token = now
         self._metrics.tokens(len(output.token_ids), gap)
+        self._quotas.spend(service.key, len(output.token_ids))
 
 
 class _TextStream:

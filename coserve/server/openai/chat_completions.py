@@ -22,7 +22,7 @@ from coserve.server.application.sampling import (
     refuse_unsupported,
 )
 from coserve.server.application.tool_calls import ToolCall, ToolCallParser
-from coserve.server.auth import USE
+from coserve.server.auth import USE, Key
 from coserve.server.context import Context
 from coserve.server.fields import Fields
 from coserve.server.http import EventStream, Route, json_response, read_json, until_disconnect
@@ -82,7 +82,7 @@ class StreamOptions:
 class _Answer:
     """What one chat request wants in its answer, and the forms of that answer."""
 
-    def __init__(self, context: Context, fields: Fields, request_id: str) -> None:
+    def __init__(self, context: Context, fields: Fields, key: Key | None, request_id: str) -> None:
         refuse_unsupported(fields)
         check_response_format(fields)
         log_unknown(fields, KNOWN_FIELDS)
@@ -95,6 +95,7 @@ class _Answer:
         self.top_logprobs = (top or 0) if wants else None
         self.return_token_ids = fields.boolean("return_token_ids")
         self.echo = fields.boolean("echo")
+        self.service = context.tiers.read(fields, key)
         self.target = context.adapters.resolve(fields.string("model"))
         request = parse_sampling(
             fields,
@@ -106,7 +107,7 @@ class _Answer:
         )
         self.conversation: Conversation = read_conversation(fields, context.tokenizer)
         self.generation: Generation = context.generator.prepare(
-            self.target, request, [self.conversation.token_ids]
+            self.target, request, self.service, [self.conversation.token_ids]
         )
         self.id = f"chatcmpl-{request_id}"
         self.created = int(time.time())
@@ -131,6 +132,7 @@ class _Answer:
             "model": self.target.name,
             "choices": [self._choice(choice) for choice in choices],
             "usage": usage_body(self.generation.usage),
+            "service_tier": self.service.latency_class.name,
             "system_fingerprint": None,
             "prompt_logprobs": prompt_logprobs(self.context.tokenizer, choices[0].prompt_logprobs),
         }
@@ -210,6 +212,7 @@ class _Answer:
             "object": "chat.completion.chunk",
             "created": self.created,
             "model": self.target.name,
+            "service_tier": self.service.latency_class.name,
             "system_fingerprint": None,
         }
 
@@ -251,7 +254,7 @@ def routes(context: Context) -> list[Route]:
     """This resource's routes."""
 
     async def create(request: Request) -> Response:
-        answer = _Answer(context, await read_json(request), request.state.request_id)
+        answer = _Answer(context, await read_json(request), request.state.key, request.state.request_id)
         if answer.options.stream:
             return await EventStream.open(request, answer.events())
         return json_response(await until_disconnect(request, answer.body()))

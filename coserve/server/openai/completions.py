@@ -21,7 +21,7 @@ from coserve.server.application.sampling import (
     read_prompt_logprobs,
     refuse_unsupported,
 )
-from coserve.server.auth import USE
+from coserve.server.auth import USE, Key
 from coserve.server.context import Context
 from coserve.server.fields import Fields
 from coserve.server.http import EventStream, Route, json_response, read_json, until_disconnect
@@ -59,7 +59,7 @@ def read_prompts(fields: Fields, tokenizer: Tokenizer) -> list[list[int]]:
 class _Answer:
     """What one completion request wants in its answer, and the forms of that answer."""
 
-    def __init__(self, context: Context, fields: Fields, request_id: str) -> None:
+    def __init__(self, context: Context, fields: Fields, key: Key | None, request_id: str) -> None:
         refuse_unsupported(fields)
         check_response_format(fields)
         log_unknown(fields, _KNOWN)
@@ -71,6 +71,7 @@ class _Answer:
         self.logprobs = fields.integer("logprobs", None, 0, MAX_LOGPROBS)
         self.return_token_ids = fields.boolean("return_token_ids")
         self.wants_prompt_logprobs = read_prompt_logprobs(fields, self.options.stream)
+        self.service = context.tiers.read(fields, key)
         self.target = context.adapters.resolve(fields.string("model"))
         request = parse_sampling(
             fields,
@@ -83,7 +84,9 @@ class _Answer:
         )
         self.prompts = read_prompts(fields, context.tokenizer)
         request = self._fit_default(fields, request)
-        self.generation: Generation = context.generator.prepare(self.target, request, self.prompts)
+        self.generation: Generation = context.generator.prepare(
+            self.target, request, self.service, self.prompts
+        )
         self.n = request.n
         self.skip_special_tokens = request.skip_special_tokens
         self.id = f"cmpl-{request_id}"
@@ -181,6 +184,7 @@ class _Answer:
             "object": "text_completion",
             "created": self.created,
             "model": self.target.name,
+            "service_tier": self.service.latency_class.name,
             "system_fingerprint": None,
         }
 
@@ -207,7 +211,7 @@ def routes(context: Context) -> list[Route]:
         fields = await read_json(request)
         if not fields.has("prompt"):
             raise InvalidRequest("prompt is required.", param="prompt", code="missing_required_parameter")
-        answer = _Answer(context, fields, request.state.request_id)
+        answer = _Answer(context, fields, request.state.key, request.state.request_id)
         if answer.options.stream:
             return await EventStream.open(request, answer.events())
         return json_response(await until_disconnect(request, answer.body()))
