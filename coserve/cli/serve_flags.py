@@ -49,7 +49,9 @@ ApiKey = Annotated[list[str] | None, typer.Option(metavar="KEY", help="A key tha
 AdminApiKey = Annotated[
     list[str] | None, typer.Option(metavar="KEY", help="A key that may do all; repeatable.")
 ]
-KeysFile = Annotated[str, typer.Option(metavar="FILE", help="Keys with roles, limits and latency classes, as TOML or JSON.")]
+KeysFile = Annotated[
+    str, typer.Option(metavar="FILE", help="Keys with roles, limits and latency classes: TOML or JSON.")
+]
 SslKeyfile = Annotated[str, typer.Option(metavar="FILE", help="TLS key.")]
 SslCertfile = Annotated[str, typer.Option(metavar="FILE", help="TLS certificate.")]
 StateDir = Annotated[str, typer.Option(metavar="DIR", help="Where files, jobs and adapters are kept.")]
