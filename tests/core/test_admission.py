@@ -133,7 +133,8 @@ def test_what_could_be_met_is_known_after_some_steps() -> None:
     ttft=st.sampled_from([15e-3, 30e-3, 80e-3]),
 )
 def test_whoever_is_let_in_gets_its_first_token_in_time(prompts, gaps, ttft) -> None:
-    """Whenever the model says that the target can be met, it is; and only then is anybody let in."""
+    """Whenever the model says that the target can be met it is, but for one step: those who come later fill
+    up the step that a prompt ends in."""
     sim, admission = warmed(max_num_seqs=64)
     targets = LatencyTargets(ttft=ttft)
     let_in: list[Request] = []
@@ -161,4 +162,5 @@ def test_whoever_is_let_in_gets_its_first_token_in_time(prompts, gaps, ttft) -> 
     for request in let_in:
         alone = STEP_FLOOR * -(-request.num_prompt_tokens // 64) + PER_TOKEN * request.num_prompt_tokens
         allowed = ttft if alone <= ttft else ttft + alone
-        assert first[request.sequence_id] - request.arrival <= 1.1 * allowed + 1e-3
+        full = STEP_FLOOR + 64 * PER_TOKEN
+        assert first[request.sequence_id] - request.arrival <= 1.1 * allowed + full
