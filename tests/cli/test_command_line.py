@@ -119,7 +119,7 @@ def test_a_model_directory_names_itself(tmp_path: Path) -> None:
         ("serve --max-num-seqs 0", 2, "--max-num-seqs"),
         ("serve --max-num-queued-reqs -1", 2, "--max-num-queued-reqs"),
         ("serve --slo-tpot-ms -5", 2, "--slo-tpot-ms"),
-        ("serve --slo-tpot-ms nan", 2, "--slo-tpot-ms nan"),
+        ("serve --slo-tpot-ms nan", 2, "--slo-tpot-ms"),
         ("serve --slo-ttft-ms inf", 2, "--slo-ttft-ms inf"),
         ("serve --slo-ttft-ms soon", 2, "--slo-ttft-ms"),
         ("serve --kv-cache-memory-bytes lots", 2, "--kv-cache-memory-bytes"),
