@@ -6,11 +6,14 @@ everybody behind it their target.
 
 from __future__ import annotations
 
+from collections import deque
+
 from coserve.core.request import Request
 from coserve.core.scheduler import Scheduler
 from coserve.core.slo import LEAST_PROMPT_TOKENS, SAFETY, LatencyTargets
 from coserve.errors import QueueFull, TargetOutOfReach
 
+RATIOS = 64  # first tokens by which predictions are judged
 KNOWN_AFTER = 64  # steps with inference; the first ones are slower than those that follow
 
 
@@ -20,6 +23,8 @@ class Admission:
     def __init__(self, scheduler: Scheduler, max_queued: int = 0) -> None:
         self.scheduler = scheduler
         self.max_queued = max_queued
+        self._expected: deque[tuple[Request, float, float]] = deque()  # let in, when expected, its own prompt
+        self._ratios: deque[float] = deque(maxlen=RATIOS)
 
     def check(self, request: Request, now: float) -> None:
         """Raise QueueFull, or TargetOutOfReach when the requests ahead leave its first token no time.
@@ -34,12 +39,28 @@ class Admission:
         if target == 0.0 or not scheduler.has_requests:
             return
         total, own = self.predict(request, now)
-        late = max(0.0, now - request.arrival) + total - (target if own <= target else target + own)
+        waited = max(0.0, now - request.arrival)
+        queued = waited + max(0.0, total - own) * self._guard()
+        late = queued + (own if own <= target else 0.0) - target
         if late > 0.0:
             raise TargetOutOfReach(
-                f"The first token would come after about {total:.2g} s, and its target is {target:.3g} s.",
+                f"The first token would come after about {queued + own:.2g} s; its target is {target:.3g} s.",
                 retry_after=late,
             )
+        if total > target / 4:
+            self._expected.append((request, waited + total, own))
+
+    def _guard(self) -> float:
+        """By how much first tokens have lately come later than predicted (90th percentile), as a factor."""
+        while self._expected:
+            request, expected, own = self._expected[0]
+            if request.scheduled_at is not None:
+                self._ratios.append((request.scheduled_at - request.arrival + own) / expected)
+            elif not request.finished:
+                break
+            self._expected.popleft()
+        ordered = sorted(self._ratios)
+        return max(1.0 / SAFETY, ordered[int(0.9 * len(ordered))] if ordered else 0.0)
 
     def predict(self, request: Request, now: float) -> tuple[float, float]:
         """Seconds until the request's first token as things stand, and what they would be on an idle device;
