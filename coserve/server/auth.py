@@ -42,6 +42,7 @@ class Key:
     weight: float = 1.0
     max_concurrent_requests: int = 0
     tokens_per_minute: int = 0
+    max_jobs: int = 0
 
     @property
     def tenant(self) -> str:

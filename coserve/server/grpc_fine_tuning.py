@@ -23,6 +23,7 @@ from coserve.server.grpc_convert import (
 )
 from coserve.server.grpc_gen import fine_tuning_pb2 as pb
 from coserve.server.grpc_gen import fine_tuning_pb2_grpc
+from coserve.server.grpc_guard import key_of
 from coserve.server.grpc_uploads import receive
 
 _DEFAULT_PAGE = 20
@@ -37,7 +38,8 @@ class FineTuning(fine_tuning_pb2_grpc.FineTuningServiceServicer):
 
     async def CreateJob(self, request: pb.CreateJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
         """Check a request and start its job."""
-        return job_message(await self._jobs.create(plain(request)))
+        key = key_of(self._context, context.invocation_metadata())
+        return job_message(await self._jobs.create(plain(request), key))
 
     async def GetJob(self, request: pb.GetJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
         """One job."""

@@ -27,7 +27,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     `publish_as` is the name its adapter gets, `auto` the settings that the data will decide, `step_seconds`
     how long a step takes, averaged over the latest; `request_digest` tells a repeat of an idempotent request
-    from another one under the same key.
+    from another one under the same key, `tenant` whose job it is.
     """
 
     id: str
@@ -49,6 +49,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     idempotency_key: str = ""
     request_digest: str = ""
+    tenant: str = ""
     started_at: int | None = None
     finished_at: int | None = None
     estimated_finish: int | None = None
@@ -151,6 +152,13 @@ def all_jobs(connection: sqlite3.Connection) -> list[JobRecord]:
     return [
         _job.decode(row["record"]) for row in connection.execute("SELECT record FROM jobs ORDER BY seq DESC")
     ]
+
+
+def count_open(connection: sqlite3.Connection, tenant: str) -> int:
+    """Number of a tenant's jobs that haven't ended."""
+    marks = ", ".join("?" * len(TERMINAL))
+    rows = connection.execute(f"SELECT record FROM jobs WHERE status NOT IN ({marks})", tuple(TERMINAL))
+    return sum(_job.decode(row["record"]).tenant == tenant for row in rows)
 
 
 def count_by_status(connection: sqlite3.Connection) -> dict[str, int]:

@@ -15,7 +15,8 @@ from coserve.server.fields import Fields
 from coserve.server.service_tiers import AUTO, DEFAULT, LatencyClass, ServiceTiers
 
 _KEY_FIELDS = frozenset(
-    ("key", "sha256", "role", "name", "classes", "weight", "max_concurrent_requests", "tokens_per_minute")
+    ("key", "sha256", "role", "name", "classes", "weight")
+    + ("max_concurrent_requests", "tokens_per_minute", "max_jobs")
 )
 _CLASS_FIELDS = frozenset(("name", "ttft_ms", "tpot_ms", "priority"))
 _CLASS_NAME = re.compile(r"[\w.-]{1,64}")
@@ -87,9 +88,8 @@ def _key(entry: Fields, known_classes: tuple[str, ...]) -> Key:
         if name not in known_classes:
             raise entry.fail("classes", f"names {name!r}; there are {', '.join(known_classes)}.")
     weight = entry.number("weight", 1.0, 1e-3, 1e3) or 1.0
-    requests = entry.integer("max_concurrent_requests", 0, 1) or 0
-    tokens = entry.integer("tokens_per_minute", 0, 1) or 0
-    return Key(_digest(entry), role, classes, weight, requests, tokens)
+    limits = ("max_concurrent_requests", "tokens_per_minute", "max_jobs")
+    return Key(_digest(entry), role, classes, weight, *(entry.integer(name, 0, 1) or 0 for name in limits))
 
 
 def _digest(entry: Fields) -> bytes:

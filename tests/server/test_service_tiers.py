@@ -25,7 +25,12 @@ from coserve.errors import (
 )
 from coserve.server.auth import Key
 from coserve.server.fields import Fields
-from coserve.server.grpc_gen import inference_pb2, inference_pb2_grpc
+from coserve.server.grpc_gen import (
+    fine_tuning_pb2,
+    fine_tuning_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+)
 from coserve.server.keys_file import read_keys_file
 from coserve.server.quotas import Quotas
 from coserve.server.service_tiers import LatencyClass, ServiceTiers
@@ -61,6 +66,11 @@ max_concurrent_requests = 2
 [[keys]]
 key = "metered"
 tokens_per_minute = 60
+
+[[keys]]
+key = "tuner"
+role = "tune"
+max_jobs = 2
 
 [[keys]]
 key = "boss"
@@ -279,6 +289,29 @@ def test_tokens_a_minute(server: ServerThread) -> None:
     assert 1 <= int(refusal.value.response.headers["retry-after"]) <= 120
 
 
+def test_jobs_of_a_key(server: ServerThread) -> None:
+    server.engine.auto_train = False
+    client = server.openai("tuner")
+    row = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    file = client.files.create(file=("t.jsonl", row * 12), purpose="fine-tune").id
+    made = [client.fine_tuning.jobs.create(model=BASE, training_file=file) for _ in range(2)]
+    with pytest.raises(openai.RateLimitError) as refusal:
+        client.fine_tuning.jobs.create(model=BASE, training_file=file)
+    assert refusal.value.code == "max_jobs_exceeded" and refusal.value.response.headers["retry-after"] == "60"
+    with server.channel() as channel, pytest.raises(grpc.RpcError) as refused:
+        fine_tuning_pb2_grpc.FineTuningServiceStub(channel).CreateJob(
+            fine_tuning_pb2.CreateJobRequest(model=BASE, training_file=file),
+            metadata=(("authorization", "Bearer tuner"),),
+        )
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    jobs = server.server.context.config.state_dir
+    assert {folder.name for folder in (Path(jobs) / "jobs").iterdir()} == {job.id for job in made}
+    assert server.openai("boss").fine_tuning.jobs.create(model=BASE, training_file=file).id
+    client.fine_tuning.jobs.cancel(made[0].id)
+    assert wait_for(lambda: client.fine_tuning.jobs.retrieve(made[0].id).status == "cancelled")
+    assert client.fine_tuning.jobs.create(model=BASE, training_file=file).id
+
+
 def test_a_bucket_of_tokens_fills_evenly() -> None:
     now = [0.0]
     quotas, key = Quotas(lambda: now[0]), Key(b"k" * 32, "use", tokens_per_minute=600)
@@ -311,6 +344,7 @@ def test_a_bucket_of_tokens_fills_evenly() -> None:
         ("[[keys]]\nkey = 'k'\nclasses = ['a']", r"keys\[0\]\.classes names 'a'; there are default"),
         ("[[keys]]\nkey = 'k'\nweight = 0", r"keys\[0\]\.weight"),
         ("[[keys]]\nkey = 'k'\nmax_concurrent_requests = 0", r"keys\[0\]\.max_concurrent_requests"),
+        ("[[keys]]\nkey = 'k'\nmax_jobs = 1.5", r"keys\[0\]\.max_jobs"),
         ("[[keys]]\nkey = 'k'\ntokens_per_minute = 'many'", r"keys\[0\]\.tokens_per_minute"),
     ],
 )

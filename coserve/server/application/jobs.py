@@ -12,8 +12,18 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import Any
 
+import msgspec
+
 from coserve.engine.client import EngineClient
-from coserve.errors import Conflict, CoserveError, FailedPrecondition, InternalError, NotFound, Unavailable
+from coserve.errors import (
+    Conflict,
+    CoserveError,
+    FailedPrecondition,
+    InternalError,
+    NotFound,
+    RateLimited,
+    Unavailable,
+)
 from coserve.log import line
 from coserve.metrics import Metrics
 from coserve.models.config import ModelConfig
@@ -27,6 +37,7 @@ from coserve.server.application.job_records import JobRecords
 from coserve.server.application.job_reports import JobReports
 from coserve.server.application.lifecycle import Lifecycle
 from coserve.server.application.models import BaseModel
+from coserve.server.auth import Key
 from coserve.server.database import Database
 from coserve.server.errors import internal_error
 from coserve.server.job_store import JobRecord
@@ -36,6 +47,7 @@ from coserve.training.job import JobSpec
 
 logger = logging.getLogger(__name__)
 
+_JOB_RETRY = 60.0  # seconds; nobody knows when a job ends
 _CONTROL_WAIT = 10.0  # seconds for the engine's status to follow its reply
 
 
@@ -86,13 +98,16 @@ class Jobs:
 
     # ------------------------------------------------------------------ creating
 
-    async def create(self, body: object) -> JobRecord:
-        """Check a request, note the job, and begin to prepare it.
+    async def create(self, body: object, key: Key | None = None) -> JobRecord:
+        """Check a request, note the job as one of `key`'s, and begin to prepare it.
 
-        Raises InvalidRequest, NotFound (file or adapter), Conflict (idempotency key used otherwise).
+        Raises InvalidRequest, NotFound (file or adapter), Conflict (idempotency key used otherwise), and
+        RateLimited when the key has as many jobs as it may.
         """
         self._lifecycle.check_open()
         job = await self._factory.make(body)
+        if key is not None:
+            job = msgspec.structs.replace(job, tenant=key.tenant)
         created = job_changes.event_of(job, "message", "Created fine-tuning job: " + job.id)
         status = job_changes.status_event(job)
 
@@ -100,12 +115,23 @@ class Jobs:
             known = job_store.by_key(db, job.idempotency_key) if job.idempotency_key else None
             if known is not None:
                 return known
+            if key is not None and 0 < key.max_jobs <= job_store.count_open(db, key.tenant):
+                raise RateLimited(
+                    f"This API key has {key.max_jobs} jobs that haven't ended, as many as it may; "
+                    "cancel one, or wait.",
+                    retry_after=_JOB_RETRY,
+                    code="max_jobs_exceeded",
+                )
             job_store.insert(db, job)
             job_store.add_event(db, created)
             job_store.add_event(db, status)
             return job
 
-        noted = await self._database.run(insert)
+        try:
+            noted = await self._database.run(insert)
+        except RateLimited:
+            await asyncio.to_thread(job_data.remove, self._state.job(job.id))
+            raise
         if noted is not job:
             await asyncio.to_thread(job_data.remove, self._state.job(job.id))
             if noted.request_digest != job.request_digest:

@@ -65,7 +65,7 @@ def _job_routes(context: Context) -> list[Route]:
         key = request.headers.get("idempotency-key")
         if key and "idempotency_key" not in body:
             body["idempotency_key"] = key
-        return json_response(body_of(await jobs.create(body)))
+        return json_response(body_of(await jobs.create(body, request.state.key)))
 
     async def list_jobs(request: Request) -> Response:
         found = await jobs.records.list(_metadata_filter(request))
