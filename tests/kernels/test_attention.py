@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coserve.kernels.kv_store import kv_store
 from coserve.kernels.paged_attention import paged_attention
 from coserve.kernels.window_attention import window_attention, window_attention_backward
+from tests.kernels.attention_cases import check_window, in_windows, paged_case, sliding, stream
 from tests.kernels.oracle import DTYPES, check, error, ints
 
 WINDOWS = [
@@ -21,30 +21,6 @@ HEADS = [(1, 1, 16), (4, 2, 32), (7, 1, 64), (8, 1, 80), (6, 6, 128), (3, 3, 20)
 
 # Where weights and slopes are rounded to be factors; torch's own bf16 attention is 4e-3 to 6e-3 off.
 ROUNDED = 4e-3
-
-
-def paged_case(
-    lengths: list[int],
-    queries: list[int],
-    heads: tuple[int, int, int],
-    dtype: torch.dtype,
-    block_size: int = 16,
-) -> tuple:
-    """q, caches in a slab [block, k or v, ...] with scattered blocks and NaN where nothing was stored."""
-    N, Nkv, D = heads
-    blocks = [-(-length // block_size) for length in lengths]
-    slab = torch.full((sum(blocks) + 2, 2, block_size, Nkv, D), float("nan"), dtype=dtype)
-    order = torch.randperm(sum(blocks) + 2)[: sum(blocks)].int()
-    tables = torch.zeros(len(lengths), max(max(blocks, default=0), 1), dtype=torch.int32)
-    for s, (table, length) in enumerate(zip(order.split(blocks), lengths, strict=True)):
-        tables[s, : len(table)] = table
-        token = torch.arange(length)
-        slots = table.long()[token // block_size] * block_size + token % block_size
-        new = torch.randn(2, length, Nkv, D).to(dtype)
-        kv_store(new[0], new[1], slab[:, 0], slab[:, 1], slots)
-    q = torch.randn(sum(queries), N, D).to(dtype)
-    starts = ints(0, *torch.tensor(queries).cumsum(0).tolist())
-    return q, slab[:, 0], slab[:, 1], tables, starts, ints(*lengths), D**-0.5
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -119,42 +95,12 @@ def test_paged_attention_refuses_wrong_tables() -> None:
         )
 
 
-def stream(T: int, heads: tuple[int, int, int], dtype: torch.dtype, samples: tuple[int, ...]) -> tuple:
-    N, Nkv, D = heads
-    q, do = torch.randn(T, N, D).to(dtype), (torch.randn(T, N, D) / D**0.5).to(dtype)
-    k, v = torch.randn(T, Nkv, D).to(dtype), torch.randn(T, Nkv, D).to(dtype)
-    sample_start = torch.zeros(T, dtype=torch.int32)
-    for start in samples:
-        sample_start[start:] = start
-    return q, k, v, do, sample_start
-
-
-def check_window(case: tuple, window_start: int, cap: float) -> None:
-    """Forward and backward of a window of `case` against float64."""
-    q, k, v, do, first_key = case
-    scale, starts = q.shape[2] ** -0.5, first_key[window_start:]
-
-    def run(q, k, v, do):  # type: ignore[no-untyped-def]
-        o, lse = window_attention(q, k, v, starts, window_start, scale, cap)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        dk, dv = torch.zeros(k.shape, dtype=wide), torch.zeros(v.shape, dtype=wide)
-        dq = window_attention_backward(do, q, o, lse, k, v, starts, window_start, scale, dk, dv, cap)
-        return o, lse, dq, dk, dv
-
-    check(run, q[window_start:], k, v, do[window_start:], bound=4e-6, bf16_slack=ROUNDED)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "T", "window_start"), WINDOWS)
 def test_window_attention_matches_float64(
     isa: str, heads: tuple[int, int, int], dtype: torch.dtype, T: int, window_start: int
 ) -> None:
-    check_window(stream(T, heads, dtype, (40, 41, 128)), window_start, 0.0)
-
-
-def sliding(sample_start: torch.Tensor, window: int) -> torch.Tensor:
-    """The first key of each query under a sliding window."""
-    return torch.maximum(sample_start, torch.arange(len(sample_start), dtype=torch.int32) + 1 - window)
+    check_window(stream(T, heads, dtype, (40, 41, 128)), window_start, 0.0, ROUNDED)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -163,7 +109,7 @@ def test_sliding_and_capped_windows_match_float64(
     isa: str, window: int, cap: float, dtype: torch.dtype
 ) -> None:
     q, k, v, do, sample_start = stream(200, (4, 2, 20), dtype, (40, 90))
-    check_window((q, k, v, do, sliding(sample_start, window)), 64, cap)
+    check_window((q, k, v, do, sliding(sample_start, window)), 64, cap, ROUNDED)
 
 
 def test_capped_sliding_backward_matches_autograd(isa: str) -> None:
@@ -199,19 +145,6 @@ def test_window_backward_matches_autograd(isa: str) -> None:
     dq = window_attention_backward(do, q, o, lse, k, v, sample_start, 0, 0.25, dk, dv)
     for got, want in zip((dq, dk, dv), wants, strict=True):
         assert error(got, want) < 2e-6
-
-
-def in_windows(T: int, cut: int, case: tuple) -> tuple[torch.Tensor, ...]:
-    q, k, v, do, sample_start = case
-    edges = [(a, min(a + cut, T)) for a in range(0, T, cut)]
-    parts = [window_attention(q[a:b], k, v, sample_start[a:b], a, 0.125) for a, b in edges]
-    dk, dv = torch.zeros(k.shape), torch.zeros(v.shape)
-    dq = torch.empty_like(q)
-    for (a, b), (o, lse) in reversed(list(zip(edges, parts, strict=True))):
-        dq[a:b] = window_attention_backward(
-            do[a:b], q[a:b], o, lse, k, v, sample_start[a:b], a, 0.125, dk, dv
-        )
-    return torch.cat([o for o, _ in parts]), torch.cat([lse for _, lse in parts]), dq, dk, dv
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

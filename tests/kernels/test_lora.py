@@ -11,24 +11,11 @@ from coserve.kernels.lora import (
     lora_backward,
     lora_forward_,
 )
+from tests.kernels.lora_cases import POOL, gradients, in_windows, pool, segments
 from tests.kernels.oracle import DTYPES, check, error, ints, lora_backward_one, lora_forward_one_
 
-POOL = 150
 SPLIT = 1e-5  # with bf16 inputs h and dh may be factors of 16 bits in da and db, 2^-17 from their fp32 value
 SHAPES = [(16, 16), (33, 50), (1, 1), (128, 96), (200, 257)]
-
-
-def pool(N: int, K: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    return (torch.randn(POOL, K) / K**0.5).to(dtype), torch.randn(POOL, N).to(dtype)
-
-
-def segments(*spans: tuple[int, int, int]) -> tuple[LoraSegments, torch.Tensor]:
-    """Of (start, end, rank): each segment's rows are scattered over the pool."""
-    ranks = [rank for *_, rank in spans]
-    offsets = [sum(ranks[:s]) for s in range(len(ranks))]
-    rows = torch.randperm(POOL)[: sum(ranks)].int()
-    starts, ends = ints(*(a for a, _, _ in spans)), ints(*(b for _, b, _ in spans))
-    return LoraSegments(starts, ends, ints(*offsets), rows), ints(*ranks)
 
 
 @pytest.mark.parametrize(("N", "K"), SHAPES)
@@ -131,19 +118,13 @@ def test_backward_matches_float64(
     rows = torch.randperm(POOL)[:rank].int()
     dy, x, dx = (torch.randn(T, size).to(dtype) for size in (N, K, K))
 
-    def run(dy, x, a, b, dx):  # type: ignore[no-untyped-def]
-        wide = torch.promote_types(dy.dtype, torch.float32)
-        da, db = torch.ones(rank, K, dtype=wide), torch.ones(rank, N, dtype=wide)
-        lora_backward_one(dy, x, a, b, rows, dx, da, db, offset)
-        return dx, da, db
-
     def peer(dy, x, a, b, dx):  # type: ignore[no-untyped-def]
         """As torch's bf16 has it, dh rounded like every product."""
         picked = rows.long()
         return ((dx.float() + ((dy @ b[picked].t()) @ a[picked]).float()).to(dx.dtype),)
 
-    check(lambda *t: run(*t)[:1], dy, x, a, b, dx, peer=peer)
-    check(lambda *t: run(*t)[1:], dy, x, a, b, dx, bf16_slack=SPLIT)
+    check(lambda *t: gradients(*t, rows, offset)[:1], dy, x, a, b, dx, peer=peer)
+    check(lambda *t: gradients(*t, rows, offset)[1:], dy, x, a, b, dx, low_slack=SPLIT)
 
 
 def test_backward_matches_autograd(isa: str) -> None:
@@ -164,19 +145,12 @@ def test_backward_cuts(isa: str, dtype: torch.dtype) -> None:
     a, b = pool(N, K, dtype)
     rows = torch.randperm(POOL)[:9].int()
     dy, x = torch.randn(T, N).to(dtype), torch.randn(T, K).to(dtype)
-
-    def in_windows(cut: int) -> tuple[torch.Tensor, ...]:
-        dx, da, db = torch.zeros(T, K).to(dtype), torch.zeros(9, K), torch.zeros(9, N)
-        for at in reversed(range(0, T, cut)):
-            span = slice(at, at + cut)
-            lora_backward_one(dy[span], x[span], a, b, rows, dx[span], da, db, at)
-        return dx, da, db
-
-    whole = in_windows(T)
+    case = dy, x, a, b, rows
+    whole = in_windows(T, *case)
     for cut in (64, 128):
-        assert all(torch.equal(p, q) for p, q in zip(in_windows(cut), whole, strict=True))
+        assert all(torch.equal(p, q) for p, q in zip(in_windows(cut, *case), whole, strict=True))
     for cut in (1, 7):
-        dx, da, db = in_windows(cut)
+        dx, da, db = in_windows(cut, *case)
         assert torch.equal(dx, whole[0])
         assert max(error(da, whole[1].double()), error(db, whole[2].double())) < 2e-6
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coserve.kernels.adamw import adamw_
 from coserve.kernels.cross_entropy import logit_gradient_, token_scores
 from tests.kernels.oracle import DTYPES, check, error
 
@@ -68,42 +67,3 @@ def test_targets_outside_the_vocabulary_are_refused() -> None:
     for target in (3, -100):
         with pytest.raises(ValueError, match="vocabulary of 3"):
             token_scores(torch.zeros(1, 3), torch.tensor([target]))
-
-
-@pytest.mark.parametrize("size", (1, 37, 20000))
-def test_adamw_matches_torch(isa: str, size: int) -> None:
-    start = torch.randn(size)
-    oracle = torch.nn.Parameter(start.double())
-    peer = torch.nn.Parameter(start.clone())
-    settings = {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.1}
-    double, single = torch.optim.AdamW([oracle], **settings), torch.optim.AdamW([peer], **settings)
-    param, exp_avg, exp_avg_sq = start.clone(), torch.zeros(size), torch.zeros(size)
-    for step in range(1, 6):
-        grad = torch.randn(size)
-        oracle.grad, peer.grad = grad.double() * 0.5, grad * 0.5
-        double.step()
-        single.step()
-        adamw_(
-            param, grad, exp_avg, exp_avg_sq,
-            lr=1e-2, beta1=0.9, beta2=0.98, eps=1e-8, weight_decay=0.1, step=step, grad_scale=0.5,
-        )  # fmt: skip
-    assert error(param, oracle.detach()) <= max(2 * error(peer.detach(), oracle.detach()), 5e-7)
-    assert error(exp_avg_sq, double.state[oracle]["exp_avg_sq"]) < 1e-6
-
-
-def test_adamw_refuses_other_dtypes() -> None:
-    x = torch.zeros(4)
-    with pytest.raises(ValueError, match="exp_avg must"):
-        adamw_(
-            x,
-            x,
-            x.bfloat16(),
-            x,
-            lr=1.0,
-            beta1=0.9,
-            beta2=0.9,
-            eps=1e-8,
-            weight_decay=0.0,
-            step=1,
-            grad_scale=1.0,
-        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coserve.kernels import dispatch
 from coserve.kernels.adamw import adamw_
 from coserve.kernels.adamw_8bit import (
     BLOCK,
@@ -16,16 +15,15 @@ from coserve.kernels.adamw_8bit import (
     map_edges,
 )
 from coserve.kernels.chunk_squares import CHUNK, chunk_squares
-from coserve.kernels.sgd import sgd_
-from tests.kernels.oracle import error
-
-ADAM = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
-
-
-def gradients(size: int, steps: int, decades: float = 4) -> list[torch.Tensor]:
-    """Gradients with a common direction, noise, and sizes over so many powers of ten."""
-    direction, spread = torch.randn(size), torch.logspace(-decades, 0, size)[torch.randperm(size)]
-    return [(direction + torch.randn(size)) * spread for _ in range(steps)]
+from tests.kernels.optimizer_cases import (
+    ADAM,
+    SPANS,
+    check_8bit,
+    check_8bit_only_decays,
+    check_adamw,
+    check_sgd,
+    gradients,
+)
 
 
 def test_the_maps_are_those_of_the_paper() -> None:
@@ -77,27 +75,9 @@ def test_squares_of_chunks(isa: str, size: int) -> None:
     assert bool(chunk_squares(x)[-1].isnan())
 
 
-@pytest.mark.parametrize("spans", [[(0, 1, 1.0)], [(3, 260, 1.0), (260, 800, 16.0)], [(0, 7000, 2.0)]])
+@pytest.mark.parametrize("spans", [*SPANS, [(0, 7000, 2.0)]])
 def test_8bit_matches_its_reference(isa: str, spans: list[tuple[int, int, float]]) -> None:
-    size = spans[-1][1] + 5
-    start, given = torch.randn(size), gradients(size, 12)
-    ends = []
-    for backend in ("auto", "reference"):
-        param, moments = start.clone(), QuantizedMoments.zeros(spans)
-        with dispatch.use_backend(backend):
-            for step, grad in enumerate(given, 1):
-                adamw_8bit_(param, grad, moments, step=step, grad_scale=0.5, **ADAM)
-        ends.append((param, moments))
-    (ours, got), (theirs, want) = ends
-    assert error(ours, theirs) < 1e-6
-    assert torch.allclose(got.m_scale_B, want.m_scale_B, rtol=1e-5, atol=0)
-    # A value on the edge of two codes may fall either way.
-    for a, b in ((got.m_BE, want.m_BE), (got.v_BE, want.v_BE)):
-        assert (a.int() - b.int()).abs().max() <= 1 and (a != b).float().mean() < 0.01
-    outside = torch.ones(size, dtype=torch.bool)
-    for first, last, _ in spans:
-        outside[first:last] = False
-    assert torch.equal(ours[outside], start[outside]) and bool(outside.any())
+    check_8bit(spans, 12)
 
 
 @pytest.mark.parametrize(("decades", "bound"), [(1, 0.05), (2, 0.08), (3, 0.2), (4, 0.45)])
@@ -128,10 +108,7 @@ def test_8bit_does_not_depend_on_threads() -> None:
 
 
 def test_8bit_of_a_zero_gradient_only_decays(isa: str) -> None:
-    param, moments = torch.ones(300), QuantizedMoments.zeros([(0, 300, 1.0)])
-    adamw_8bit_(param, torch.zeros(300), moments, step=1, **ADAM)
-    assert torch.equal(param, torch.full((300,), 1 - ADAM["lr"] * ADAM["weight_decay"]))
-    assert not moments.m_scale_B.any() and not moments.v_scale_B.any()
+    check_8bit_only_decays()
 
 
 def test_8bit_takes_about_a_quarter_of_the_bytes() -> None:
@@ -147,12 +124,15 @@ def test_8bit_refuses_other_dtypes() -> None:
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_sgd_matches_torch(isa: str, momentum: float, weight_decay: float) -> None:
-    start = torch.randn(300)
-    peer = torch.nn.Parameter(start.double())
-    theirs = torch.optim.SGD([peer], lr=0.05, momentum=momentum, weight_decay=weight_decay)
-    param, buffer = start.clone(), torch.zeros(300) if momentum else None
-    for grad in gradients(300, 5):
-        peer.grad = grad.double() * 0.5
-        theirs.step()
-        sgd_(param, grad, buffer, lr=0.05, momentum=momentum, weight_decay=weight_decay, grad_scale=0.5)
-    assert error(param, peer.detach()) < 1e-6
+    check_sgd(300, 5, momentum, weight_decay)
+
+
+@pytest.mark.parametrize("size", (1, 37, 20000))
+def test_adamw_matches_torch(isa: str, size: int) -> None:
+    check_adamw(size, 5)
+
+
+def test_adamw_refuses_other_dtypes() -> None:
+    x = torch.zeros(4)
+    with pytest.raises(ValueError, match="exp_avg must"):
+        adamw_(x, x, x.bfloat16(), x, step=1, **ADAM)

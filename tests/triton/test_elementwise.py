@@ -9,10 +9,10 @@ from coserve.kernels.kv_store import kv_store
 from coserve.kernels.rope import apply_rope_
 from coserve.kernels.soft_cap import soft_cap_
 from coserve.kernels.swiglu import ACTIVATIONS, swiglu, swiglu_backward
-from tests.triton.oracle import DTYPES, check
+from tests.kernels.oracle import INTERPRETED_DTYPES, check
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
 @pytest.mark.parametrize("shape, half", [((1, 1, 2), 1), ((5, 9, 16), 8), ((3, 2, 20), 6)], ids=str)
 def test_rope_and_its_inverse(shape: tuple[int, int, int], half: int, dtype: torch.dtype) -> None:
     x, angles = torch.randn(shape, dtype=dtype), torch.randn(11, half)
@@ -36,7 +36,7 @@ def test_rope_turns_a_slice_of_a_merged_projection() -> None:
         apply_rope_(merged.transpose(1, 2), positions, *tables)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_gated_activation(act: str, dtype: torch.dtype) -> None:
     for shape in ((1, 1), (3, 37), (2, 1030)):
@@ -49,7 +49,7 @@ def test_gated_activation(act: str, dtype: torch.dtype) -> None:
     assert swiglu(torch.empty(0, 8), act).shape == (0, 4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
 def test_soft_cap(dtype: torch.dtype) -> None:
     x = torch.cat((torch.linspace(-90, 90, 1100), torch.tensor([0.0, 1e-4, -1e-4, 5.9, 6.1]))).to(dtype)
     check(lambda x: (soft_cap_(x.clone(), 30.0),), x)

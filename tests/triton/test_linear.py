@@ -10,8 +10,7 @@ import torch
 from coserve.kernels import dispatch
 from coserve.kernels.linear import PackedLinear
 from coserve.kernels.triton import linear as file
-from tests.kernels.oracle import error
-from tests.triton.oracle import DTYPES
+from tests.kernels.oracle import INTERPRETED_DTYPES, error
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +24,7 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (33, 40), (130, 150)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
 def test_both_products(N: int, K: int, dtype: torch.dtype) -> None:
     linear = PackedLinear(torch.randn(N, K).to(dtype), torch.randn(N).to(dtype))
     weight, bias = linear.unpacked(), linear.bias
@@ -40,7 +39,7 @@ def test_both_products(N: int, K: int, dtype: torch.dtype) -> None:
             assert error(got, want) <= max(1.1 * error(want.to(dtype), want), 2e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
 def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """One row, and some of another number, have their parts added by a second launch; 90 rows by their own
     program, as have all when a device is full sooner."""

@@ -10,25 +10,11 @@ from coserve.kernels.dropout import Dropout, keep_mask, row_keys
 from coserve.kernels.lora import LoraSegments
 from coserve.kernels.triton import lora_backward as backward_file
 from coserve.kernels.triton import lora_shrink as shrink_file
-from tests.kernels.oracle import error, ints, lora_backward_one, lora_forward_one_
-from tests.triton.oracle import DTYPES, check
+from tests.kernels.lora_cases import POOL, gradients, in_windows, pool, segments
+from tests.kernels.oracle import INTERPRETED_DTYPES, check, error, ints, lora_backward_one, lora_forward_one_
 
-POOL = 300
 SALT = -77 << 40
 SPANS = ((0, 1, 1), (1, 4, 64), (4, 4, 8), (6, 47, 16), (47, 50, 0), (50, 56, 3))
-
-
-def pool(N: int, K: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    return (torch.randn(POOL, K) / K**0.5).to(dtype), torch.randn(POOL, N).to(dtype)
-
-
-def segments(*spans: tuple[int, int, int]) -> tuple[LoraSegments, torch.Tensor]:
-    """Of (start, end, rank): each segment's rows are scattered over the pool."""
-    ranks = [rank for *_, rank in spans]
-    offsets = [sum(ranks[:s]) for s in range(len(ranks))]
-    rows = torch.randperm(POOL)[: sum(ranks)].int()
-    starts, ends = ints(*(a for a, _, _ in spans)), ints(*(b for _, b, _ in spans))
-    return LoraSegments(starts, ends, ints(*offsets), rows), ints(*ranks)
 
 
 def dropout(tokens: int, *rates: float) -> Dropout:
@@ -37,7 +23,7 @@ def dropout(tokens: int, *rates: float) -> Dropout:
 
 
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (140, 70)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
 def test_forward(N: int, K: int, dtype: torch.dtype) -> None:
     spans, ranks = segments(*SPANS)
     a, b = pool(N, K, dtype)
@@ -74,27 +60,11 @@ def test_a_token_depends_neither_on_its_batch_nor_on_who_adds_up_the_parts(
     assert torch.equal(lora_forward_one_(y.clone(), x, a, b, spans, ranks), whole)
 
 
-def gradients(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    dx: torch.Tensor,
-    rows: torch.Tensor,
-    offset: int = 0,
-    drop: Dropout | None = None,
-) -> tuple[torch.Tensor, ...]:
-    wide = torch.promote_types(dy.dtype, torch.float32)
-    da, db = (torch.ones(len(rows), like.shape[1], dtype=wide) for like in (a, b))
-    lora_backward_one(dy, x, a, b, rows, dx, da, db, offset, drop)
-    return dx, da, db
-
-
 @pytest.mark.parametrize(
     ("T", "N", "K", "rank", "offset"),
     [(1, 1, 1, 1, 0), (130, 70, 50, 64, 0), (70, 24, 90, 5, 60), (3, 20, 16, 256, 3)],
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
 @pytest.mark.parametrize("rate", [None, 0.4], ids=["plain", "dropout"])
 def test_backward(
     T: int, N: int, K: int, rank: int, offset: int, dtype: torch.dtype, rate: float | None
@@ -111,20 +81,14 @@ def test_backward_in_windows_and_with_parts_together(monkeypatch: pytest.MonkeyP
     T, N, K = 150, 100, 30
     (a, b), rows = pool(N, K), torch.randperm(POOL)[:9].int()
     dy, x = torch.randn(T, N), torch.randn(T, K)
-
-    def in_windows(cut: int, frozen: bool = False) -> tuple[torch.Tensor, ...]:
-        dx, da, db = torch.zeros(T, K), torch.zeros(9, K), torch.zeros(9, N)
-        for at in reversed(range(0, T, cut)):
-            span = slice(at, at + cut)
-            lora_backward_one(dy[span], x[span], a, b, rows, dx[span], None if frozen else da, db, at)
-        return dx, da, db
-
-    whole = in_windows(T)
-    assert all(torch.equal(p, q) for p, q in zip(in_windows(64), whole, strict=True))
-    dx, da, db = in_windows(T, frozen=True)
-    assert torch.equal(dx, whole[0]) and torch.equal(db, whole[2]) and not da.any()
+    case = dy, x, a, b, rows
+    whole = in_windows(T, *case)
+    assert all(torch.equal(p, q) for p, q in zip(in_windows(64, *case), whole, strict=True))
+    dx, db = torch.zeros(T, K), torch.zeros(9, N)
+    lora_backward_one(dy, x, a, b, rows, dx, None, db, 0)
+    assert torch.equal(dx, whole[0]) and torch.equal(db, whole[2])
     monkeypatch.setattr(backward_file, "MANY_PROGRAMS", 0)
-    assert all(torch.equal(p, q) for p, q in zip(in_windows(T), whole, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(in_windows(T, *case), whole, strict=True))
 
 
 @pytest.mark.parametrize("rate", [1e-4, 0.5])

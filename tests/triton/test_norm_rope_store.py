@@ -7,12 +7,12 @@ import torch
 
 from coserve.kernels.dispatch import use_backend
 from coserve.kernels.norm_rope_store import CacheSlots, HeadNorms, norm_rope_store
-from tests.triton.oracle import DTYPES
+from tests.kernels.oracle import INTERPRETED_DTYPES
 
 ROWS, HEADS, KV_HEADS, DIM = 5, 6, 2, 12
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
 @pytest.mark.parametrize("half", (6, 4))
 @pytest.mark.parametrize("norm", ("none", "own", "wide"))
 def test_beside_the_single_operations(norm: str, half: int, dtype: torch.dtype) -> None:

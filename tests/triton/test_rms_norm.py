@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from coserve.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
-from tests.triton.oracle import DTYPES, check
+from tests.kernels.oracle import INTERPRETED_DTYPES, check
 
 SHAPES = ((1, 7), (3, 32), (5, 96), (2, 1500))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_and_backward(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, residual, dy = (torch.randn(shape, dtype=dtype) for _ in range(3))

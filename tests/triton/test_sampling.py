@@ -9,8 +9,8 @@ from coserve.core.sampling_params import SamplingParams
 from coserve.kernels.dispatch import use_backend
 from coserve.kernels.sampling import Choices, choose_tokens, penalize_, token_logprobs
 from coserve.worker.sampler import SamplingRow, sample
+from tests.kernels.oracle import INTERPRETED_DTYPES
 from tests.kernels.test_sampling import by_definition, choices, vocabulary
-from tests.triton.oracle import DTYPES
 
 FILTERS = [(0, 1.0, 0.0), (7, 1.0, 0.0), (40, 0.8, 0.0), (200, 0.9, 0.02), (0, 0.9, 0.0), (0, 0.5, 0.1)]
 
@@ -19,7 +19,7 @@ FILTERS = [(0, 1.0, 0.0), (7, 1.0, 0.0), (40, 0.8, 0.0), (200, 0.9, 0.02), (0, 0
 def test_choices_follow_the_definition(kind: str) -> None:
     for place, filters in enumerate(FILTERS):
         V, numbers = (17, 257, 2100, 1, 3001, 64)[place], [(0.0, 0.6, 1.0 - 2.0**-53)[place % 3]]
-        logits = vocabulary(kind, 1, V, DTYPES[place % 2])
+        logits = vocabulary(kind, 1, V, INTERPRETED_DTYPES[place % 2])
         temperature = (1.0, 0.3, 1.7)[place % 3]
         got = choose_tokens(logits, choices(1, temperature, filters, numbers)).tolist()
         for token, number in zip(got, numbers, strict=True):
@@ -36,7 +36,7 @@ def test_large_vocabularies_choose_as_the_reference_does() -> None:
         assert torch.equal(choose_tokens(logits, asked), wants)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES)
 def test_greedy_takes_the_first_of_the_largest(dtype: torch.dtype) -> None:
     V = 2500
     logits = torch.full((4, V), -math.inf)
@@ -59,7 +59,7 @@ def test_a_row_depends_on_itself_alone() -> None:
     assert choose_tokens(logits, Choices(*(tensor[:0] for tensor in asked))).shape == (0,)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES)
 def test_logprobs_match_float64(dtype: torch.dtype) -> None:
     for kind, V in (("flat", 5), ("usual", 4097), ("ties", 300)):
         logits = vocabulary(kind, 4, V, dtype)

@@ -1,0 +1,78 @@
+"""Inputs of paged and window attention, and what both devices' kernels must do with them."""
+
+from __future__ import annotations
+
+import torch
+
+from coserve.kernels.kv_store import kv_store
+from coserve.kernels.window_attention import window_attention, window_attention_backward
+from tests.kernels.oracle import check, ints
+
+
+def paged_case(
+    lengths: list[int],
+    queries: list[int],
+    heads: tuple[int, int, int],
+    dtype: torch.dtype,
+    block_size: int = 16,
+) -> tuple:
+    """q, caches in a slab [block, k or v, ...] with scattered blocks and NaN where nothing was stored."""
+    N, Nkv, D = heads
+    blocks = [-(-length // block_size) for length in lengths]
+    slab = torch.full((sum(blocks) + 2, 2, block_size, Nkv, D), float("nan"), dtype=dtype)
+    order = torch.randperm(sum(blocks) + 2)[: sum(blocks)].int()
+    tables = torch.zeros(len(lengths), max(max(blocks, default=0), 1), dtype=torch.int32)
+    for s, (table, length) in enumerate(zip(order.split(blocks), lengths, strict=True)):
+        tables[s, : len(table)] = table
+        token = torch.arange(length)
+        slots = table.long()[token // block_size] * block_size + token % block_size
+        new = torch.randn(2, length, Nkv, D).to(dtype)
+        kv_store(new[0], new[1], slab[:, 0], slab[:, 1], slots)
+    q = torch.randn(sum(queries), N, D).to(dtype)
+    starts = ints(0, *torch.tensor(queries).cumsum(0).tolist())
+    return q, slab[:, 0], slab[:, 1], tables, starts, ints(*lengths), D**-0.5
+
+
+def stream(T: int, heads: tuple[int, int, int], dtype: torch.dtype, samples: tuple[int, ...]) -> tuple:
+    """q, k, v, do and the first key that each query sees: its sample's."""
+    N, Nkv, D = heads
+    q, do = torch.randn(T, N, D).to(dtype), (torch.randn(T, N, D) / D**0.5).to(dtype)
+    k, v = torch.randn(T, Nkv, D).to(dtype), torch.randn(T, Nkv, D).to(dtype)
+    sample_start = torch.zeros(T, dtype=torch.int32)
+    for start in samples:
+        sample_start[start:] = start
+    return q, k, v, do, sample_start
+
+
+def sliding(sample_start: torch.Tensor, window: int) -> torch.Tensor:
+    """The first key of each query under a sliding window."""
+    return torch.maximum(sample_start, torch.arange(len(sample_start), dtype=torch.int32) + 1 - window)
+
+
+def check_window(case: tuple, window_start: int, cap: float, low_slack: float) -> None:
+    """Forward and backward of a window of `case` against float64, the sums begun with something in them."""
+    q, k, v, do, first_key = case
+    scale, starts = q.shape[2] ** -0.5, first_key[window_start:]
+
+    def run(q, k, v, do):  # type: ignore[no-untyped-def]
+        o, lse = window_attention(q, k, v, starts, window_start, scale, cap)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dk, dv = torch.full(k.shape, 0.5, dtype=wide), torch.full(v.shape, -0.5, dtype=wide)
+        dq = window_attention_backward(do, q, o, lse, k, v, starts, window_start, scale, dk, dv, cap)
+        return o, lse, dq, dk, dv
+
+    check(run, q[window_start:], k, v, do[window_start:], bound=4e-6, low_slack=low_slack)
+
+
+def in_windows(T: int, cut: int, case: tuple) -> tuple[torch.Tensor, ...]:
+    """o, lse, dq, dk, dv of a stream in windows of `cut`, forward first to last, backward last to first."""
+    q, k, v, do, sample_start = case
+    edges = [(a, min(a + cut, T)) for a in range(0, T, cut)]
+    parts = [window_attention(q[a:b], k, v, sample_start[a:b], a, 0.125) for a, b in edges]
+    dk, dv = torch.zeros(k.shape), torch.zeros(v.shape)
+    dq = torch.empty_like(q)
+    for (a, b), (o, lse) in reversed(list(zip(edges, parts, strict=True))):
+        dq[a:b] = window_attention_backward(
+            do[a:b], q[a:b], o, lse, k, v, sample_start[a:b], a, 0.125, dk, dv
+        )
+    return torch.cat([o for o, _ in parts]), torch.cat([lse for _, lse in parts]), dq, dk, dv
