@@ -21,12 +21,12 @@ from coserve.kernels.triton.lora_backward import lora_backward
 from coserve.kernels.triton.lora_shrink import (
     TABLE_TYPES,
     check_tables,
+    expand,
     find_tile,
+    hidden_width,
     lora_shrink,
-    product,
     tables,
     tile_capacity,
-    whole,
 )
 from coserve.kernels.triton.support import cdiv, next_power_of_2, require_dense, require_rows, require_same
 from coserve.kernels.triton.tuning import Tuned
@@ -61,6 +61,7 @@ def expand_kernel(
     SEGMENTS: tl.constexpr, DROPS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """A tile of tokens and BLOCK_N columns of y [T, N] += h b, b [rows, N]; h fp32 [parts, T, R]."""
     segment, first, end, rank = find_tile(
         token_start, token_end, ranks, rank_stride, count, tl.program_id(0), SEGMENTS, TOKENS
     )
@@ -70,20 +71,13 @@ def expand_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     live, n_live = t < end, n < N
     own_rows = rows + tl.load(row_offset + segment)
+    factor = 1.0
     if DROPS:
         factor = (1.0 / (1.0 - tl.load(rates + segment))).to(tl.float32)
-    acc = tl.zeros((TOKENS, BLOCK_N), tl.float32)
-    for r0 in range(0, rank, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)
-        r_live = r < rank
-        row = tl.load(own_rows + r, mask=r_live, other=0)
-        hs = whole(h, t, live, r, r_live, parts, part_stride, R)
-        if DROPS:
-            hs = hs * factor
-        bs = tl.load(
-            b + row.to(tl.int64)[:, None] * N + n[None, :], mask=r_live[:, None] & n_live[None, :], other=0.0
-        )
-        acc = product(hs, bs, acc)
+    acc = expand(
+        h, parts, part_stride, factor, b, own_rows, t, live, n, n_live, rank, R, N,
+        DROPS, TOKENS, BLOCK_R, BLOCK_N,
+    )  # fmt: skip
     at = y + t.to(tl.int64)[:, None] * y_stride + n[None, :]
     inside = live[:, None] & n_live[None, :]
     before = tl.load(at, mask=inside, other=0.0)
@@ -98,8 +92,19 @@ def lora_expand_(
     ranks_S: torch.Tensor,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
-    """Add h b to `y` [T, N] (row stride free) in place; `h` is a shrink's with these tables."""
+    """Add h b to `y` [T, N] (row stride free) in place; `h` fp32 [parts, T, R] is a shrink's with these
+    tables, b [rows, N] in y's dtype."""
     (T, N), S, settings = y_TN.shape, segments.count, TUNED.on(y_TN.device)
+    require_same(y_TN, b=b_RN)
+    require_rows(y=y_TN)
+    require_dense(b=b_RN, h=h_PTR)
+    require(b_RN.shape[1] == N, f"b has {b_RN.shape[1]} columns, y {N}")
+    require(
+        h_PTR.dtype == torch.float32 and h_PTR.shape[1:] == (T, hidden_width(segments)),
+        f"h is {h_PTR.dtype} {tuple(h_PTR.shape)}, expected float32 (parts, {T}, {hidden_width(segments)})",
+    )
+    if T == 0 or len(segments.rows) == 0:
+        return y_TN
     expand_kernel[(tile_capacity(T, S, settings["TOKENS"]), cdiv(N, settings["BLOCK_N"]))](
         y_TN, y_TN.stride(0), b_RN, h_PTR, len(h_PTR), h_PTR.stride(0), *tables(segments), ranks_S,
         ranks_S.stride(0), S, dropout and dropout.rates_S, N, h_PTR.shape[2],

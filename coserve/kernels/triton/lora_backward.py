@@ -27,6 +27,7 @@ from coserve.kernels.triton.lora_shrink import (
     PART,
     check_dropout,
     dropout_arguments,
+    expand,
     product,
     project_part,
     whole,
@@ -74,6 +75,7 @@ def hidden_kernel(
     DROPS: tl.constexpr, APART: tl.constexpr, PART: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    """Tokens' part of h = x a^T, or for the programs behind of dh = dy b^T; fp32 [parts, T, R]."""
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     live = t < T
     part = tl.program_id(1)
@@ -138,18 +140,9 @@ def _input_gradient(
     """dx += dh a for one tile of tokens and one block of columns, under the mask."""
     t, c = tile * TILE + tl.arange(0, TILE), column + tl.arange(0, BLOCK_C)
     live, c_live = t < T, c < K
-    acc = tl.zeros((TILE, BLOCK_C), tl.float32)
-    for r0 in range(0, R, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)
-        r_live = r < R
-        row = tl.load(rows + r, mask=r_live, other=0)
-        dhs = whole(dh, t, live, r, r_live, parts, part_stride, R)
-        if DROPS:
-            dhs = dhs * factor
-        weights = tl.load(
-            a + row.to(tl.int64)[:, None] * K + c[None, :], mask=r_live[:, None] & c_live[None, :], other=0.0
-        )
-        acc = product(dhs, weights, acc)
+    acc = expand(
+        dh, parts, part_stride, factor, a, rows, t, live, c, c_live, R, R, K, DROPS, TILE, BLOCK_R, BLOCK_C
+    )
     if DROPS:
         acc = tl.where(kept(tl.load(keys + t, mask=live, other=0), salt, c, threshold), acc, 0.0)
     at = dx + t.to(tl.int64)[:, None] * dx_stride + c[None, :]

@@ -138,6 +138,30 @@ def product(wide, narrow, acc):
     return tl.dot(high, narrow, acc)
 
 
+@triton.jit
+def expand(
+    h, parts, part_stride, factor, weight, rows, t, live, c, c_live, rank, R, C,
+    SCALES: tl.constexpr, TOKENS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """fp32 [TOKENS, BLOCK_C]: rows t of h [T, R], times `factor` with SCALES, and rows `rows` of weight
+    [rows, C], `rank` of them, at columns c."""
+    acc = tl.zeros((TOKENS, BLOCK_C), tl.float32)
+    for r0 in range(0, rank, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        r_live = r < rank
+        row = tl.load(rows + r, mask=r_live, other=0)
+        hs = whole(h, t, live, r, r_live, parts, part_stride, R)
+        if SCALES:
+            hs = hs * factor
+        ws = tl.load(
+            weight + row.to(tl.int64)[:, None] * C + c[None, :],
+            mask=r_live[:, None] & c_live[None, :],
+            other=0.0,
+        )
+        acc = product(hs, ws, acc)
+    return acc
+
+
 @triton.jit(do_not_specialize=["salt", "count", "part_stride"])
 def shrink_kernel(
     x, x_stride, a, h, part_stride, token_start, token_end, row_offset, rows, ranks, rank_stride, count,
@@ -145,6 +169,7 @@ def shrink_kernel(
     SEGMENTS: tl.constexpr, DROPS: tl.constexpr, APART: tl.constexpr, PART: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    """A tile of tokens of h fp32 [parts, T, R] = x a^T, x [T, K], a [rows, K]; with APART one part of K."""
     segment, first, end, rank = find_tile(
         token_start, token_end, ranks, rank_stride, count, tl.program_id(0), SEGMENTS, TOKENS
     )
