@@ -19,7 +19,7 @@ of 64 change no bit.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
@@ -109,6 +109,15 @@ class LoraGroup:
         self.arguments = self._table.buffer_info()[0], len(table)
 
 
+class ProductLora(NamedTuple):
+    """The adapters on one merged product in a batch: what `lora_forward_` takes behind y and x."""
+
+    group: LoraGroup
+    segments: LoraSegments
+    ranks_MS: torch.Tensor
+    dropout: Dropout | None = None
+
+
 class ModuleGradient(NamedTuple):
     """One module of a merged product in training: the pool's tensors, the adapter's `rows` in them (int32
     [r]), and the fp32 sums that its gradients are added to, `da_rK` None where A is frozen. `db_rN` is the
@@ -176,6 +185,22 @@ def lora_forward_(
         segments.count,
         K,
     )
+    return y_TN
+
+
+def lora_expand_(
+    y_TN: torch.Tensor,
+    h_MPTR: torch.Tensor,
+    group: LoraGroup,
+    segments: LoraSegments,
+    ranks_MS: torch.Tensor,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """The second half of `lora_forward_`, of an h that came with x (lora_fused.py): fp32 [modules, parts, T,
+    R], parts to be added up, set for the tokens and ranks of adapters alone."""
+    run = triton_or_reference(y_TN, _lora_expand_reference_)
+    for module, h_PTR in zip(group.modules, h_MPTR, strict=True):
+        run(y_TN[:, module.columns], h_PTR, module.b_RN, segments, ranks_MS[module.line], dropout)
     return y_TN
 
 
@@ -287,28 +312,54 @@ def _lora_forward_reference_(
     ranks: torch.Tensor,
     dropout: Dropout | None,
 ) -> torch.Tensor:
+    h = shrink_reference(x, a, segments, ranks, dropout)
+    return _lora_expand_reference_(y, h[None], b, segments, ranks, dropout)
+
+
+def shrink_reference(
+    x: torch.Tensor, a: torch.Tensor, segments: LoraSegments, ranks: torch.Tensor, dropout: Dropout | None
+) -> torch.Tensor:
+    """h [T, R] of one module, R the largest rank."""
     if dropout is not None:
         _check_dropout(dropout, len(x), segments.count)
-    spans = zip(
-        segments.token_start.tolist(),
-        segments.token_end.tolist(),
-        segments.row_offset.tolist(),
-        ranks.tolist(),
-        strict=True,
-    )
-    for index, (start, end, offset, rank) in enumerate(spans):
-        if rank == 0 or start == end:
-            continue
-        rows = segments.rows[offset : offset + rank].long()
-        xf = wide(x[start:end])
-        if dropout is None:
-            h = xf @ wide(a[rows]).t()
-        else:
-            rate = dropout.rates_S[index]
-            keep = keep_mask(dropout.keys_T[start:end], dropout.salt, x.shape[1], rate)
-            h = (xf.where(keep, 0) @ wide(a[rows]).t()) * _survivor_factor(rate, xf)
-        y[start:end] = (wide(y[start:end]) + h @ wide(b[rows])).to(y.dtype)
+    h = wide(x).new_zeros(len(x), max(ranks.tolist(), default=0))
+    for index, span, rows in _adapted_spans(segments, ranks):
+        xf = wide(x[span])
+        if dropout is not None:
+            keep = keep_mask(dropout.keys_T[span], dropout.salt, x.shape[1], dropout.rates_S[index])
+            xf = xf.where(keep, 0)
+        h[span, : len(rows)] = xf @ wide(a[rows]).t()
+    return h
+
+
+def _lora_expand_reference_(
+    y: torch.Tensor,
+    h: torch.Tensor,
+    b: torch.Tensor,
+    segments: LoraSegments,
+    ranks: torch.Tensor,
+    dropout: Dropout | None,
+) -> torch.Tensor:
+    whole = h.sum(0)
+    for index, span, rows in _adapted_spans(segments, ranks):
+        own = whole[span, : len(rows)]
+        if dropout is not None:
+            own = own * _survivor_factor(dropout.rates_S[index], own)
+        y[span] = (wide(y[span]) + own @ wide(b[rows])).to(y.dtype)
     return y
+
+
+def _adapted_spans(
+    segments: LoraSegments, ranks: torch.Tensor
+) -> Iterator[tuple[int, slice, torch.Tensor]]:
+    """(number, tokens, rows of the pool) of each segment that has both."""
+    starts, ends, offsets = (
+        table.tolist() for table in (segments.token_start, segments.token_end, segments.row_offset)
+    )
+    for index, rank in enumerate(ranks.tolist()):
+        if rank and starts[index] < ends[index]:
+            rows = segments.rows[offsets[index] : offsets[index] + rank].long()
+            yield index, slice(starts[index], ends[index]), rows
 
 
 def _lora_backward_reference(

@@ -58,9 +58,11 @@ class Attention:
         self.window = window
         self.scale, self.soft_cap = config.attention_scale, config.attention_cap
 
-    def forward(self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int) -> torch.Tensor:
-        """[T, H] of normed input [T, H]."""
-        q_TND, k_TND, v_TND = self._project(x_TH, batch, layer)
+    def forward(
+        self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int, h_MPTR: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[T, H] of normed input [T, H], with the h of q, k and v if it came with that."""
+        q_TND, k_TND, v_TND = self._project(x_TH, batch, layer, h_MPTR)
         parts = []
         if batch.inference is not None:
             rows = batch.inference
@@ -76,10 +78,11 @@ class Attention:
         return self.out.forward(o_TND.reshape(len(x_TH), -1), batch.lora, layer)
 
     def _project(
-        self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int
+        self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int, h_MPTR: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k (normed, rotated) and v, [T, heads, D]; the inference rows' k and v are in the cache then."""
-        qkv_TMD = self.qkv.forward(x_TH, batch.lora, layer).view(len(x_TH), -1, self.dim)
+        qkv_TN = self.qkv.forward(x_TH, batch.lora, layer, h_MPTR=h_MPTR)
+        qkv_TMD = qkv_TN.view(len(x_TH), -1, self.dim)
         if self.norms is not None:
             for window in batch.windows:
                 raw_WMD = qkv_TMD[window.batch_rows, : self.heads + self.kv_heads]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from coserve.kernels.linear import PackedLinear
-from coserve.kernels.lora import ModuleGradient, lora_backward, lora_forward_
+from coserve.kernels.lora import ModuleGradient, ProductLora, lora_backward, lora_expand_, lora_forward_
 from coserve.layers.batch import LoraBatch
 
 
@@ -39,15 +39,30 @@ class AdaptedLinear:
             end += len(part)
         self._columns = tuple((module, columns.start) for module, columns in self.parts)
 
+    def adapters(self, lora: LoraBatch | None, layer: int) -> ProductLora | None:
+        """What the batch's rows have on this product; None where none has an adapter."""
+        if lora is None or not any(lora.adapts(module, layer) for module, _ in self._columns):
+            return None
+        group = lora.pool.group(self._columns, layer)
+        return ProductLora(group, lora.segments, lora.ranks(layer), lora.dropout)
+
     def forward(
-        self, x_TK: torch.Tensor, lora: LoraBatch | None, layer: int, out: torch.Tensor | None = None
+        self,
+        x_TK: torch.Tensor,
+        lora: LoraBatch | None,
+        layer: int,
+        out: torch.Tensor | None = None,
+        h_MPTR: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y [T, sum of N_m] of x [T, K], every row with its adapter; in `out` if that is given."""
+        """y [T, sum of N_m] of x [T, K], every row with its adapter; in `out` if that is given. `h` is the
+        adapters' first half where it came with x (kernels/lora_fused.py)."""
         y_TN = self.packed.forward(x_TK, out)
-        if lora is not None and any(lora.adapts(module, layer) for module, _ in self._columns):
-            group = lora.pool.group(self._columns, layer)
-            lora_forward_(y_TN, x_TK, group, lora.segments, lora.ranks(layer), lora.dropout)
-        return y_TN
+        adapters = self.adapters(lora, layer)
+        if adapters is None:
+            return y_TN
+        if h_MPTR is not None:
+            return lora_expand_(y_TN, h_MPTR, *adapters)
+        return lora_forward_(y_TN, x_TK, *adapters)
 
     def backward(
         self,

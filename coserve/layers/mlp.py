@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from coserve.kernels.lora_fused import swiglu_shrink
 from coserve.kernels.swiglu import Activation, swiglu, swiglu_backward
 from coserve.layers.activations import LayerActivations
 from coserve.layers.batch import BackwardWindow, ForwardBatch
@@ -18,20 +19,25 @@ class MLP:
         self.down = down
         self.act = act
 
-    def forward(self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int) -> torch.Tensor:
-        """[T, H] of normed input [T, H]."""
-        return self.forward_down(self.forward_gate_up(x_TH, batch, layer), batch, layer)
+    def forward(
+        self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int, h_MPTR: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[T, H] of normed input [T, H], with gate's and up's h if it came with that."""
+        return self.forward_down(self.forward_gate_up(x_TH, batch, layer, h_MPTR), batch, layer)
 
     def forward_down(self, gate_up_T2I: torch.Tensor, batch: ForwardBatch, layer: int) -> torch.Tensor:
         """[T, H] of gate and up."""
-        return self.down.forward(swiglu(gate_up_T2I, self.act), batch.lora, layer)
+        y_TI, h_MPTR = swiglu_shrink(gate_up_T2I, self.act, self.down.adapters(batch.lora, layer))
+        return self.down.forward(y_TI, batch.lora, layer, h_MPTR=h_MPTR)
 
-    def forward_gate_up(self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int) -> torch.Tensor:
+    def forward_gate_up(
+        self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int, h_MPTR: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The forward as far as its backward needs it: gate and up [T, 2I], kept of the training rows."""
         alone = batch.inference is None and len(batch.windows) == 1
         window = batch.windows[0] if alone else None
         place = None if window is None else window.saved.layer(layer).place("gate_up_T2I", window.stream)
-        gate_up_T2I = self.gate_up.forward(x_TH, batch.lora, layer, place)
+        gate_up_T2I = self.gate_up.forward(x_TH, batch.lora, layer, place, h_MPTR)
         if place is None:
             for window in batch.windows:
                 window.saved.layer(layer).keep(window.stream, gate_up_T2I=gate_up_T2I[window.batch_rows])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from coserve.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
+from coserve.kernels.lora import ProductLora
+from coserve.kernels.lora_fused import rms_norm_shrink
+from coserve.kernels.rms_norm import rms_norm, rms_norm_backward
 
 
 class RMSNorm:
@@ -18,9 +20,12 @@ class RMSNorm:
         """norm(x), same shape and dtype."""
         return rms_norm(x_TH, self.weight, self.eps)
 
-    def add_forward(self, x_TH: torch.Tensor, residual_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm(x + residual), x + residual)."""
-        return add_rms_norm(x_TH, residual_TH, self.weight, self.eps)
+    def shrink_forward(
+        self, x_TH: torch.Tensor, residual_TH: torch.Tensor | None, lora: ProductLora | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(norm(s), s, h) of s = x + residual, or x; h is for the linear whose adapters these are, None where
+        it makes its own."""
+        return rms_norm_shrink(x_TH, residual_TH, self.weight, self.eps, lora)
 
     def backward(self, dy_TH: torch.Tensor, x_TH: torch.Tensor) -> torch.Tensor:
         """Gradient w.r.t. the input `x` that the norm was taken of."""

@@ -46,8 +46,8 @@ class DecoderLayer:
         """[T, H] of [T, H]; training rows leave behind what their backward needs."""
         for window in batch.windows:
             window.saved.layer(layer).keep(window.stream, x_in_TH=x_TH[window.batch_rows])
-        normed_TH, x_mid_TH = self._attend(x_TH, batch, layer)
-        y_TH = self.mlp.forward(normed_TH, batch, layer)
+        normed_TH, x_mid_TH, h_MPTR = self._attend(x_TH, batch, layer)
+        y_TH = self.mlp.forward(normed_TH, batch, layer, h_MPTR)
         if self.mlp_post_norm is not None:
             for window in batch.windows:
                 window.saved.layer(layer).keep(window.stream, mlp_raw_TH=y_TH[window.batch_rows])
@@ -56,20 +56,27 @@ class DecoderLayer:
 
     def _attend(
         self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The attention half: (normed input of the MLP, x_mid), [T, H] each."""
-        attended_TH = self.attention.forward(_normed(self.attn_norm, x_TH), batch, layer)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The attention half: (normed input of the MLP, x_mid), [T, H] each, and gate's and up's h where it
+        comes with the first."""
+        normed_TH, h_MPTR = x_TH, None
+        if self.attn_norm is not None:
+            adapters = self.attention.qkv.adapters(batch.lora, layer)
+            normed_TH, _, h_MPTR = self.attn_norm.shrink_forward(x_TH, None, adapters)
+        attended_TH = self.attention.forward(normed_TH, batch, layer, h_MPTR)
         if self.attn_post_norm is not None:
             for window in batch.windows:
                 window.saved.layer(layer).keep(window.stream, attn_raw_TH=attended_TH[window.batch_rows])
             attended_TH = self.attn_post_norm.forward(attended_TH)
         if self.mlp_norm is not None:
-            normed_TH, x_mid_TH = self.mlp_norm.add_forward(attended_TH, x_TH)
+            adapters = self.mlp.gate_up.adapters(batch.lora, layer)
+            normed_TH, x_mid_TH, h_MPTR = self.mlp_norm.shrink_forward(attended_TH, x_TH, adapters)
         else:
-            normed_TH = x_mid_TH = attended_TH.add_(x_TH)
+            normed_TH, h_MPTR = attended_TH.add_(x_TH), None
+            x_mid_TH = normed_TH
         for window in batch.windows:
             window.saved.layer(layer).keep(window.stream, x_mid_TH=x_mid_TH[window.batch_rows])
-        return normed_TH, x_mid_TH
+        return normed_TH, x_mid_TH, h_MPTR
 
     def _complete(self, window: BackwardWindow) -> tuple[LayerActivations, torch.Tensor]:
         """The window's own activations with what the policy dropped computed again by the forward's own
@@ -78,11 +85,11 @@ class DecoderLayer:
         assert saved.x_in_TH is not None
         batch = window.forward_batch(saved)
         if saved.x_mid_TH is None:
-            normed_WH, _ = self._attend(saved.x_in_TH, batch, window.layer)
+            normed_WH, _, h_MPTR = self._attend(saved.x_in_TH, batch, window.layer)
         else:
-            normed_WH = _normed(self.mlp_norm, saved.x_mid_TH)
+            normed_WH, h_MPTR = _normed(self.mlp_norm, saved.x_mid_TH), None
         if saved.gate_up_T2I is None:
-            self.mlp.forward_gate_up(normed_WH, batch, window.layer)
+            self.mlp.forward_gate_up(normed_WH, batch, window.layer, h_MPTR)
         if self.mlp_post_norm is not None and saved.mlp_raw_TH is None:
             assert saved.gate_up_T2I is not None
             saved.mlp_raw_TH = self.mlp.forward_down(saved.gate_up_T2I, batch, window.layer)

@@ -19,6 +19,7 @@ import torch
 import coserve.kernels as kernels
 from coserve.core.sampling_params import SamplingParams
 from coserve.kernels.dispatch import use_backend
+from coserve.kernels.triton import lora_fused
 from coserve.worker import cuda_graph
 from coserve.worker.cuda_graph import BucketedForward
 from tests.invariants import world
@@ -62,6 +63,21 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[An
     return model, world.make_data(folder / "data", examples=4), adapters
 
 
+class Noted:
+    """A kernel that notes a setting of each of its launches."""
+
+    def __init__(self, kernel: Any, setting: str) -> None:
+        self.kernel, self.setting = kernel, setting
+        self.launches: list[Any] = []
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **settings: Any) -> None:
+            self.launches.append(settings[self.setting])
+            self.kernel[grid](*args, **settings)
+
+        return launch
+
+
 Story = tuple[list[list[int]], list[tuple[int, float, float]], dict[str, torch.Tensor]]
 
 
@@ -91,8 +107,12 @@ def test_the_engine_answers_and_trains_as_on_the_cpu(
     references.clear()
     graphs = ReplayedFunctions()
     monkeypatch.setattr(cuda_graph, "MOST_SEGMENTS", 4)
+    fused = Noted(lora_fused.fused_shrink_kernel, "NORMS")
+    monkeypatch.setattr(lora_fused, "fused_shrink_kernel", fused)
     got_answers, got_steps, got_adapter = story(*files, tmp_path / "triton", graphs)
     assert graphs.plays
+    norms, activations = (fused.launches.count(norms) for norms in (True, False))
+    assert norms and activations  # before q, k, v and gate, up; before down
     assert references <= BASE_PRODUCTS
     assert got_answers == answers
     assert [step for step, _, _ in got_steps] == [step for step, _, _ in steps]

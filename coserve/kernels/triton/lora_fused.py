@@ -22,6 +22,7 @@ from coserve.kernels.lora import LoraGroup, LoraSegments
 from coserve.kernels.triton.aot import AotCase
 from coserve.kernels.triton.dropout import threshold_of
 from coserve.kernels.triton.lora_shrink import (
+    DROPOUT_TYPES,
     MANY_PROGRAMS,
     PART,
     TABLE_TYPES,
@@ -37,14 +38,15 @@ from coserve.kernels.triton.swiglu import _activate
 from coserve.kernels.triton.tuning import Tuned
 
 MODULES = 3
-# TOKENS and BLOCK_K are the same for all, as a norm's sum runs over BLOCK_K lanes.
+LANES = 64  # features at a time of what makes y; a row's squares are added lane by lane
 CANDIDATES = tuple(
-    {"TOKENS": 16, "BLOCK_K": 64, "BLOCK_R": r, "num_warps": warps, "num_stages": stages}
+    {"TOKENS": 16, "BLOCK_K": k, "BLOCK_R": r, "num_warps": warps, "num_stages": stages}
+    for k in (64, 128)
     for r in (16, 32)
     for warps in (4, 8)
     for stages in (2, 3)
 )
-DEFAULT = {"TOKENS": 16, "BLOCK_K": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 2}
+DEFAULT = {"TOKENS": 16, "BLOCK_K": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 3}
 TUNED = Tuned("lora_fused", DEFAULT, CANDIDATES)
 
 
@@ -62,12 +64,12 @@ def _added(x, residual, at, inside, ADDS: tl.constexpr):
 @triton.jit
 def _norm_piece(
     x, residual, w, r, total, y, rows, live, begin, end, K,
-    ADDS: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr,
+    ADDS: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """y, and total with ADDS, over columns [begin, end)."""
     dtype = y.dtype.element_ty
-    for k0 in range(begin, end, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
+    for k0 in tl.range(begin, end, LANES, num_stages=4):
+        k = k0 + tl.arange(0, LANES)
         inside, at = live[:, None] & (k < end)[None, :], rows * K + k[None, :]
         value = _added(x, residual, at, inside, ADDS)
         if ADDS:
@@ -80,10 +82,10 @@ def _norm_piece(
 
 
 @triton.jit
-def _activation_piece(x, y, rows, live, begin, end, K, SILU: tl.constexpr, BLOCK_K: tl.constexpr):
+def _activation_piece(x, y, rows, live, begin, end, K, SILU: tl.constexpr, LANES: tl.constexpr):
     """y over columns [begin, end); x is gate and up, [T, 2K]."""
-    for k0 in range(begin, end, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
+    for k0 in tl.range(begin, end, LANES, num_stages=4):
+        k = k0 + tl.arange(0, LANES)
         inside = live[:, None] & (k < end)[None, :]
         gate = tl.load(x + rows * 2 * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
         up = tl.load(x + (rows * 2 + 1) * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -114,8 +116,10 @@ def fused_shrink_kernel(
     token_start, token_end, row_offset, rows, ranks, line_stride, count, keys, rates, capacity, T, K, R,
     NORMS: tl.constexpr, ADDS: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr, MODULES: tl.constexpr,
     SEGMENTS: tl.constexpr, DROPS: tl.constexpr, APART: tl.constexpr, PART: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    LANES: tl.constexpr, TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    """x [T, K], or [T, 2K] for an activation, to y [T, K] and h fp32 [MODULES, parts, T, R]. Programs by
+    tiles of tokens, `capacity` for the segments' and then some for nobody's; with APART by parts of K too."""
     tile = tl.program_id(0)
     if tile < capacity:
         # A segment with tokens has an end above 0, so its end stands for the rank that asks for tiles.
@@ -140,16 +144,16 @@ def fused_shrink_kernel(
         end_k = tl.minimum(begin + PART, K)
     rows_of = t.to(tl.int64)[:, None]
     if NORMS:
-        squares = tl.zeros((TOKENS, BLOCK_K), tl.float32)
-        for k0 in range(0, K, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
+        squares = tl.zeros((TOKENS, LANES), tl.float32)
+        for k0 in tl.range(0, K, LANES, num_stages=4):
+            k = k0 + tl.arange(0, LANES)
             inside = live[:, None] & (k < K)[None, :]
             value = _added(x, residual, rows_of * K + k[None, :], inside, ADDS)
             squares += value * value
         r = tl.rsqrt(tl.sum(squares, 1) / K + eps)
-        _norm_piece(x, residual, w, r, total, y, rows_of, live, begin, end_k, K, ADDS, WIDE, BLOCK_K)
+        _norm_piece(x, residual, w, r, total, y, rows_of, live, begin, end_k, K, ADDS, WIDE, LANES)
     else:
-        _activation_piece(x, y, rows_of, live, begin, end_k, K, SILU, BLOCK_K)
+        _activation_piece(x, y, rows_of, live, begin, end_k, K, SILU, LANES)
     tl.debug_barrier()  # y is read back below, by other threads
     if tile < capacity:
         own_rows = rows + tl.load(row_offset + segment)
@@ -185,7 +189,8 @@ def rms_norm_shrink(
     ranks_MS: torch.Tensor,
     dropout: Dropout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(norm(s), s, h) of s = x + residual, or x, [T, H]; h fp32 [modules of the group, parts, T, R]."""
+    """(norm(s), s, h) of s = x + residual, or x, [T, H], in fp32 or 16 bits, the weight in that or fp32; h
+    fp32 [modules of the group, parts, T, R], set for the tokens and ranks of adapters alone."""
     y_TH = torch.empty_like(x_TH)
     total_TH = x_TH if residual_TH is None else torch.empty_like(x_TH)
     if residual_TH is not None:
@@ -214,7 +219,7 @@ def swiglu_shrink(
     ranks_MS: torch.Tensor,
     dropout: Dropout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, h) of y = act(gate) * up [T, I]; h fp32 [modules of the group, parts, T, R]."""
+    """(y, h) of y = act(gate) * up [T, I]; h fp32 [modules of the group, parts, T, R] as above."""
     T, double = gate_up_T2I.shape
     require(double % 2 == 0, f"gate_up has {double} columns, expected an even number")
     y_TI = gate_up_T2I.new_empty(T, double // 2)
@@ -251,7 +256,7 @@ def _launch(
         *given, y, *(m.a_RK for m in three), *(m.line for m in three), *(m.salt for m in three),
         h, h.stride(1), *tables(segments), ranks, ranks.stride(0), S, *drops, capacity, T, K, shape[3],
         MODULES=count, SEGMENTS=next_power_of_2(S), DROPS=dropout is not None, APART=apart, PART=PART,
-        **how, **settings,
+        LANES=LANES, **how, **settings,
     )  # fmt: skip
     return h
 
@@ -262,28 +267,23 @@ def _cases() -> list[AotCase]:
     numbers |= {
         f"{name}{m}": kind for m in range(MODULES) for name, kind in (("line", "i32"), ("salt", "i64"))
     }
-    for dtype, modules, apart in (
-        ("bf16", 3, True),
-        ("bf16", 3, False),
-        ("bf16", 0, True),
-        ("fp16", 2, True),
-    ):
+    for dtype, weight, adds, modules, apart, drops in (
+        ("bf16", "bf16", True, 2, True, False), ("bf16", "bf16", True, 2, False, False),
+        ("bf16", "bf16", False, 3, False, False),
+        ("bf16", "fp32", False, 3, False, True),
+        ("fp16", "fp16", True, 2, True, False),
+        ("bf16", None, False, 1, True, False), ("bf16", None, False, 1, False, True),
+    ):  # fmt: skip
         x = f"*{dtype}:16"
         signature = {"x": x, "y": x, "a0": x, "a1": x, "a2": x, "h": "*fp32:16", **TABLE_TYPES, **numbers}
         signature |= {"K": "i32:16", "R": "i32:16", "eps": "fp32"}
-        how = {"SEGMENTS": 32, "DROPS": False, "APART": apart, "PART": PART, "keys": None, "rates": None}
-        how |= {
-            "NORMS": modules > 0,
-            "ADDS": modules > 0,
-            "WIDE": False,
-            "SILU": True,
-            "MODULES": modules or 1,
-        }
-        extra = ("residual", "w", "total")
-        if modules:
-            signature |= dict.fromkeys(extra, x)
-        else:
-            how |= dict.fromkeys(extra)
+        how: dict[str, Any] = {"SEGMENTS": 32, "DROPS": drops, "APART": apart, "PART": PART, "LANES": LANES}
+        how |= {"NORMS": weight is not None, "ADDS": adds, "WIDE": weight == "fp32", "SILU": True}
+        how |= {"MODULES": modules}
+        given = {"w": weight and f"*{weight}:16", "residual": adds and x, "total": weight and x}
+        given |= dict.fromkeys(("keys", "rates"), False) | (DROPOUT_TYPES if drops else {})
+        signature |= {name: kind for name, kind in given.items() if kind and name != "salt"}
+        how |= {name: None for name, kind in given.items() if not kind}
         cases.append(AotCase(fused_shrink_kernel, signature, how, TUNED, hot=dtype == "bf16"))
     return cases
 
