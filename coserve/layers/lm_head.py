@@ -43,14 +43,13 @@ class LMHead(PackedLinear):
         logits_SV = super().forward(h_SH)
         for run in runs:
             rows, (a_RK, b_RN) = slice(run.start, run.end), run.adapter
-            device, rank = a_RK.device, len(a_RK)
-            first, count, ranks = (
-                torch.tensor([n], dtype=torch.int32, device=device) for n in (0, run.end - run.start, rank)
-            )
-            own = torch.arange(rank, dtype=torch.int32, device=device)
-            segments = LoraSegments(first, count, first, own)
+            rank, own = len(a_RK), {"dtype": torch.int32, "device": a_RK.device}
+            # Made on the device: a table copied from the host would hold up the launches behind it.
+            first, count = torch.zeros(1, **own), torch.full((1,), run.end - run.start, **own)
+            segments = LoraSegments(first, count, first, torch.arange(rank, **own))
+            ranks_MS = torch.full((1, 1), rank, **own)
             group = LoraGroup([LoraModule(a_RK, b_RN, salt=run.dropout.salt if run.dropout else 0)])
-            lora_forward_(logits_SV[rows], h_SH[rows], group, segments, ranks[None], run.dropout)
+            lora_forward_(logits_SV[rows], h_SH[rows], group, segments, ranks_MS, run.dropout)
         return logits_SV
 
     def add_gradient(

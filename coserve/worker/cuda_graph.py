@@ -4,7 +4,7 @@ A bucket has a batch whose tensors stay in place. Its pass is captured when it i
 a step writes its numbers, copies them to the device in one piece and replays. Padding rows have no slot,
 padding sequences no tokens, padding LoRA segments rank 0, so kernels pass over them. Nothing in the pass
 waits for the device or depends on numbers that only the device knows. Steps with training windows run without
-graphs: their shapes change with the microbatch, and they are large enough to hide launches.
+graphs (docs/decisions.md), and so does what follows the layers: norm, head and its adapters, sampling.
 """
 
 from __future__ import annotations

@@ -3,11 +3,13 @@ is calling it again on the same memory."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from coserve.core.span import SpanKind, TrainingSpan
 from coserve.layers.batch import ForwardBatch
 from coserve.worker import cuda_graph
 from coserve.worker.cuda_graph import BucketedForward, Staging
@@ -78,6 +80,18 @@ def test_steps_that_no_bucket_takes_run_without(models: Models, monkeypatch: pyt
             assert len(made.runner._graphs._buckets) == 1
         if name == "MOST_TOKENS":
             assert max(tokens for tokens, _, _ in made.runner._graphs._buckets) <= 4
+
+
+def test_windows_keep_a_step_from_its_graph_unless_they_run_apart(models: Models) -> None:
+    graphs = ReplayedFunctions()
+    made = generation(models, graphs)
+    made.add("chat", [5, 9, 3], max_tokens=2)
+    plan = made.scheduler.schedule(0.0)
+    window = TrainingSpan(SpanKind.TRAIN_FORWARD, sequence=None, start=0, length=4)  # type: ignore[arg-type]
+    assert made.runner._graphs.forward(replace(plan, training_forward=[window])) is None
+    apart = replace(plan, training_forward=[window], apart=True)
+    assert made.runner.run(apart, {}).sampled.keys() == {"chat"}
+    assert graphs.captures == 1
 
 
 def test_staging_copies_all_tables_in_one_piece() -> None:
