@@ -44,6 +44,7 @@ def adamw_kernel(
     param, grad, exp_avg, exp_avg_sq, count, step_size, keep1, beta2, keep2, eps, decay, root_correction,
     grad_scale, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A step of `count` fp32 elements, BLOCK a program; step_size is lr over the first correction."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(grad + at, mask=inside, other=0.0) * grad_scale

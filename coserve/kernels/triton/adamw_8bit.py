@@ -51,6 +51,8 @@ def adamw_8bit_kernel(
     signed_map, signed_edges, unsigned_map, unsigned_edges,
     step_size, keep1, beta2, keep2, eps, decay, root_correction, grad_scale, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A step of one block: int64 `starts`, `lengths` [blocks] say where it lies in the fp32 param and grad,
+    `ratio` fp32 how its rate compares with lr; codes uint8 [blocks, BLOCK], scales fp32 [blocks]."""
     block = tl.program_id(0)
     within = tl.arange(0, BLOCK)
     real = within < tl.load(lengths + block)

@@ -27,6 +27,7 @@ TUNED = Tuned("chunk_squares", {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
 
 @triton.jit
 def chunk_squares_kernel(x, out, count, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """out[chunk] float64 = sum of squares of fp32 x[chunk * CHUNK :], of `count` elements in all."""
     chunk = tl.program_id(0).to(tl.int64) * CHUNK
     sums = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, CHUNK, BLOCK):

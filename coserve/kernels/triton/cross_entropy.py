@@ -42,6 +42,8 @@ TUNED = Tuned("cross_entropy", {"BLOCK": 4096, "num_warps": 8, "num_stages": 2},
 
 @triton.jit
 def scores_kernel(logits, targets, V, lse, logprob, mean_logprob, greedy, BLOCK: tl.constexpr):
+    """fp32 lse, log-probability of the int64 target, mean log-probability and bool greedy of one row of
+    logits [C, V]."""
     row = tl.program_id(0)
     z_row = logits + row.to(tl.int64) * V
     top, first = float("-inf"), 0
@@ -72,6 +74,8 @@ def scores_kernel(logits, targets, V, lse, logprob, mean_logprob, greedy, BLOCK:
 def gradient_kernel(
     logits, targets, V, lse, weight, uniform, soft_cap, CAPS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """A BLOCK of a row of logits [C, V] becomes its gradient, given fp32 lse, weight and uniform [C]; with
+    CAPS also through soft_cap."""
     row = tl.program_id(0)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = v < V

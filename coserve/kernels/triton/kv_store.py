@@ -31,6 +31,8 @@ def kv_store_kernel(
     k, k_stride, v, v_stride, k_cache, k_cache_stride, v_cache, v_cache_stride, slots, width, block_size,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """k and v [T, width], rows k_stride and v_stride apart, to their int64 slots in caches of blocks of
+    block_size tokens, k_cache_stride and v_cache_stride apart."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     if slot >= 0:

@@ -93,6 +93,7 @@ def linear_kernel(
 
 @triton.jit(do_not_specialize=["count", "parts"])
 def add_parts_kernel(parts_of, y, bias, count, parts, N, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """y [M, N] of fp32 parts [parts, M, N], count = M N, added in ascending order, and a bias [N]."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     total = tl.load(parts_of + at, mask=inside, other=0.0)

@@ -59,6 +59,8 @@ def norm_rope_store_kernel(
     D: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, NORMS: tl.constexpr, WIDE: tl.constexpr,
     STORES: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
+    """HEADS heads of one token of qkv [T, heads + 2 kv_heads, D]: q and k, normed with NORMS and turned by
+    fp32 cos and sin [P, half], to `out`; with STORES k and v of the first `stored` tokens to the cache."""
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     is_q, is_v = head < heads, head >= heads + kv_heads

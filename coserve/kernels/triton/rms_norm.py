@@ -43,6 +43,8 @@ def norm_kernel(
     x, x_stride, inner, residual, w, rows, H, eps, total, y, ADDS: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """ROWS rows of y = norm(x), or with ADDS of x + residual, which goes to `total`; w in fp32 beside 16
+    bits with WIDE. Row r of x lies at r // inner * x_stride + r % inner * H."""
     ROWS: tl.constexpr = TILE // BLOCK
     real, strided, dense = _rows(x_stride, inner, rows, H, ROWS)
     dtype = y.dtype.element_ty
@@ -76,6 +78,7 @@ def norm_kernel(
 def norm_backward_kernel(
     dy, x, w, rows, H, eps, dx, BLOCK: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
+    """ROWS rows of dx [rows, H], of dy and x dense."""
     ROWS: tl.constexpr = TILE // BLOCK
     real, _, dense = _rows(H, 1, rows, H, ROWS)
     squares = tl.zeros([ROWS, BLOCK], tl.float32)

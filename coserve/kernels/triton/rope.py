@@ -30,6 +30,8 @@ TUNED = Tuned("rope", {"HEADS": 8, "num_warps": 4, "num_stages": 1}, tuple(SETTI
 def rope_kernel(
     x, stride, positions, cos, sin, N, D, half, INVERSE: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr
 ):  # fmt: skip
+    """HEADS heads of one token of x [T, N, D], tokens `stride` apart, turned in place by fp32 tables
+    [P, half] at its int64 position."""
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     column = tl.arange(0, HALF)[None, :]

@@ -32,6 +32,7 @@ def sgd_kernel(
     param, grad, momentum_buffer, count, lr, momentum, weight_decay, grad_scale,
     MOMENTUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A step of `count` fp32 elements, BLOCK a program."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     p = tl.load(param + at, mask=inside, other=0.0)

@@ -26,6 +26,7 @@ TUNED = Tuned("soft_cap", {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}, tupl
 
 @triton.jit
 def soft_cap_kernel(x, count, cap, BLOCK: tl.constexpr):
+    """cap * tanh(x / cap) in place of `count` elements, BLOCK a program."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
     value = tl.load(x + place, inside, 0.0).to(tl.float32)

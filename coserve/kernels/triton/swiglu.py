@@ -45,6 +45,7 @@ def _activate(gate, SILU: tl.constexpr):
 
 @triton.jit
 def swiglu_kernel(gate_up, width, y, SILU: tl.constexpr, BLOCK: tl.constexpr):
+    """A BLOCK of a row of y [T, width] = act(gate) * up of gate_up [T, 2 width]."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -56,6 +57,7 @@ def swiglu_kernel(gate_up, width, y, SILU: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def swiglu_backward_kernel(dy, gate_up, width, dgate_up, SILU: tl.constexpr, BLOCK: tl.constexpr):
+    """A BLOCK of a row of dgate_up [T, 2 width], of dy [T, width] and gate_up."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
