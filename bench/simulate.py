@@ -4,7 +4,8 @@ loads.
 `coserve/core` as it is, on a roofline of two CPU cores (`--device cpu`) or of an H200, for the 0.5B, 1B, 8B
 or 70B shape. Saturation is measured first, by the same simulator; then each load runs three ways: requests
 alone, training alone, both. `eta` is the part of training alone that is kept beside requests; `u` adds the
-part of saturation that is served; `rho` is ITL p99 over that of requests alone; `goodput` the part of the
+part of saturation that is served, `u_most` is what it would be if training took all the arithmetic that
+requests leave; `rho` is ITL p99 over that of requests alone; `goodput` the part of the
 requests within their target.
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 
 import common
 import traces
-from simulation.device import DEVICES, SHAPES
+from simulation.device import DEVICES, SHAPES, CostModel
 from simulation.plots import Column, draw
 from simulation.server import Outcome, Simulator, TrainingJob, saturation
 
@@ -57,6 +58,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="0.5b")
     names = "azure, mooncake, servegen, poisson, bursty, or a .csv or .jsonl file"
     parser.add_argument("--trace", default="azure", help=names)
+    parser.add_argument("--load", type=float, action="append", help="of saturation; repeatable")
     parser.add_argument("--seconds", type=float, default=0.0, help="simulated time of a run (0: by device)")
     parser.add_argument("--prompt-tokens", type=int, default=0, help="longest prompt (0: by device)")
     parser.add_argument("--output-tokens", type=int, default=0, help="longest output (0: by device)")
@@ -122,6 +124,13 @@ def describe(outcome: Outcome) -> dict[str, Any]:
     }
 
 
+def arithmetic(how: argparse.Namespace, outcome: Outcome) -> float:
+    """The part of the device's arithmetic that the requests took (were no prefix cached)."""
+    costs = CostModel(DEVICES[how.device], SHAPES[how.shape])
+    served = [(s.arrival.prompt_tokens, s.arrival.output_tokens) for s in outcome.served]
+    return sum(costs.request_seconds(*lengths) for lengths in served) / outcome.seconds
+
+
 def measure(how: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Column]]:
     """Rows of all runs, and what the plot shows of them."""
     caps = how.prompt_tokens, how.output_tokens
@@ -131,11 +140,13 @@ def measure(how: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Column]
     alone = describe(simulator(how, how.jobs).run([], how.seconds))
     rows: list[dict[str, Any]] = [{"load": 0.0, "arrangement": "training alone", **alone}]
     columns: list[Column] = []
-    for load in (0.5,) if how.quick else LOADS:
+    for load in how.load or ((0.5,) if how.quick else LOADS):
         shaped = traces.at_rate(arrivals, load * limit, how.seconds)
-        serving = simulator(how, 0).run(shaped, how.seconds)
-        middle = serving.quantile(serving.tpots, 0.5)
-        asked = middle * how.slo_tpot_ratio if how.slo_tpot_ratio else how.slo_tpot_ms / 1e3
+        asked = how.slo_tpot_ms / 1e3
+        serving = simulator(how, 0, asked).run(shaped, how.seconds)
+        if how.slo_tpot_ratio:
+            asked = how.slo_tpot_ratio * serving.quantile(serving.tpots, 0.5)
+            serving = simulator(how, 0, asked).run(shaped, how.seconds)
         # The automatic target promises each step a ratio; requests are held to it at the alone run's p99.
         target = asked or max(AUTO_FLOOR, AUTO_RATIO * serving.quantile(serving.tpots, 0.99))
         both = simulator(how, how.jobs, asked).run(shaped, how.seconds)
@@ -153,10 +164,11 @@ def measure(how: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Column]
         row = pair[1]
         row["eta"] = row["trained_tokens_per_second"] / alone["trained_tokens_per_second"]
         row["u"] = row["eta"] + row["requests_per_second"] / limit
+        row["u_most"] = row["u"] - row["eta"] + max(0.0, 1.0 - arithmetic(how, serving))
         row["rho"] = row["itl_ms_p50_p99"][1] / max(pair[0]["itl_ms_p50_p99"][1], 1e-9)
         rows += pair
         print(
-            f"load {load:.2f}: U {row['u']:.2f}, eta {row['eta']:.2f}, rho {row['rho']:.2f}, goodput "
+            f"load {load:.2f}: U {row['u']:.2f} of {row['u_most']:.2f}, eta {row['eta']:.2f}, rho {row['rho']:.2f}, goodput "
             f"{row['goodput']:.3f} ({pair[0]['goodput']:.3f} alone) at {row['target_tpot_ms']} ms, "
             f"TPOT {row['tpot_ms_p50_p99']}, ITL {row['itl_ms_p50_p99']}, TTFT {row['ttft_ms_p50_p99']} ms",
             file=sys.stderr,
@@ -174,13 +186,13 @@ def main() -> None:
         print(f"simulate: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     took = time.perf_counter() - began
-    half = next(row for row in rows if row["arrangement"] == "both" and row["load"] == 0.5)
+    half = min((row for row in rows if row["arrangement"] == "both"), key=lambda row: abs(row["load"] - 0.5))
     title = f"{how.shape} on {how.device}, {how.trace} arrivals"
     if how.plot:
         draw(how.plot, columns, f"Simulated: {title}")
     mine, peer = half["trained_tokens_per_second"], rows[0]["trained_tokens_per_second"]
     headline = {
-        "what": f"simulated: trained tokens/s beside requests at half load; {title}; peer: training alone",
+        "what": f"simulated: trained tokens/s beside requests; {title}; peer: training alone",
         "coserve": mine,
         "peer": peer,
         "unit": "tokens/s",
@@ -188,7 +200,7 @@ def main() -> None:
         "spread": [mine / peer, mine / peer],
         "load": {
             "trace": how.trace,
-            "of_saturation": 0.5,
+            "of_saturation": half["load"],
             "prompt_tokens": how.prompt_tokens,
             "output_tokens": how.output_tokens,
         },

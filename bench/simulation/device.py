@@ -113,6 +113,13 @@ class CostModel:
         moved += context * self.key_bytes + (len(adapters) - 1) * self.adapter_bytes
         return flops, moved
 
+    def request_seconds(self, prompt: int, output: int) -> float:
+        """The arithmetic of a request's tokens, were it never to wait for memory."""
+        tokens = prompt + output
+        flops = 2.0 * (self.layer_weights * self.layers * tokens + self.head_weights * output)
+        flops += self._pair_flops * self.layers * tokens * tokens / 2
+        return flops / self.device.flops
+
     def unit(self, kind: str, tokens: int, context: int) -> float:
         """A training unit by the latency model's name for it; `context` keys lie behind a layer's window."""
         if kind in ("loss", "score"):

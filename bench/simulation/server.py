@@ -236,7 +236,9 @@ class Simulator(SimulatedEngine):
             if not self.scheduler.has_requests and not self.jobs:
                 if next_arrival == seconds == math.inf:
                     break
-                self.now = min(next_arrival, seconds)
+                idle = [self.now, min(next_arrival, seconds)]
+                samples += [Sample(moment, 0, 0, 0.0, 0.0) for moment in idle]
+                self.now = idle[1]
                 continue
             plan = self.step(next_arrival)
             steps += 1
@@ -293,7 +295,12 @@ class Simulator(SimulatedEngine):
 
 
 def saturation(simulator: Simulator, arrivals: Sequence[Arrival]) -> float:
-    """Requests a second that the server completes when all arrive at once."""
+    """Requests a second that the server completes while more of them wait: all arrive at once, and as many
+    as run together are left out at both ends where there are enough."""
     flood = [Arrival(0.0, a.prompt_tokens, a.output_tokens, a.client, a.prefix) for a in arrivals]
     outcome = simulator.run(flood, math.inf)
-    return len(outcome.served) / outcome.seconds
+    ends = sorted(served.last for served in outcome.served)
+    edge = max(sample.running for sample in outcome.samples)
+    if len(ends) < 3 * edge:
+        return len(ends) / outcome.seconds
+    return (len(ends) - 2 * edge) / (ends[-edge - 1] - ends[edge - 1])
