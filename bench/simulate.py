@@ -5,8 +5,8 @@ loads.
 or 70B shape. Saturation is measured first, by the same simulator; then each load runs three ways: requests
 alone, training alone, both. `eta` is the part of training alone that is kept beside requests; `u` adds the
 part of saturation that is served, `u_most` is what it would be if training took all the arithmetic that
-requests leave; `rho` is ITL p99 over that of requests alone; `goodput` the part of the
-requests within their target.
+requests leave; `rho` is ITL p99 over that of requests alone; `goodput` the part of the requests within their
+target.
 """
 
 from __future__ import annotations
@@ -131,6 +131,15 @@ def arithmetic(how: argparse.Namespace, outcome: Outcome) -> float:
     return sum(costs.request_seconds(*lengths) for lengths in served) / outcome.seconds
 
 
+def tell(row: dict[str, Any], alone: float) -> str:
+    """A load's line for whoever waits; `alone` is the goodput without training."""
+    return (
+        f"load {row['load']:.2f}: U {row['u']:.2f} of {row['u_most']:.2f}, eta {row['eta']:.2f}, "
+        f"rho {row['rho']:.2f}, goodput {row['goodput']:.3f} ({alone:.3f} alone) at {row['target_tpot_ms']} ms, "
+        f"TPOT {row['tpot_ms_p50_p99']}, ITL {row['itl_ms_p50_p99']}, TTFT {row['ttft_ms_p50_p99']} ms"
+    )
+
+
 def measure(how: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Column]]:
     """Rows of all runs, and what the plot shows of them."""
     caps = how.prompt_tokens, how.output_tokens
@@ -167,12 +176,7 @@ def measure(how: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Column]
         row["u_most"] = row["u"] - row["eta"] + max(0.0, 1.0 - arithmetic(how, serving))
         row["rho"] = row["itl_ms_p50_p99"][1] / max(pair[0]["itl_ms_p50_p99"][1], 1e-9)
         rows += pair
-        print(
-            f"load {load:.2f}: U {row['u']:.2f} of {row['u_most']:.2f}, eta {row['eta']:.2f}, rho {row['rho']:.2f}, goodput "
-            f"{row['goodput']:.3f} ({pair[0]['goodput']:.3f} alone) at {row['target_tpot_ms']} ms, "
-            f"TPOT {row['tpot_ms_p50_p99']}, ITL {row['itl_ms_p50_p99']}, TTFT {row['ttft_ms_p50_p99']} ms",
-            file=sys.stderr,
-        )
+        print(tell(row, pair[0]["goodput"]), file=sys.stderr)
     return rows, columns
 
 
