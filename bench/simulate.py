@@ -135,8 +135,8 @@ def tell(row: dict[str, Any], alone: float) -> str:
     """A load's line for whoever waits; `alone` is the goodput without training."""
     return (
         f"load {row['load']:.2f}: U {row['u']:.2f} of {row['u_most']:.2f}, eta {row['eta']:.2f}, "
-        f"rho {row['rho']:.2f}, goodput {row['goodput']:.3f} ({alone:.3f} alone) at {row['target_tpot_ms']} ms, "
-        f"TPOT {row['tpot_ms_p50_p99']}, ITL {row['itl_ms_p50_p99']}, TTFT {row['ttft_ms_p50_p99']} ms"
+        f"rho {row['rho']:.2f}, goodput {row['goodput']:.3f} ({alone:.3f} alone) at {row['target_tpot_ms']} "
+        f"ms, TPOT {row['tpot_ms_p50_p99']}, ITL {row['itl_ms_p50_p99']}, TTFT {row['ttft_ms_p50_p99']} ms"
     )
 
 
