@@ -13,6 +13,7 @@ from coserve.core.scheduler import Scheduler
 from coserve.core.slo import LEAST_PROMPT_TOKENS, SAFETY, LatencyTargets
 from coserve.errors import QueueFull, TargetOutOfReach
 
+PRESSED, MOST_PRESSED = 0.5, 5.0  # seconds after a refusal without training beside requests
 RATIOS = 64  # first tokens by which predictions are judged
 KNOWN_AFTER = 64  # steps with inference; the first ones are slower than those that follow
 
@@ -34,7 +35,7 @@ class Admission:
         """
         scheduler = self.scheduler
         if self.max_queued:
-            self._check_queue(now)
+            self._check_queue()
         target = (request.targets or scheduler.targets).ttft
         if target == 0.0 or not scheduler.has_requests:
             return
@@ -43,6 +44,9 @@ class Admission:
         queued = waited + max(0.0, total - own) * self._guard()
         late = queued + (own if own <= target else 0.0) - target
         if late > 0.0:
+            scheduler.pressed_until = max(
+                scheduler.pressed_until, now + min(max(late, PRESSED), MOST_PRESSED)
+            )
             raise TargetOutOfReach(
                 f"The first token would come after about {queued + own:.2g} s; its target is {target:.3g} s.",
                 retry_after=late,
@@ -63,8 +67,8 @@ class Admission:
         return max(1.0 / SAFETY, ordered[int(0.9 * len(ordered))] if ordered else 0.0)
 
     def predict(self, request: Request, now: float) -> tuple[float, float]:
-        """Seconds until the request's first token as things stand, and what they would be on an idle device;
-        zeros while the latency model can't tell."""
+        """Seconds until the request's first token as things stand, without the training that would give way,
+        and what they would be on an idle device; zeros while the latency model can't tell."""
         scheduler = self.scheduler
         model = scheduler.model
         if not model.trained:
@@ -79,11 +83,11 @@ class Admission:
         most = max(1, scheduler.limits.max_num_batched_tokens - len(rows))
         part = min(most, scheduler.prompt_tokens(len(rows), context, now)) if rows else most
         parts, rest = divmod(owed, part)
-        total = parts * self._step_seconds(len(rows) + part, context + part, now)
-        total += self._step_seconds(len(rows) + rest, context + rest, now) if rest else 0.0
+        total = parts * model.predict_inference(len(rows) + part, context + part)
+        total += model.predict_inference(len(rows) + rest, context + rest) if rest else 0.0
         idle_steps = self._slot_steps(len(ahead)) - parts
         if idle_steps > 0.0:
-            total += idle_steps * self._step_seconds(len(rows), context, now)
+            total += idle_steps * model.predict_inference(len(rows), context)
         steps, rest = divmod(own, scheduler.limits.max_num_batched_tokens)
         alone = steps * model.predict_inference(scheduler.limits.max_num_batched_tokens, own)
         return total, alone + model.predict_inference(rest, own)
@@ -98,7 +102,7 @@ class Admission:
             ttft=first / SAFETY, tpot=scheduler.model.predict_inference(1, LEAST_PROMPT_TOKENS) / SAFETY
         )
 
-    def _check_queue(self, now: float) -> None:
+    def _check_queue(self) -> None:
         scheduler = self.scheduler
         slots = scheduler.limits.max_num_seqs - len(scheduler.running)
         queued = len(scheduler.waiting) - (0 if scheduler.left_waiting else slots)
@@ -106,15 +110,8 @@ class Admission:
             rows, context = len(scheduler.running), sum(r.num_tokens for r in scheduler.running)
             raise QueueFull(
                 f"{queued} requests wait already, and --max-num-queued-reqs is {self.max_queued}.",
-                retry_after=self._slot_steps(queued) * self._step_seconds(rows, context, now),
+                retry_after=self._slot_steps(queued) * scheduler.model.predict_inference(rows, context),
             )
-
-    def _step_seconds(self, tokens: int, context: int, now: float) -> float:
-        scheduler = self.scheduler
-        alone = scheduler.model.predict_inference(tokens, context)
-        if alone > 0.0 and scheduler.training.has_work:
-            return alone + scheduler.training_budget(alone, now)
-        return alone
 
     def _slot_steps(self, ahead: int) -> float:
         """Steps until a slot is free for one that has `ahead` before it: requests end at the rate at which

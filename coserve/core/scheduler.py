@@ -64,6 +64,7 @@ class Scheduler:
         self.shares = FairShares()
         self.mean_output = 0.0  # tokens of the requests that ended lately
         self.left_waiting = False  # the last step had no room for somebody
+        self.pressed_until = 0.0  # seconds of `now`; requests were refused for their targets
         self._requests: dict[str, Request] = {}
         self._num_with_targets = 0
         self._num_finished = 0
@@ -228,9 +229,18 @@ class Scheduler:
             plan.predicted += self.model.predict_unit("forward", span.length)
 
     def training_budget(self, alone: float, now: float) -> float:
-        """Seconds of training that every request's target leaves in a step whose inference takes `alone`."""
+        """Seconds of training that every request's target leaves in a step whose inference takes `alone`.
+
+        None while one with a target for its first token waits for a place, or lately was refused: places come
+        free sooner without.
+        """
+        if now < self.pressed_until or self._waits_with_target():
+            return 0.0
         guard = self.model.guard
         return min(d.targets.training_budget(alone, guard, d.wait) for d in self.demands(now))
+
+    def _waits_with_target(self) -> bool:
+        return self.left_waiting and any((r.targets or self.targets).ttft > 0.0 for r in self.waiting)
 
     def demands(self, now: float) -> list[Demand]:
         """What the requests ask of a step: one demand for each set of targets among them."""

@@ -168,10 +168,14 @@ def test_whoever_is_let_in_gets_its_first_token_in_time(prompts, gaps, ttft) -> 
         assert first[request.sequence_id] - request.arrival <= 1.1 * allowed + full
 
 
-def overload(load: float, admitting: bool, seconds: float = 8.0) -> tuple[float, float, float]:
+def overload(
+    load: float, admitting: bool, seconds: float = 8.0, training: bool = False
+) -> tuple[float, float, float]:
     """Poisson arrivals at `load` times what 16 places can serve: shares of them that were refused, that had
     their first token in 0.3 s, and of those let in that had it."""
     sim, admission = warmed(max_num_seqs=16, max_tokens=256)
+    if training:
+        sim.job("job", [512] * 2000, slabs=20)
     draw = random.Random(1)
     service = 60 * (STEP_FLOOR + 16 * PER_TOKEN) / 16 + 100 * PER_TOKEN
     start, arrivals = sim.now, [sim.now]
@@ -210,3 +214,28 @@ def test_under_overload_those_let_in_keep_their_target_and_without_it_nobody_doe
     assert overload(2.0, admitting=False)[1] < 0.1
     refused, good, _ = overload(0.5, admitting=True)
     assert refused == 0.0 and good > 0.99
+
+
+def test_training_gives_way_before_anybody_is_refused() -> None:
+    alone = overload(1.1, admitting=True, seconds=4.0)
+    beside = overload(1.1, admitting=True, seconds=4.0, training=True)
+    assert beside[0] < alone[0] + 0.05 and beside[1] > alone[1] - 0.05
+
+
+def test_training_comes_back_when_the_pressure_is_gone() -> None:
+    sim, admission = warmed(max_num_seqs=2)
+    sim.job("job", [512] * 200, slabs=20)
+    for number in range(2):
+        arrive(sim, f"running {number}", 8, 3000)
+    for _ in range(40):
+        sim.step()
+    beside = max(plan.training_budget for plan in sim.plans[-20:])
+    sim.scheduler.mean_output = 500.0
+    with pytest.raises(TargetOutOfReach):
+        admission.check(made(sim, "third", 8, 4, targets=TARGET), sim.now)
+    refused_at = sim.now
+    sim.step()
+    assert sim.plans[-1].training_budget == 0.0 and not sim.plans[-1].training_backward
+    while sim.now < refused_at + 5.5:
+        sim.step()
+    assert max(plan.training_budget for plan in sim.plans[-20:]) == pytest.approx(beside, rel=0.2)
