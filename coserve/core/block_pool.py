@@ -20,7 +20,8 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.cache = cache
         self._references = [0] * num_blocks
-        self._is_free = [True] * num_blocks
+        self._is_blank = bytearray(b"\1") * num_blocks
+        self._is_free = bytearray(b"\1") * num_blocks  # blank or idle
         self._free_heap = list(range(num_blocks))  # each block once at most; some in it may be taken
         self._in_heap = bytearray(b"\1") * num_blocks
         self._num_blank = num_blocks
@@ -55,12 +56,12 @@ class BlockPool:
         while len(blocks) < count and self._num_blank:
             block = heapq.heappop(self._free_heap)
             self._in_heap[block] = 0
-            if self._is_free[block]:
-                self._take_blank(block)
+            if self._is_blank[block]:
+                self._take(block, block + 1)
                 blocks.append(block)
         while len(blocks) < count:
-            block, _ = self._idle.popitem(last=False)
-            self._forget(block)
+            block = next(iter(self._idle))
+            self._take(block, block + 1)
             blocks.append(block)
         for block in blocks:
             self._references[block] = 1
@@ -70,6 +71,7 @@ class BlockPool:
         """One more reader of a cached block."""
         if self._references[block] == 0:
             del self._idle[block]
+            self._is_free[block] = 0
         self._references[block] += 1
 
     def release(self, blocks: list[int]) -> None:
@@ -79,30 +81,25 @@ class BlockPool:
             if self._references[block] == 0:
                 if self.cache is not None and self.cache.holds(block):
                     self._idle[block] = None
+                    self._is_free[block] = 1
                 else:
-                    self._give_back(block)
+                    self._give_back(block, block + 1)
 
     def longest_run(self) -> int:
         """Number of slabs of the largest extent that could be reserved now."""
-        free = bytearray(self._is_free)
-        for block in self._idle:
-            free[block] = 1
-        return max(map(len, free.split(b"\0")))
+        return max(map(len, self._is_free.split(b"\0")))
 
     def reserve_extent(self, count: int) -> int | None:
         """First slab of `count` neighbouring ones, found from the top; None when no such run is free."""
-        run = 0
-        for block in range(self.num_blocks - 1, -1, -1):
-            run = run + 1 if self._is_free[block] or block in self._idle else 0
-            if run == count:
-                for taken in range(block, block + count):
-                    if self._is_free[taken]:
-                        self._take_blank(taken)
-                    else:
-                        del self._idle[taken]
-                        self._forget(taken)
-                self._extents[block] = count
-                return block
+        end = self.num_blocks
+        while end >= count:
+            end = self._is_free.rfind(b"\1", 0, end) + 1
+            start = self._is_free.rfind(b"\0", 0, end) + 1
+            if end - start >= count:
+                self._take(end - count, end)
+                self._extents[end - count] = count
+                return end - count
+            end = start
         return None
 
     def shrink_extent(self, start: int, count: int) -> None:
@@ -111,8 +108,7 @@ class BlockPool:
         if not 0 < count <= held:
             raise ValueError(f"an extent of {held} slabs can't shrink to {count}")
         self._extents[start] = count
-        for block in range(start + count, start + held):
-            self._give_back(block)
+        self._give_back(start + count, start + held)
 
     def advance_extent(self, start: int, count: int) -> int:
         """Give an extent's first `count` slabs back; returns where it starts now."""
@@ -121,26 +117,31 @@ class BlockPool:
             raise ValueError(f"an extent of {held} slabs can't lose its first {count}")
         del self._extents[start]
         self._extents[start + count] = held - count
-        for block in range(start, start + count):
-            self._give_back(block)
+        self._give_back(start, start + count)
         return start + count
 
     def release_extent(self, start: int) -> None:
         """Give an extent's slabs back."""
-        for block in range(start, start + self._extents.pop(start)):
-            self._give_back(block)
+        self._give_back(start, start + self._extents.pop(start))
 
-    def _take_blank(self, block: int) -> None:
-        self._is_free[block] = False
-        self._num_blank -= 1
+    def _take(self, start: int, end: int) -> None:
+        """Free slabs [start, end) get an owner; what the prefix cache knew of them is forgotten."""
+        blank = self._is_blank.count(1, start, end)
+        if blank < end - start:
+            for block in range(start, end):
+                if not self._is_blank[block]:
+                    del self._idle[block]
+                    if self.cache is not None:
+                        self.cache.remove(block)
+        self._is_blank[start:end] = self._is_free[start:end] = bytes(end - start)
+        self._num_blank -= blank
 
-    def _give_back(self, block: int) -> None:
-        self._is_free[block] = True
-        self._num_blank += 1
-        if not self._in_heap[block]:
+    def _give_back(self, start: int, end: int) -> None:
+        """Slabs [start, end) are blank again."""
+        self._is_blank[start:end] = self._is_free[start:end] = b"\1" * (end - start)
+        self._num_blank += end - start
+        block = self._in_heap.find(0, start, end)
+        while block >= 0:
             self._in_heap[block] = 1
             heapq.heappush(self._free_heap, block)
-
-    def _forget(self, block: int) -> None:
-        if self.cache is not None:
-            self.cache.remove(block)
+            block = self._in_heap.find(0, block + 1, end)
