@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from coserve.kernels.dropout import Dropout
-from coserve.kernels.lora import LoraGroup, LoraSegments, ModuleGradient
+from coserve.kernels.lora import LoraGroup, LoraSegments, ModuleGradient, ProductLora
 from coserve.layers.activations import LayerActivations
 
 
@@ -139,13 +139,15 @@ class LoraBatch:
             self.adapted = [[False] * modules for _ in range(layers)]
         self.ranks_LMS = self.ranks_LMS.to(self.segments.rows.device)
 
-    def adapts(self, module: int, layer: int) -> bool:
-        """Some row of the batch may have an adapter on this module."""
-        return self.adapted[layer][module]
-
-    def ranks(self, layer: int) -> torch.Tensor:
-        """int32 [modules, S]: the ranks in one layer."""
-        return self._ranks[layer]
+    def product(self, parts: tuple[tuple[int, int], ...], layer: int) -> ProductLora | None:
+        """What the rows have on a merged product, its modules by number and first column; None where no row
+        may have an adapter on any of them."""
+        adapted = self.adapted[layer]
+        for module, _ in parts:
+            if adapted[module]:
+                group = self.pool.group(parts, layer)
+                return ProductLora(group, self.segments, self._ranks[layer], self.dropout)
+        return None
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,7 @@ class AdaptedLinear:
 
     def adapters(self, lora: LoraBatch | None, layer: int) -> ProductLora | None:
         """What the batch's rows have on this product; None where none has an adapter."""
-        if lora is None or not any(lora.adapts(module, layer) for module, _ in self._columns):
-            return None
-        group = lora.pool.group(self._columns, layer)
-        return ProductLora(group, lora.segments, lora.ranks(layer), lora.dropout)
+        return None if lora is None else lora.product(self._columns, layer)
 
     def forward(
         self,

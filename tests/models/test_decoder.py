@@ -127,6 +127,6 @@ def test_a_batch_without_adapted_rows_is_the_base(decoder: Decoder) -> None:
     segments = LoraSegments(*(torch.zeros(0, dtype=torch.int32) for _ in range(4)))
     pool = AdapterPool(decoder.config, 2, torch.float32)
     lora = LoraBatch(segments, torch.zeros(2, 7, 0, dtype=torch.int32), pool)
-    assert not lora.adapts(0, 1)
+    assert lora.product(((0, 0), (1, 32)), 1) is None
     base = Sequences(decoder, 1).run({0: [3, 4]})
     assert torch.equal(Sequences(decoder, 1).run({0: [3, 4]}, lora), base)
