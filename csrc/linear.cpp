@@ -146,7 +146,8 @@ static void product(const Product<T>& op) {
   typedef typename Tile::Element E;
   const int64_t D = op.depth(), panels = divide_up(op.columns(), PANEL), threads = omp_get_max_threads();
   const bool few = op.M <= Tile::ROWS && Tile::STEP > 1 && !op.transposed;
-  const int64_t most = few ? larger(D, 1) : D <= Tile::UNCUT[op.transposed] ? larger(D, Tile::DEPTH) : Tile::DEPTH;
+  const int64_t depth = Tile::DEPTH[op.transposed];
+  const int64_t most = few ? larger(D, 1) : D <= Tile::UNCUT[op.transposed] ? larger(D, depth) : depth;
   const int64_t strips = divide_up(panels, Tile::PANELS), row_blocks = divide_up(op.M, MOST_ROWS);
   int64_t block = larger(1, BLOCK_BYTES / (most * PANEL * (int64_t)sizeof(E) * Tile::PANELS));  // strips
   if (op.M <= 2 * Tile::ROWS && !op.transposed) block = 1;

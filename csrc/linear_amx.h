@@ -17,7 +17,7 @@ static inline void written(const void* memory) {
 struct AmxTile {
   typedef bf16 Element;
   static constexpr int ROWS = 32, PANELS = 2, HALF = 16;
-  static constexpr int64_t STEP = 32, DEPTH = 512, UNCUT[2] = {1024, 1024};
+  static constexpr int64_t STEP = 32, DEPTH[2] = {512, 512}, UNCUT[2] = {1024, 1024};
 
   ~AmxTile() {
     if (configured) _tile_release();

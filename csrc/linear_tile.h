@@ -75,7 +75,7 @@ struct FloatTile {
 #else
   static constexpr int ROWS = 2, PANELS = 1;
 #endif
-  static constexpr int64_t STEP = 1, DEPTH = 256, UNCUT[2] = {256, 256};
+  static constexpr int64_t STEP = 1, DEPTH[2] = {256, 256}, UNCUT[2] = {256, 256};
 
   template <class T>
   void multiply(int64_t rows, int64_t panels, const TileStep<float, T>& s) const {
@@ -116,7 +116,7 @@ template <int MOST_ROWS, int MOST_PANELS>
 struct PairTile {
   typedef bf16 Element;
   static constexpr int ROWS = MOST_ROWS, PANELS = MOST_PANELS;
-  static constexpr int64_t STEP = 2, DEPTH = 256, UNCUT[2] = {1024, 512};
+  static constexpr int64_t STEP = 2, DEPTH[2] = {1024, 256}, UNCUT[2] = {1024, 512};
 
   void multiply(int64_t rows, int64_t panels, const TileStep<bf16, bf16>& s) const {
     run_tile<PairTile>(rows, panels, s);
