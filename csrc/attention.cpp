@@ -93,16 +93,30 @@ struct PagedRun {
     };
   }
 
-  void tile(const Place& place, int64_t kv_head) const {
+  // The first keys of a later task of few rows; none of another, which reads each key for many.
+  void first_keys(const Place& place, int64_t kv_head, int64_t chunk, Next<T>& next) const {
+    next.count = 0;
+    if ((place.end - place.token) * heads.group > FEW_ROWS) return;
+    int64_t position = cache.context_lens[place.sequence] - (cache.query_start[place.sequence + 1] - place.token);
+    int64_t seen = cache.window ? larger(0, position + 1 - cache.window) / KEY_BLOCK * KEY_BLOCK : 0;
+    int64_t key = larger(seen, (place.first_chunk + chunk) * CHUNK_KEYS);
+    next.count = smaller(KEY_BLOCK, position + place.end - place.token - key);
+    finder(place, kv_head)(key, next.count, next.at);
+  }
+
+  template <class Follow>
+  void tile(const Place& place, int64_t kv_head, const Follow& follow) const {
     Tile t = load(place, kv_head);
-    attend<T>(t, finder(place, kv_head));
+    attend<T>(t, finder(place, kv_head), follow);
     heads.write(t.sums, t.Dp, place.token, place.end, kv_head);
   }
-  void chunk(const Place& place, int64_t kv_head, int64_t index) const {
+  template <class Follow>
+  void chunk(const Place& place, int64_t kv_head, int64_t index, const Follow& follow) const {
     Tile t = load(place, kv_head);
     t.chunk = part(place, kv_head, index);
     Reach keys = reach(t);
-    attend_chunk<T>(t, place.first_chunk + index, keys.first, keys.last, finder(place, kv_head));
+    int64_t chunk = place.first_chunk + index, limit = smaller(keys.last + 1, (chunk + 1) * CHUNK_KEYS);
+    attend_chunk<T>(t, chunk, keys.first, keys.last, limit, finder(place, kv_head), follow);
   }
   void join(const Place& place, int64_t kv_head) const {
     int64_t rows = (place.end - place.token) * heads.group;
@@ -146,28 +160,39 @@ static int64_t plan(const PagedRun<T>& run, int64_t S, int64_t threads, Place* p
 template <class T>
 static void paged(const Heads<T>& heads, const Paged& cache, int64_t S, int64_t Nkv) {
   PagedRun<T> run{heads, cache, Nkv, nullptr};
-  int64_t step = tile_tokens(heads.group), most = 0, floats, tasks = 0;
+  const int64_t step = tile_tokens(heads.group), threads = omp_get_max_threads();
+  int64_t most = 0, floats, tasks = 0;
   for (int64_t s = 0; s < S; s++) most += divide_up(cache.query_start[s + 1] - cache.query_start[s], step);
   Place* places = (Place*)scratch(1, most * (sizeof(Place) + sizeof(int64_t)) + 1);
   double work;
-  int64_t tiles = plan(run, S, omp_get_max_threads(), places, &work, &floats), *first_task = (int64_t*)(places + most);
+  int64_t tiles = plan(run, S, threads, places, &work, &floats), *first_task = (int64_t*)(places + most);
   run.parts = (float*)scratch(2, floats * sizeof(float) + 1);
   for (int64_t i = 0; i < tiles; i++) {
     first_task[i] = tasks;
     tasks += Nkv * (places[i].split ? places[i].chunks : 1);
   }
-  parallel_for(tasks, work, [&](int64_t task) {
-    int64_t low = 0, high = tiles;  // the last tile whose tasks begin at or before this one
+  auto tile_of = [&](int64_t task) {  // the last whose tasks begin at or before this one
+    int64_t low = 0, high = tiles;
     while (high - low > 1) {
       int64_t middle = (low + high) / 2;
       (first_task[middle] <= task ? low : high) = middle;
     }
-    const Place& place = places[low];
-    int64_t own = task - first_task[low];
+    return low;
+  };
+  parallel_for(tasks, work, [&](int64_t task) {
+    int64_t index = tile_of(task), own = task - first_task[index];
+    const Place& place = places[index];
+    auto follow = [&](Next<T>& next) {
+      int64_t later = task + threads;  // the others take the tasks in between
+      next.count = 0;
+      if (later >= tasks) return;
+      int64_t then = tile_of(later), part = later - first_task[then];
+      run.first_keys(places[then], part % Nkv, part / Nkv, next);
+    };
     if (place.split)
-      run.chunk(place, own % Nkv, own / Nkv);
+      run.chunk(place, own % Nkv, own / Nkv, follow);
     else
-      run.tile(place, own);
+      run.tile(place, own, follow);
   });
   if (floats)
     parallel_for(tiles * Nkv, 0.0, [&](int64_t i) {
@@ -215,7 +240,7 @@ static void window(const Heads<T>& heads, const Stream& stream, int64_t W, int64
         at.keys[j] = (const T*)stream.k + (key + j) * stream.k_stride + kv_head * D;
         at.values[j] = (const T*)stream.v + (key + j) * stream.v_stride + kv_head * D;
       }
-    });
+    }, [](Next<T>& next) { next.count = 0; });
     heads.write(t.sums, t.Dp, begin, end, kv_head);
   });
 }

@@ -14,16 +14,24 @@ struct Pointers {
   const T *keys[KEY_BLOCK], *values[KEY_BLOCK];
 };
 
-// Asks memory for rows that come next, into the second cache (1.4x over the first, whose misses are few at a time):
-// they lie in blocks of a few keys anywhere, where no hardware looks ahead.
+// Rows that come next. They lie in blocks of a few keys anywhere, where no hardware looks ahead, so they are asked for
+// bit by bit between products (a burst would wait for itself), into the second cache: the first takes few misses at
+// a time.
 template <class T>
-static inline void fetch(const Pointers<T>& at, int64_t count, int64_t D) {
-  for (int64_t j = 0; j < count; j++)
-    for (int64_t byte = 0; byte < D * (int64_t)sizeof(T); byte += 64) {
-      __builtin_prefetch((const char*)at.keys[j] + byte, 0, 2);
-      __builtin_prefetch((const char*)at.values[j] + byte, 0, 2);
-    }
-}
+struct Next {
+  Pointers<T> at;
+  int64_t count = 0;
+
+  void fetch_keys(int64_t from, int64_t to, int64_t D) const { fetch(at.keys, from, smaller(to, count), D); }
+  void fetch_values(int64_t from, int64_t to, int64_t D) const { fetch(at.values, from, smaller(to, count), D); }
+
+ private:
+  static void fetch(const T* const* rows, int64_t from, int64_t to, int64_t D) {
+    for (int64_t j = from; j < to; j++)
+      for (int64_t byte = 0; byte < D * (int64_t)sizeof(T); byte += 64)
+        __builtin_prefetch((const char*)rows[j] + byte, 0, 2);
+  }
+};
 
 // Calls run.template of<ROWS>().
 template <class Run>
@@ -47,10 +55,13 @@ struct FewScores {
   const T* const* keys;
   int64_t count;
   float* scores;  // [rows, KEY_BLOCK]
+  const Next<T>& next;
 
   template <int ROWS>
   void of() const {
+    next.fetch_keys(round_up(count, VL), KEY_BLOCK, D);
     for (int64_t j = 0; j < count; j += VL) {
+      next.fetch_keys(j, j + VL, D);
       vf sum[ROWS] = {};
       for (int64_t d = 0; d < D; d += VL) {
         vf block[VL];
@@ -68,8 +79,8 @@ struct FewScores {
 
 template <class T>
 static void few_scores(int64_t rows, const float* q, int64_t D, int64_t Dp, const T* const* keys, int64_t count,
-                       float* scores) {
-  with_rows(rows, FewScores<T>{q, D, Dp, keys, count, scores});
+                       float* scores, const Next<T>& next) {
+  with_rows(rows, FewScores<T>{q, D, Dp, keys, count, scores, next});
 }
 
 template <class T>
@@ -78,10 +89,12 @@ struct FewOutputs {
   const T* const* values;
   int64_t count, D, Dp;
   float* o;  // [rows, Dp], added to
+  const Next<T>& next;
 
   template <int ROWS>
   void of() const {
     constexpr int64_t WIDTH = 2 * VL;  // divides D_STEP or is twice it
+    next.fetch_values(count, KEY_BLOCK, D);
     for (int64_t d = 0; d < Dp; d += WIDTH) {
       bool both = d + VL < Dp;
       vf sum[ROWS][2];
@@ -90,6 +103,7 @@ struct FewOutputs {
         sum[r][1] = both ? load(o + r * Dp + d + VL) : vf{};
       }
       for (int64_t j = 0; j < count; j++) {
+        if (d == 0) next.fetch_values(j, j + 1, D);
         vf low = load_at(values[j], d, D), high = both && d + VL < D ? load_at(values[j], d + VL, D) : vf{};
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
@@ -108,8 +122,8 @@ struct FewOutputs {
 
 template <class T>
 static void few_outputs(int64_t rows, const float* weights, const T* const* values, int64_t count, int64_t D,
-                        int64_t Dp, float* o) {
-  with_rows(rows, FewOutputs<T>{weights, values, count, D, Dp, o});
+                        int64_t Dp, float* o, const Next<T>& next) {
+  with_rows(rows, FewOutputs<T>{weights, values, count, D, Dp, o, next});
 }
 
 #if defined(__AVX512BF16__)
@@ -120,6 +134,7 @@ struct FewPairScores {
   const bf16* const* keys;
   int64_t count;
   float* scores;
+  const Next<bf16>& next;
 
   // PAIRS pairs of dimensions from d on of 16 keys.
   template <int ROWS, int PAIRS>
@@ -136,7 +151,9 @@ struct FewPairScores {
 
   template <int ROWS>
   void of() const {
+    next.fetch_keys(round_up(count, VL), KEY_BLOCK, D);
     for (int64_t j = 0; j < count; j += VL) {
+      next.fetch_keys(j, j + VL, D);
       vf sum[ROWS] = {};
       int64_t d = 0;
       for (; d + 2 * VL <= D; d += 2 * VL) add<ROWS, VL>(j, d, sum);
@@ -147,8 +164,8 @@ struct FewPairScores {
 };
 
 static void few_pair_scores(int64_t rows, const bf16* q, int64_t D, const bf16* const* keys, int64_t count,
-                            float* scores) {
-  with_rows(rows, FewPairScores{q, D, keys, count, scores});
+                            float* scores, const Next<bf16>& next) {
+  with_rows(rows, FewPairScores{q, D, keys, count, scores, next});
 }
 
 struct FewPairOutputs {
@@ -157,12 +174,15 @@ struct FewPairOutputs {
   int64_t count, D;
   float* o;
   int64_t Dp;
+  const Next<bf16>& next;
 
   template <int ROWS>
   void of() const {
+    next.fetch_values(round_up(count, 2), KEY_BLOCK, D);
     for (int64_t d = 0; d < D; d += 2 * VL) {
       vf sum[ROWS][2] = {};
       for (int64_t j = 0; j < count; j += 2) {
+        if (d == 0) next.fetch_values(j, j + 2, D);
         __m512i odd = j + 1 < count ? load_half_row(values[j + 1], d, D) : _mm512_setzero_si512(), first, others;
         interleave(load_half_row(values[j], d, D), odd, &first, &others);
         __m512bh low = as_pairs(first), high = as_pairs(others);
@@ -183,8 +203,8 @@ struct FewPairOutputs {
 };
 
 static void few_pair_outputs(int64_t rows, const bf16* weights, const bf16* const* values, int64_t count, int64_t D,
-                             float* o, int64_t Dp) {
-  with_rows(rows, FewPairOutputs{weights, values, count, D, o, Dp});
+                             float* o, int64_t Dp, const Next<bf16>& next) {
+  with_rows(rows, FewPairOutputs{weights, values, count, D, o, Dp, next});
 }
 
 #endif

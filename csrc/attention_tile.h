@@ -141,9 +141,10 @@ static void softmax(const Tile& t, int64_t from, int64_t to, int64_t key) {
     softmax_rows<false, PAIRS>(t, from, to, key);
 }
 
-// Rows [from, to) against `count` keys from `key` on.
+// Rows [from, to) against `count` keys from `key` on; few of them ask for the `next` keys on the way.
 template <class T>
-static void attend_block(const Tile& t, int64_t from, int64_t to, int64_t key, int64_t count, const Pointers<T>& at) {
+static void attend_block(const Tile& t, int64_t from, int64_t to, int64_t key, int64_t count, const Pointers<T>& at,
+                         const Next<T>& next) {
   int64_t rows = to - from;
   auto at_key = [&](int64_t j) { return at.keys[j]; };
   auto at_value = [&](int64_t j) { return at.values[j]; };
@@ -153,9 +154,9 @@ static void attend_block(const Tile& t, int64_t from, int64_t to, int64_t key, i
     if (t.pairs) {
       const bf16 *q = t.q_pairs + from * t.D, *weights = t.weights + from * KEY_BLOCK;
       if (rows <= FEW_ROWS) {
-        few_pair_scores(rows, q, t.D, at.keys, count, scores);
+        few_pair_scores(rows, q, t.D, at.keys, count, scores, next);
         softmax<true>(t, from, to, key);
-        return few_pair_outputs(rows, weights, at.values, count, t.D, o, t.Dp);
+        return few_pair_outputs(rows, weights, at.values, count, t.D, o, t.Dp, next);
       }
       int64_t panel = KEY_BLOCK * PAIR_COLUMNS;
       bf16 *keys = (bf16*)t.keys, *values = (bf16*)t.values;
@@ -169,9 +170,9 @@ static void attend_block(const Tile& t, int64_t from, int64_t to, int64_t key, i
 #endif
   const float* q = t.q + from * t.Dp;
   if (rows <= FEW_ROWS) {
-    few_scores(rows, q, t.D, t.Dp, at.keys, count, scores);
+    few_scores(rows, q, t.D, t.Dp, at.keys, count, scores, next);
     softmax<false>(t, from, to, key);
-    return few_outputs(rows, scores, at.values, count, t.D, t.Dp, o);
+    return few_outputs(rows, scores, at.values, count, t.D, t.Dp, o, next);
   }
   load_transposed(at_key, count, count, t.D, t.keys);
   matmul(rows, round_up(count, D_STEP), {t.D, q, t.Dp, 1, t.keys, KEY_BLOCK, scores, KEY_BLOCK, Into::SET});
@@ -191,24 +192,34 @@ static inline void merge_row(const Sums& into, const Sums& chunk, int64_t row, i
   for (int64_t d = 0; d < Dp; d += VL) merge(into.o + row * Dp + d, chunk.o + row * Dp + d);
 }
 
-// The sums of one chunk into t.chunk. locate(key, count, at) finds the rows of keys and values.
-template <class T, class Locate>
-static void attend_chunk(const Tile& t, int64_t chunk, int64_t first, int64_t last, const Locate& locate) {
+// The sums of one chunk into t.chunk. locate(key, count, at) finds the rows of keys and values, follow(next) those that
+// this thread will likely read after `limit`.
+template <class T, class Locate, class Follow>
+static void attend_chunk(const Tile& t, int64_t chunk, int64_t first, int64_t last, int64_t limit,
+                         const Locate& locate, const Follow& follow) {
   clear(t.chunk, t.rows, t.Dp);
   int64_t begin = larger(first / KEY_BLOCK, chunk * CHUNK_BLOCKS) * KEY_BLOCK;
   int64_t end = smaller(last + 1, (chunk + 1) * CHUNK_BLOCKS * KEY_BLOCK);
-  Pointers<T> both[2];
-  locate(begin, smaller(KEY_BLOCK, end - begin), both[0]);
+  Next<T> blocks[2];
+  auto find = [&](int64_t key, int64_t beyond, Next<T>& block) {
+    block.count = smaller(KEY_BLOCK, beyond - key);
+    locate(key, block.count, block.at);
+  };
+  find(begin, end, blocks[0]);
   for (int64_t key = begin, turn = 0; key < end; key += KEY_BLOCK, turn ^= 1) {
-    int64_t next = key + KEY_BLOCK;
-    if (next < end) {
-      locate(next, smaller(KEY_BLOCK, end - next), both[turn ^ 1]);
-      fetch(both[turn ^ 1], smaller(KEY_BLOCK, end - next), t.D);
-    }
+    Next<T>&now = blocks[turn], &next = blocks[turn ^ 1];
+    if (key + KEY_BLOCK < limit)
+      find(key + KEY_BLOCK, limit, next);
+    else
+      follow(next);
     int64_t from = 0, to = t.rows;
-    while (from < to && (t.last[from] < key || t.first[from] >= next)) from++;
-    while (from < to && (t.last[to - 1] < key || t.first[to - 1] >= next)) to--;
-    if (from < to) attend_block(t, from, to, key, smaller(KEY_BLOCK, end - key), both[turn]);
+    while (from < to && (t.last[from] < key || t.first[from] >= key + KEY_BLOCK)) from++;
+    while (from < to && (t.last[to - 1] < key || t.first[to - 1] >= key + KEY_BLOCK)) to--;
+    if (to - from > FEW_ROWS) {
+      next.fetch_keys(0, next.count, t.D);
+      next.fetch_values(0, next.count, t.D);
+    }
+    if (from < to) attend_block(t, from, to, key, now.count, now.at, next);
   }
 }
 
@@ -227,12 +238,12 @@ static Reach reach(const Tile& t) {
 }
 
 // All of a tile's chunks into t.sums.
-template <class T, class Locate>
-static void attend(const Tile& t, const Locate& locate) {
+template <class T, class Locate, class Follow>
+static void attend(const Tile& t, const Locate& locate, const Follow& follow) {
   Reach keys = reach(t);
   clear(t.sums, t.rows, t.Dp);
   for (int64_t chunk = keys.first / CHUNK_KEYS; chunk <= keys.last / CHUNK_KEYS; chunk++) {
-    attend_chunk<T>(t, chunk, keys.first, keys.last, locate);
+    attend_chunk<T>(t, chunk, keys.first, keys.last, keys.last + 1, locate, follow);
     for (int64_t r = 0; r < t.rows; r++) merge_row(t.sums, t.chunk, r, t.Dp);
   }
 }

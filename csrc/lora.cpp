@@ -16,7 +16,7 @@ constexpr int64_t FORWARD_TILE = 32;  // tokens of a forward task; B is interlea
 #else
 constexpr int64_t FORWARD_TILE = 16;
 #endif
-constexpr int64_t BANDWIDTH_TOKENS = 4;  // fewer wait for the rows' bytes, not for arithmetic
+constexpr int64_t BANDWIDTH_TOKENS = 12;  // fewer wait for the rows' bytes, not for arithmetic
 
 #if defined(__AVX512F__)
 constexpr int DOT_TOKENS = 4, DOT_RANKS = 4;

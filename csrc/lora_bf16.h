@@ -62,17 +62,25 @@ static inline void pair_dots(const bf16* x, int64_t x_stride, const bf16* const*
     for (int64_t i = 0; i < ranks; i++) h[t * h_stride + i] = dots[RANKS * t + i];
 }
 
+template <int TOKENS>
+static void dots_of_rows(const bf16* x, int64_t x_stride, int64_t tokens, const bf16* const* a, int64_t rank,
+                         int64_t K, float* h, int64_t h_stride) {
+  constexpr int64_t RANKS = 16 / TOKENS;
+  for (int64_t i = 0; i < rank; i += RANKS)
+    pair_dots<TOKENS>(x, x_stride, a + i, K, h + i, h_stride, tokens, smaller(RANKS, rank - i), rank - i);
+}
+
 static void project_down(const bf16* x, int64_t x_stride, int64_t tokens, const bf16* const* a, int64_t rank,
                          int64_t K, float* h, int64_t h_stride) {
   for (int64_t t = 0; t < tokens;) {
     const bf16* from = x + t * x_stride;
     float* to = h + t * h_stride;
-    int64_t count = tokens - t == 1 ? 1 : smaller(4, tokens - t), ranks = 16 / (count == 1 ? 1 : 4);
-    for (int64_t i = 0; i < rank; i += ranks)
-      if (count == 1)
-        pair_dots<1>(from, x_stride, a + i, K, to + i, h_stride, 1, smaller(ranks, rank - i), rank - i);
-      else
-        pair_dots<4>(from, x_stride, a + i, K, to + i, h_stride, count, smaller(ranks, rank - i), rank - i);
+    int64_t count = smaller(4, tokens - t);
+    switch (count) {
+      case 1: dots_of_rows<1>(from, x_stride, 1, a, rank, K, to, h_stride); break;
+      case 2: dots_of_rows<2>(from, x_stride, 2, a, rank, K, to, h_stride); break;
+      default: dots_of_rows<4>(from, x_stride, count, a, rank, K, to, h_stride);
+    }
     t += count;
   }
 }
