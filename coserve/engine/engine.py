@@ -233,16 +233,16 @@ class Engine:
             eos_token_ids=self.model_config.eos_token_ids,
             max_model_len=self.max_model_len,
         )
-        try:
-            self.admission.check(request, time.time())
-        except CoserveError as error:
-            self.outbox.refuse(message.request_id, error)
-            return
         needed = -(-min(request.num_prompt_tokens + 1, self.max_model_len) // self.config.block_size)
         if needed > self.blocks.num_blocks:
             self.outbox.refuse(message.request_id, CoserveError(
                 "The prompt is larger than the server's KV cache.", code="context_length_exceeded"
             ))
+            return
+        try:
+            self.admission.check(request, time.time())
+        except CoserveError as error:
+            self.outbox.refuse(message.request_id, error)
             return
         self.scheduler.add(request)
 
