@@ -26,7 +26,7 @@ from proof import HALF, QUICK, Proof, Row, Scale
 def flags(parser: argparse.ArgumentParser) -> None:
     """What this bench has beyond the common command line."""
     default = "azure" if traces.AZURE.exists() else "poisson"
-    names = "azure, mooncake, servegen, poisson or bursty"
+    names = "azure, mooncake, servegen, poisson, bursty, or a .csv or .jsonl file"
     parser.add_argument("--trace", default=default, help=f"{names} (default here: {default})")
     parser.add_argument("--plot", type=Path, help="write a PNG of the figures over the load")
     common.without_peer(parser)
@@ -47,13 +47,17 @@ def headline(proof: Proof, best: str | None) -> Row:
 
 
 def main() -> None:
-    """Measure and write the result, also of a run that was broken off."""
+    """Measure and write the result, also of a run that was broken off; 2 for a trace that can't be read."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = common.arguments(__doc__ or "", flags)
+    model, vocab = common.model_directory(options.quick), common.vocabulary(options.quick)
+    try:
+        proof = Proof(model, vocab, options.trace, QUICK if options.quick else Scale())
+    except traces.TraceError as error:
+        print(f"coserve: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
     if not options.without_peer:
         vllm_peer.install()
-    model, vocab = common.model_directory(options.quick), common.vocabulary(options.quick)
-    proof = Proof(model, vocab, options.trace, QUICK if options.quick else Scale())
     best = None
     try:
         best = proof.run(with_peer=not options.without_peer)

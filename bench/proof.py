@@ -19,7 +19,7 @@ from servers import MODEL, Server
 from traces import Arrival
 from trainers import CoserveJob, Trainer, rate_of_whole_steps
 
-from coserve.core.slo import AUTO_RATIO
+from coserve.core.slo import AUTO_FLOOR, AUTO_RATIO
 
 SEED, PROMPT_CAP, OUTPUT_CAP = 0, 128, 64
 HALF, LOADS, PEER_LOADS = 0.5, (0.25, 0.5, 0.75, 0.95), (0.25, 0.75)  # the peers' beside half
@@ -54,7 +54,8 @@ class Proof:
 
     def __init__(self, model: Path, vocab: int, trace: str, scale: Scale) -> None:
         self.model, self.vocab, self.trace, self.scale = model, vocab, trace, scale
-        self.arrivals = traces.capped(traces.load(trace, 3600.0, SEED), PROMPT_CAP, OUTPUT_CAP)
+        arrivals = traces.load(trace, 3600.0, SEED, PROMPT_CAP, OUTPUT_CAP)
+        self.arrivals = traces.capped(arrivals, PROMPT_CAP, OUTPUT_CAP)
         self.rows: list[Row] = []
         self.request_rate = 0.0  # requests/s of our saturation, which loads are parts of
         self._began = time.perf_counter()
@@ -192,7 +193,7 @@ class Proof:
     def _automatic(self, server: Server, job: Trainer, load: float) -> None:
         """Goodput is against the automatic ratio times serving alone's TPOT p99."""
         alone = self.find(arrangement="serving alone", server="coserve", load=load)
-        bound = alone["tpot_ms_p50_p99"][1] * AUTO_RATIO if alone else None
+        bound = max(AUTO_FLOOR * 1e3, alone["tpot_ms_p50_p99"][1] * AUTO_RATIO) if alone else None
         row = {"server": "coserve", "arrangement": "coserve", "target": "auto"}
         self.point(server, job, load, bound, row)
 

@@ -119,7 +119,7 @@ def replay(
     vocab: int,
     traffic: Traffic,
     watch: Callable[[], Any] = lambda: None,
-    every: float = 5.0,
+    every: float = 15.0,
 ) -> list[Answer]:
     """Send `traffic` and return what became of it. `watch` is called when it begins, when its `seconds` are
     over, and about `every` so many seconds in between."""
