@@ -92,7 +92,7 @@ class SimulatedEngine:
             self._forward_apart(plan, noise, deadline if plan.inference else next_arrival)
         elif windows:
             self._pay_forward(plan, max(seconds - plan.inference_alone, 1e-6))
-        self._backward(plan, noise, deadline if plan.inference else min(deadline, next_arrival), hidden)
+        self._backward(plan, noise, deadline, math.inf if plan.inference else next_arrival, hidden)
         return plan
 
     def _answer(self, plan: StepPlan) -> None:
@@ -113,13 +113,13 @@ class SimulatedEngine:
 
     def _pay_forward(self, plan: StepPlan, seconds: float, earlier: float = 0.0) -> None:
         rows = self._charge_forward(plan, seconds)
-        self.model.observe_unit("forward", rows, seconds + earlier)
+        self.model.observe_unit("apart" if plan.apart else "forward", rows, seconds + earlier)
         for span in plan.training_forward:
             span.sequence.cursor += span.length
             self.scheduler.training.release_head(span.sequence)
 
     def _forward_apart(self, plan: StepPlan, noise: float, stop: float) -> None:
-        """Layer by layer until `stop`; rests there."""
+        """Layer by layer until `stop`, beside requests while the next one ends by then; rests there."""
         queue = self.scheduler.training
         whole = noise * self.costs.forward((), plan.training_forward)
         layer = whole / self.costs.layers
@@ -128,7 +128,7 @@ class SimulatedEngine:
         while left > REST:
             spent += layer
             left -= layer
-            if left > REST and self.now + spent >= stop:
+            if left > REST and self.now + spent + (layer if plan.inference else 0.0) >= stop:
                 break
         self.now += spent
         self._left = left
@@ -138,24 +138,33 @@ class SimulatedEngine:
         else:
             self._pay_forward(plan, max(spent, 1e-6), queue.awake())
 
-    def _backward(self, plan: StepPlan, noise: float, stop: float, hidden: float) -> None:
-        """At least one of the planned units, then others until `stop`."""
-        queue, beside = self.scheduler.training, self.costs.units_beside
+    def _backward(
+        self, plan: StepPlan, noise: float, deadline: float, next_arrival: float, hidden: float
+    ) -> None:
+        """The planned units in calls, as far as they end by the deadline and nobody arrives; the first only
+        has to begin before."""
+        queue, beside, calls = self.scheduler.training, self.costs.units_beside, 0
         for span in plan.training_backward:
-            sequence = span.sequence
-            for _ in range(span.length):
-                unit, kind = sequence.units[sequence.unit_cursor], sequence.unit_kind(sequence.unit_cursor)
-                context = max(0, sequence.num_tokens - unit.tokens) // 2
-                seconds = noise * self.costs.unit(kind, unit.tokens, context)
+            sequence, waiting = span.sequence, span.length
+            while waiting:
+                index = sequence.unit_cursor
+                left = deadline - self.now if plan.inference else None
+                length = queue.call_length(sequence, index, waiting, left)
+                ends = self.now + (queue.call_seconds(sequence, index, length) if calls else 0.0)
+                if beside <= 0 and (ends >= deadline or self.now >= next_arrival):
+                    return
+                kind, tokens = sequence.unit_kind(index), sequence.tokens_of(index, length)
+                context = max(0, sequence.num_tokens - tokens) // 2
+                seconds = noise * self.costs.unit(kind, tokens, context)
                 concealed = min(hidden, seconds) if beside > 0 else 0.0
                 beside -= 1
                 hidden -= concealed
                 self.now += seconds - concealed
                 self.training_seconds += seconds
-                self.model.observe_unit(kind, unit.tokens, seconds)
+                self.model.observe_unit(kind, tokens, seconds)
                 queue.charge(sequence.job_id, seconds)
-                sequence.pay_unit()
+                sequence.pay_units(length)
+                waiting -= length
+                calls += 1
                 if sequence.done:
                     queue.release(sequence)
-                if self.now >= stop:
-                    return

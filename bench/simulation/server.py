@@ -26,12 +26,13 @@ from coserve.core.sampling_params import SamplingParams
 from coserve.core.scheduler import SchedulerLimits
 from coserve.core.slo import LatencyTargets
 from coserve.core.step_plan import StepPlan
-from coserve.core.training_sequence import TrainingPass, TrainingSequence, TrainingUnit
+from coserve.core.training_sequence import TrainingPass, TrainingSequence
 from coserve.errors import ConfigError
 from coserve.models.config import ModelConfig
 from coserve.training.activations import MicrobatchActivations
-from coserve.training.backward import window_bounds
-from coserve.training.objectives import CHUNK
+from coserve.training.backward import layer_units
+from coserve.training.loss import head_units
+from coserve.training.objectives import ROWS, split
 from coserve.worker.kv_tensors import slab_bytes
 
 BLOCK_SIZE = 16
@@ -161,7 +162,7 @@ class Simulator(SimulatedEngine):
         headroom = max(4, self.num_blocks // 8)
         super().__init__(
             costs,
-            SchedulerLimits(max_num_seqs, max_num_batched_tokens, BLOCK_SIZE, headroom),
+            SchedulerLimits(max_num_seqs, max_num_batched_tokens, BLOCK_SIZE, headroom, config.num_layers),
             BlockPool(self.num_blocks, PrefixCache() if prefix_caching else None),
             targets or LatencyTargets(),
             lambda key: self.tiers.acquire(key, self.now),
@@ -206,16 +207,15 @@ class Simulator(SimulatedEngine):
     def _begin(self, job: TrainingJob) -> None:
         config = self.config
         levels = MicrobatchActivations.level_bytes(config, config.num_layers, job.tokens, torch.bfloat16, 0)
-        loss = [TrainingUnit("loss", min(CHUNK, job.tokens - start)) for start in range(0, job.tokens, CHUNK)]
-        widths = [end - start for start, end in reversed(window_bounds(job.tokens, 0))]
-        layers = [TrainingUnit("layer", w, h) for h in reversed(range(config.num_layers)) for w in widths]
+        loss = head_units("loss", split(0, job.tokens, ROWS)[::-1])
+        units = loss + layer_units(job.tokens, config.num_layers)
         sequences = self._open[job.name] = [
             TrainingSequence(
                 f"{job.name}/{next(self._counter)}",
                 job.name,
                 index,
                 job.tokens,
-                (TrainingPass(None, tuple(loss + layers), trains=True),),
+                (TrainingPass(None, units, trains=True),),
                 level_slabs=tuple(-(-size // self._slab) for size in levels),
             )
             for index in range(job.microbatches)

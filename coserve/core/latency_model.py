@@ -2,14 +2,17 @@
 
 The forward of inference rows is a floor, a price per token that rises at the `KNEES` (few rows are hidden
 behind the weights' way from memory, many are bound by arithmetic), and a price per key that is read; none is
-negative. Training units are simpler: one cost per token for each kind, as a moving mean with its mean
-deviation as a guard. All times are seconds; the model has no clock of its own.
+negative. Training's calls are simpler: a floor (the weights are read once a call) and a price per token for
+each kind, with the mean deviation as a guard. All times are seconds; the model has no clock of its own.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect
 from collections import deque
+
+import msgspec
 
 KNEES = (16, 64, 256)  # tokens of a step
 STRATA = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -18,17 +21,41 @@ KEEP = 0.95  # of a stratum's sums at each of its observations, so it follows a 
 SOLVE_EVERY, EARLY = 8, 64
 RIDGE = 1e-6
 GUARD_STEPS = 128
-# A layer's backward goes by its policy.
-UNIT_KINDS = ("forward", "score", "loss", "layer_a", "layer_b", "layer_c")
+# Forward windows in a batch with requests, and apart; a layer's backward goes by its policy.
+UNIT_KINDS = ("forward", "apart", "score", "loss", "layer_a", "layer_b", "layer_c")
+
+
+class FitState(msgspec.Struct, frozen=True):
+    """A `StratifiedFit`, to be saved."""
+
+    count: int
+    strata: dict[int, list[list[float]]]
+
+
+class UnitState(msgspec.Struct, frozen=True):
+    """A `UnitCost`, to be saved."""
+
+    count: int
+    price: float
+    deviation: float
+    fit: FitState
+
+
+class LatencyState(msgspec.Struct, frozen=True):
+    """A `LatencyModel`, to be saved: a restarted server knows its costs from the first step."""
+
+    inference: FitState
+    units: dict[str, UnitState]
+    errors: list[float]
 
 
 class StratifiedFit:
     """Least squares of relative errors, y = w . x, that doesn't forget what it rarely sees.
 
-    Observations are kept as decayed sums of w x x^T and w x y with w = 1 / y^2, apart for each stratum (steps
-    of a similar size): a thousand decoding steps leave what was learnt of prompts as it was. The weights are
-    solved for by Cholesky's factorisation, every `SOLVE_EVERY` observations once there are enough. A stall
-    counts little, being an error relative to its own length.
+    Observations are kept as decayed sums of w x x^T and w x y with w = 1 / scale^2, apart for each stratum
+    (steps of a similar size): a thousand decoding steps leave what was learnt of prompts as it was. Weights
+    are solved for by Cholesky's factorisation, every `SOLVE_EVERY` observations once there are enough. Where
+    the scale is y itself a stall counts little, being an error relative to its own length.
     """
 
     def __init__(self, size: int) -> None:
@@ -45,13 +72,18 @@ class StratifiedFit:
             self._unsolved = 0
         return sum(w * v for w, v in zip(self._weights, x, strict=True))
 
-    def update(self, stratum: int, x: list[float], y: float) -> None:
-        """One observation: features `x`, measured `y` > 0."""
+    @property
+    def strata(self) -> int:
+        """How many sizes were seen."""
+        return len(self._strata)
+
+    def update(self, stratum: int, x: list[float], y: float, scale: float) -> None:
+        """One observation: features `x`, measured `y` > 0; its error counts relative to `scale`."""
         size = self._size
         sums = self._strata.get(stratum)
         if sums is None:
             sums = self._strata[stratum] = [[0.0] * (i + 1) for i in range(size)] + [[0.0] * size]
-        products, weight = sums[size], 1.0 / (y * y)
+        products, weight = sums[size], 1.0 / (scale * scale)
         for i in range(size):
             row, scaled = sums[i], x[i] * weight
             for j in range(i + 1):
@@ -59,6 +91,20 @@ class StratifiedFit:
             products[i] = products[i] * KEEP + scaled * y
         self.count += 1
         self._unsolved += 1
+
+    def state(self) -> FitState:
+        """What it has learnt."""
+        return FitState(self.count, self._strata)
+
+    def restore(self, state: FitState) -> None:
+        """Go on from a state. ValueError where it is of another size or holds no numbers."""
+        rows = [*range(1, self._size + 1), self._size]
+        for sums in state.strata.values():
+            if [len(row) for row in sums] != rows:
+                raise ValueError(f"expected sums of {self._size} features")
+            if not all(math.isfinite(value) for row in sums for value in row):
+                raise ValueError("a sum is not finite")
+        self.count, self._strata, self._unsolved = state.count, dict(state.strata), SOLVE_EVERY
 
     def _solve(self) -> list[float]:
         """No weight is negative: features that would be are left out, worst first, until none is."""
@@ -94,35 +140,80 @@ class StratifiedFit:
 
 
 class UnitCost:
-    """Seconds per token of one kind of training work: moving mean plus twice its mean deviation."""
+    """Seconds of one kind of training's calls: a floor and a price per token, plus twice the mean deviation.
+
+    While all calls were of one width nothing tells the two apart, and it is all price.
+    """
 
     def __init__(self) -> None:
-        self.mean = 0.0
-        self.deviation = 0.0
+        self.deviation = 0.0  # relative to the prediction
         self.count = 0
+        self._price = 0.0
+        self._fit = StratifiedFit(2)
 
     def update(self, seconds: float, tokens: int) -> None:
-        """Take one measured unit in."""
-        value = seconds / tokens
-        if self.count == 0:
-            self.mean = value
+        """Take one measured call in."""
         rate = max(0.05, 1.0 / (self.count + 1))
-        self.deviation += rate * (abs(value - self.mean) - self.deviation)
-        self.mean += rate * (value - self.mean)
+        expected = self._mean(tokens)
+        if expected > 0.0:
+            self.deviation += rate * (abs(seconds / expected - 1.0) - self.deviation)
+        self._price += rate * (seconds / tokens - self._price)
+        self._fit.update(bisect(STRATA, tokens), [1.0, tokens / 64.0], seconds, tokens / 64.0)
         self.count += 1
 
+    def state(self) -> UnitState:
+        """What it has learnt."""
+        return UnitState(self.count, self._price, self.deviation, self._fit.state())
+
+    def restore(self, state: UnitState) -> None:
+        """Go on from a state; ValueError as of `StratifiedFit.restore`."""
+        if not (math.isfinite(state.price) and math.isfinite(state.deviation)):
+            raise ValueError("a cost is not finite")
+        self._fit.restore(state.fit)
+        self.count, self._price, self.deviation = state.count, state.price, state.deviation
+
+    def _mean(self, tokens: int) -> float:
+        if self._fit.strata < 2:
+            return self._price * tokens
+        return self._fit.predict([1.0, tokens / 64.0])
+
     def predict(self, tokens: int) -> float:
-        """Seconds that a unit of so many tokens should not exceed: the mean and two deviations."""
-        return (self.mean + 2.0 * self.deviation) * tokens
+        """Seconds that a call of so many tokens should not exceed: the mean and two deviations."""
+        return self._mean(tokens) * (1.0 + 2.0 * self.deviation)
+
+    def tokens_within(self, seconds: float) -> int:
+        """How many tokens a call of so many seconds has; 0 while unknown."""
+        floor = self.predict(0)
+        price = (self.predict(1024) - floor) / 1024
+        if price == 0.0:
+            return 1024 if self.count and seconds >= floor else 0
+        return max(0, int((seconds - floor) / price))
 
 
 class LatencyModel:
-    """Predicts a step's inference forward and the cost of training units."""
+    """Predicts a step's inference forward and the cost of training's calls."""
 
     def __init__(self) -> None:
         self._inference = StratifiedFit(3 + len(KNEES))
         self._units = {kind: UnitCost() for kind in UNIT_KINDS}
         self._errors: deque[float] = deque(maxlen=GUARD_STEPS)
+
+    def state(self) -> LatencyState:
+        """What it has learnt."""
+        units = {kind: cost.state() for kind, cost in self._units.items() if cost.count}
+        return LatencyState(self._inference.state(), units, list(self._errors))
+
+    def restore(self, state: LatencyState) -> None:
+        """Go on from a state. ValueError where it is another version's; the model is as new then."""
+        fresh = LatencyModel()
+        try:
+            fresh._inference.restore(state.inference)
+            for kind, unit in state.units.items():
+                fresh._units[kind].restore(unit)
+        except KeyError as error:
+            raise ValueError(f"there is no kind of call named {error}") from None
+        self._inference, self._units = fresh._inference, fresh._units
+        self._errors.extend(state.errors)
 
     @property
     def trained(self) -> bool:
@@ -157,8 +248,12 @@ class LatencyModel:
         return max(0.0, ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))])
 
     def predict_unit(self, kind: str, tokens: int) -> float:
-        """Seconds of a training unit of one of the `UNIT_KINDS`; 0 while unknown."""
+        """Seconds of a call of one of the `UNIT_KINDS`; 0 while unknown."""
         return self._units[kind].predict(tokens)
+
+    def unit_tokens_within(self, kind: str, seconds: float) -> int:
+        """How many tokens a call of that kind has in so many seconds; 0 while unknown."""
+        return self._units[kind].tokens_within(seconds)
 
     def observe_inference(self, tokens: int, context_tokens: int, seconds: float) -> None:
         """A step without training forward rows took `seconds` for its forward."""
@@ -167,10 +262,11 @@ class LatencyModel:
         predicted = self.predict_inference(tokens, context_tokens)
         if predicted > 0.0:
             self._errors.append(seconds / predicted - 1.0)
-        self._inference.update(bisect(STRATA, tokens), _features(tokens, context_tokens), max(seconds, 1e-6))
+        seconds = max(seconds, 1e-6)
+        self._inference.update(bisect(STRATA, tokens), _features(tokens, context_tokens), seconds, seconds)
 
     def observe_unit(self, kind: str, tokens: int, seconds: float) -> None:
-        """A training unit of `kind` with `tokens` took `seconds`."""
+        """A call of `kind` with `tokens` took `seconds`."""
         if tokens > 0:
             self._units[kind].update(seconds, tokens)
 

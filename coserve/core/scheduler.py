@@ -25,12 +25,14 @@ from coserve.core.training_sequence import TILE
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """Per-step and per-server limits. `headroom` slabs are kept from training for requests to grow into."""
+    """Per-step and per-server limits. `headroom` slabs are kept from training for requests to grow into;
+    training's forward can rest between any two of the model's `num_layers`."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
     headroom: int
+    num_layers: int = 1
 
 
 class Scheduler:
@@ -54,7 +56,7 @@ class Scheduler:
         self.blocks = blocks
         self.model = model
         self.targets = targets
-        self.training = TrainingQueue(blocks, model)
+        self.training = TrainingQueue(blocks, model, limits.num_layers)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.num_preemptions = 0
@@ -220,12 +222,13 @@ class Scheduler:
         else:
             plan.training_budget = IDLE_QUANTUM
         # A tile more than the budget at worst: smaller windows would cost training its exactness to the bit.
-        forward, backward = self.training.plan(
+        share = self.training.plan(
             plan.training_budget, max(token_budget, TILE), self.limits.headroom, mixed=bool(plan.inference)
         )
-        plan.training_forward, plan.training_backward = forward, backward
-        plan.apart = bool(forward) and (not plan.inference or forward == self.training.resting)
-        for span in () if plan.apart else forward:
+        plan.training_forward, plan.apart = list(share.forward.values()), share.apart
+        plan.training_backward = list(share.backward.values())
+        plan.training_budget = max(share.budget, share.spent)
+        for span in () if plan.apart else plan.training_forward:
             plan.predicted += self.model.predict_unit("forward", span.length)
 
     def training_budget(self, alone: float, now: float) -> float:

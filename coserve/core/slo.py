@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 IDLE_QUANTUM = 0.2  # seconds of training in a step that nobody waits for
-IDLE_WINDOW = 256  # tokens of a forward window then; it rests between two layers when a request arrives
+WIDEST = 256  # tokens of one call: neither products nor attention gain from more on a CPU
+UNIT_SECONDS = 0.02  # that a call, or a layer of a window, should take while nobody waits, for whoever comes
 AUTO_RATIO = 1.2  # of the predicted inference-only step
 AUTO_FLOOR = 0.012  # seconds between tokens below which no reader sees a difference
 PROBE_EVERY = 16  # steps with inference between two that carry no training, to see it alone

@@ -1,4 +1,4 @@
-"""Whose training goes next: weighted fair queueing over the jobs' measured time.
+"""Whose training goes next: weighted fair queueing over the jobs' measured time, and how much at once.
 
 Each job has a virtual time that its units advance by seconds / weight; the job furthest behind goes first.
 A job that was idle comes back at the others' virtual time, so it can't claim what it didn't use.
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from coserve.core.block_pool import BlockPool
 from coserve.core.latency_model import LatencyModel
-from coserve.core.slo import IDLE_WINDOW
+from coserve.core.slo import UNIT_SECONDS, WIDEST
 from coserve.core.span import SpanKind, TrainingSpan
 from coserve.core.training_sequence import TILE, TrainingSequence
 
@@ -48,12 +48,51 @@ class JobQueue:
         return next((s for s in self.in_flight if not s.forward_done), None)
 
 
-class TrainingQueue:
-    """The jobs that want device time, and the memory their microbatches hold."""
+@dataclass
+class TrainingPlan:
+    """Training's part of a step of `budget` seconds: forward windows, `apart` or in the requests' batch, and
+    backward units, by sequence. `spent` is what they should take."""
 
-    def __init__(self, blocks: BlockPool, model: LatencyModel) -> None:
+    budget: float
+    mixed: bool
+    forward: dict[str, TrainingSpan] = field(default_factory=dict)
+    backward: dict[str, TrainingSpan] = field(default_factory=dict)
+    apart: bool = False
+    spent: float = 0.0
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.budget - self.spent
+
+    @property
+    def empty(self) -> bool:
+        """Nothing was planned yet."""
+        return not (self.forward or self.backward)
+
+    @property
+    def forward_tokens(self) -> int:
+        """Of all windows."""
+        return sum(span.length for span in self.forward.values())
+
+    def add(self, span: TrainingSpan, cost: float) -> None:
+        """Plan a window, or units that go on where those of the same sequence end."""
+        chosen = self.forward if span.kind is SpanKind.TRAIN_FORWARD else self.backward
+        before = chosen.get(span.sequence.sequence_id)
+        if before is not None:
+            span = TrainingSpan(span.kind, span.sequence, before.start, before.length + span.length)
+        chosen[span.sequence.sequence_id] = span
+        self.spent += cost
+
+
+class TrainingQueue:
+    """The jobs that want device time, and the memory their microbatches hold. A forward window can rest
+    between any two of the model's `num_layers`."""
+
+    def __init__(self, blocks: BlockPool, model: LatencyModel, num_layers: int = 1) -> None:
         self._blocks = blocks
         self._model = model
+        self._num_layers = num_layers
         self._jobs: dict[str, JobQueue] = {}
         self.credit = 0.0
         self._resting: list[TrainingSpan] = []
@@ -194,101 +233,129 @@ class TrainingQueue:
         self.num_evictions += 1
         return sequence
 
-    def plan(
-        self, budget: float, max_tokens: int, kv_headroom: int, *, mixed: bool
-    ) -> tuple[list[TrainingSpan], list[TrainingSpan]]:
+    def plan(self, budget: float, max_tokens: int, kv_headroom: int, *, mixed: bool) -> TrainingPlan:
         """Forward windows and backward units for a step, in the order of fairness.
 
         `budget` is in seconds, `max_tokens` bounds the forward windows, `kv_headroom` slabs stay free for
-        requests. Where a target leaves less than one unit a step, the steps' shares are saved up in `credit`
-        until they pay for it, so training keeps moving; a step without inference runs at least one unit. It
-        ends early rather than let others run away from a job that has had all it can have of one step.
-        Windows that rest go on before anything else begins, beside requests once a layer is paid for.
+        requests. What steps beside requests leave of their budgets is saved up in `credit`, as much as one
+        unit costs, and pays for a step's last unit, so training keeps moving where a target leaves less than
+        one. A step without inference runs at least one unit. It ends early rather than let others run away
+        from a job that has had all it can have of one step. Windows that rest go on before anything else
+        begins, beside requests once a layer is paid for.
         """
-        resting = self.resting
-        if resting:
-            cost = self._layer_seconds
-            paid = not mixed or cost <= budget or self._afford(cost, budget)
-            return (resting if paid else []), []
-        forward: dict[str, TrainingSpan] = {}
-        backward: dict[str, TrainingSpan] = {}
-        spent, tokens = 0.0, max_tokens
+        plan = TrainingPlan(budget, mixed)
+        if mixed and budget <= 0.0:
+            return plan
+        refused = self._layer_seconds
+        if not self.resting:
+            refused = self._fill(plan, max_tokens, kv_headroom)
+        elif self._pays(plan, self._layer_seconds):
+            plan.apart = True
+            plan.forward = {span.sequence.sequence_id: span for span in self.resting}
+            plan.spent = self._layers_within(budget, self._layer_seconds)
+        if mixed:
+            self.credit = max(0.0, min(self.credit + plan.left, max(UNIT_SECONDS, refused)))
+        return plan
+
+    def _fill(self, plan: TrainingPlan, max_tokens: int, kv_headroom: int) -> float:
+        """Plan what the budget and the credit pay for; returns the cost of the first span that they don't, 0
+        where there is no other."""
         virtual = {job_id: job.virtual_time for job_id, job in self._jobs.items()}
         blocked: set[str] = set()
         furthest = math.inf
-        while len(blocked) < len(virtual):
+        while len(blocked) < len(virtual) and not (plan.mixed and (plan.apart or plan.left < 0.0)):
             job = self._jobs[min((j for j in virtual if j not in blocked), key=lambda j: (virtual[j], j))]
             if virtual[job.job_id] > furthest:
                 break
-            choice = self._next_span(job, forward, backward, tokens, kv_headroom, budget - spent, mixed)
+            choice = self._next_span(job, plan, max_tokens, kv_headroom)
             if choice is None:
                 blocked.add(job.job_id)
-                if not mixed and virtual[job.job_id] > job.virtual_time:
+                if virtual[job.job_id] > job.virtual_time:
                     furthest = min(furthest, virtual[job.job_id] + LEAD)
                 continue
-            span, cost = choice
-            if spent + cost > budget and (forward or backward or (mixed and not self._afford(cost, budget))):
-                break
-            spent += cost
+            span, cost, apart = choice
+            if not self._pays(plan, cost):
+                return cost if cost < math.inf else 0.0
+            plan.add(span, self._layers_within(plan.left, cost) if apart and plan.mixed else cost)
+            plan.apart = plan.apart or apart
             # While costs are unknown they are 0: one unit of each kind a step until they are learnt.
             virtual[job.job_id] += max(cost, 1e-4) / job.weight
-            chosen = forward if span.kind is SpanKind.TRAIN_FORWARD else backward
-            key = span.sequence.sequence_id
-            if key in chosen:
-                before = chosen[key]
-                span = TrainingSpan(span.kind, span.sequence, before.start, before.length + span.length)
-            chosen[key] = span
-            if span.kind is SpanKind.TRAIN_FORWARD:
-                tokens = max_tokens - sum(s.length for s in forward.values())
             if cost == 0.0:
                 blocked.add(job.job_id)
-        return list(forward.values()), list(backward.values())
+        return 0.0
 
-    def _afford(self, cost: float, budget: float) -> bool:
-        """Whether what was saved up pays for a unit that is larger than a step's budget; else save more."""
-        self.credit += budget
-        if cost > self.credit:
-            return False
-        self.credit = 0.0
-        return True
+    def _pays(self, plan: TrainingPlan, cost: float) -> bool:
+        """Whether the step can have a span of this cost."""
+        if not plan.mixed:
+            return plan.empty or cost <= plan.left
+        return cost <= plan.left + self.credit
+
+    @staticmethod
+    def _layers_within(seconds: float, layer_seconds: float) -> float:
+        """What the layers that run in so many seconds take; one runs in any case."""
+        return layer_seconds * max(1, int(seconds / layer_seconds)) if layer_seconds else 0.0
 
     def _next_span(
-        self,
-        job: JobQueue,
-        forward: dict[str, TrainingSpan],
-        backward: dict[str, TrainingSpan],
-        max_tokens: int,
-        kv_headroom: int,
-        seconds: float,
-        mixed: bool,
-    ) -> tuple[TrainingSpan, float] | None:
-        """The job's next unit and its predicted seconds: a forward window first when none is planned yet
-        (so that it rides along with the step's other rows), then backward units."""
+        self, job: JobQueue, plan: TrainingPlan, max_tokens: int, kv_headroom: int
+    ) -> tuple[TrainingSpan, float, bool] | None:
+        """The job's next span, its predicted seconds (of a window apart beside requests those of a layer) and
+        whether it is a window apart: a forward window first when none is planned yet, then units. A window
+        that nothing is left for ends the step's plan, unless the job has units: others would run away."""
         sequence = job.forward_candidate()
-        unplanned = sequence is not None and sequence.sequence_id not in forward
+        unplanned = sequence is not None and sequence.sequence_id not in plan.forward
+        window = None
         if sequence is not None and unplanned and self._reserve(sequence, kv_headroom):
-            length = self._window_length(sequence, max_tokens, seconds, mixed)
-            if length:
-                span = TrainingSpan(SpanKind.TRAIN_FORWARD, sequence, sequence.cursor, length)
-                return span, self._model.predict_unit("forward", length)
+            window = self._next_window(sequence, plan, max_tokens - plan.forward_tokens)
+            if window is not None and (plan.empty or window[1] <= plan.left):
+                return window
         sequence = job.unit_candidate()
         if sequence is not None:
-            planned = backward.get(sequence.sequence_id)
+            planned = plan.backward.get(sequence.sequence_id)
             index = sequence.unit_cursor + (planned.length if planned else 0)
             if index < len(sequence.units):
-                span = TrainingSpan(SpanKind.TRAIN_BACKWARD, sequence, index, 1)
-                kind, tokens = sequence.unit_kind(index), sequence.units[index].tokens
-                return span, self._model.predict_unit(kind, tokens)
-        return None
+                seconds = plan.left if plan.mixed else None
+                length = self.call_length(sequence, index, len(sequence.units), seconds)
+                span = TrainingSpan(SpanKind.TRAIN_BACKWARD, sequence, index, length)
+                return span, self.call_seconds(sequence, index, length), False
+        return window
 
-    def _window_length(
-        self, sequence: TrainingSequence, max_tokens: int, seconds: float, mixed: bool
-    ) -> int:
-        per_token = self._model.predict_unit("forward", 1)
-        affordable = int(seconds / per_token) if per_token > 0.0 else TILE
-        if not mixed:
-            affordable = max(affordable, IDLE_WINDOW)
-        return sequence.window(max_tokens, affordable) if max_tokens > 0 else 0
+    def _next_window(
+        self, sequence: TrainingSequence, plan: TrainingPlan, max_tokens: int
+    ) -> tuple[TrainingSpan, float, bool] | None:
+        """With requests a window goes in their batch if the budget pays for it whole, else apart; without,
+        all windows are one batch apart, no wider than one call. None where no window can be had now."""
+        if max_tokens <= 0:
+            return None
+        start, model, layers = sequence.cursor, self._model, self._num_layers
+        if plan.mixed:
+            length = sequence.window(max_tokens, model.unit_tokens_within("forward", plan.left))
+            cost = model.predict_unit("forward", length)
+            if length and (cost <= plan.left or not plan.empty):
+                cost = cost if cost <= plan.left else math.inf  # what was saved up pays for small units only
+                return TrainingSpan(SpanKind.TRAIN_FORWARD, sequence, start, length), cost, False
+        seconds = min(UNIT_SECONDS, plan.left) if plan.mixed else UNIT_SECONDS
+        widest = max(TILE, min(model.unit_tokens_within("apart", seconds * layers), WIDEST))
+        if plan.forward_tokens >= widest:
+            return None
+        length = sequence.window(max_tokens, widest - plan.forward_tokens)
+        cost = model.predict_unit("apart", length) / (layers if plan.mixed else 1)
+        return (TrainingSpan(SpanKind.TRAIN_FORWARD, sequence, start, length), cost, True) if length else None
+
+    def call_length(self, sequence: TrainingSequence, index: int, most: int, seconds: float | None) -> int:
+        """How many units from `index` on, `most` at most and one at least, run as one call of no more tokens
+        than `WIDEST`: beside requests what takes `seconds`, without (None) what an arrival can wait for, but
+        not less than a tile, since narrow calls are slow."""
+        kind = sequence.unit_kind(index)
+        if seconds is None:
+            tokens = max(TILE, self._model.unit_tokens_within(kind, UNIT_SECONDS))
+        else:
+            tokens = self._model.unit_tokens_within(kind, seconds)
+        return sequence.call_length(index, most, min(tokens, WIDEST))
+
+    def call_seconds(self, sequence: TrainingSequence, index: int, length: int) -> float:
+        """How long so many units from `index` on should take as one call; 0 while unknown."""
+        tokens = sequence.tokens_of(index, length)
+        return self._model.predict_unit(sequence.unit_kind(index), tokens)
 
     def _reserve(self, sequence: TrainingSequence, kv_headroom: int) -> bool:
         """Memory at the highest level that leaves the headroom, and what the others in flight need at least.

@@ -18,11 +18,13 @@ TILE = 64  # sums over tokens run in tiles of this many, so cuts at multiples of
 @dataclass(frozen=True, slots=True)
 class TrainingUnit:
     """`kind` is "score", "loss" or "layer"; `tokens` is the work in it, for the latency model. A layer's
-    `height` is counted from the lowest that has a backward."""
+    `height` is counted from the lowest that has a backward. `joins`: it may run in one call with the unit
+    before it, and no bit shows whether it did."""
 
     kind: str
     tokens: int
     height: int = 0
+    joins: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +107,24 @@ class TrainingSequence(Sequence):
         """Its units may have added to the job's gradients."""
         return self.trains and self.unit_cursor > 0
 
-    def pay_unit(self) -> None:
-        """One unit has run; after a pass's last one the next pass begins."""
-        self.unit_cursor += 1
+    def call_length(self, index: int, most_units: int, most_tokens: int) -> int:
+        """How many units from `index` on, at least one, run as one call of at most `most_tokens`."""
+        units = self.units
+        length, tokens = 1, units[index].tokens
+        for unit in units[index + 1 : index + most_units]:
+            tokens += unit.tokens
+            if not unit.joins or tokens > most_tokens:
+                break
+            length += 1
+        return length
+
+    def tokens_of(self, index: int, length: int) -> int:
+        """The work in `length` units from `index` on."""
+        return sum(unit.tokens for unit in self.units[index : index + length])
+
+    def pay_units(self, length: int) -> None:
+        """So many units have run; after a pass's last one the next pass begins."""
+        self.unit_cursor += length
         if self.unit_cursor == len(self.units) and self.pass_index + 1 < len(self.passes):
             self.pass_index += 1
             self.adapter = self.passes[self.pass_index].adapter

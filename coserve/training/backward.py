@@ -1,10 +1,11 @@
 """The backward pass of a microbatch as a list of small units, in one fixed order.
 
-Loss chunks (before them scores, where the objective's gradient needs those of later chunks too); then layer
-by layer from the top to the lowest adapted one, in each the windows last to first.
+Loss chunks (before them scores, where the objective's gradient needs those of other chunks too); then layer
+by layer from the top to the lowest adapted one; in each the windows, and the chunks, last to first.
 The units follow from the data and the configuration alone, never from how the forward was cut, and the pass
-may rest between any two of them. Sums over tokens run in tiles of 64 anchored at the microbatch's start, so
-windows of any multiple of 64 give the same bits.
+may rest between any two of them. Neighbours that join may run in one call, which is faster. Sums over tokens
+run in tiles of 64 anchored at the microbatch's start and added last to first, so calls that are cut at
+multiples of 64 give the same bits.
 """
 
 from __future__ import annotations
@@ -13,42 +14,60 @@ from collections.abc import Sequence
 
 import torch
 
-from coserve.core.training_sequence import TrainingUnit
+from coserve.core.training_sequence import TILE, TrainingUnit
 from coserve.kernels.dropout import Dropout
 from coserve.kernels.lora import LoraSegments, ModuleGradient
 from coserve.layers.batch import BackwardWindow, HeadAdapter, LoraBatch, LoraPool
 from coserve.models.decoder import Decoder
-from coserve.training.loss import loss_chunk, score_chunk
+from coserve.training.loss import head_units, loss_chunk, score_chunk
 from coserve.training.microbatch import Microbatch
-from coserve.training.objectives import Chunk, CrossEntropy, Objective
+from coserve.training.objectives import ROWS, Chunk, CrossEntropy, Objective
 from coserve.training.trainable_adapter import TrainableAdapter
-
-DEFAULT_WINDOW = 256  # tokens; see bench/LOG.md
 
 
 def window_bounds(num_tokens: int, window_tokens: int) -> list[tuple[int, int]]:
-    """(start, end) of each window, ascending; `window_tokens` 0 stands for `DEFAULT_WINDOW`."""
-    width = window_tokens or DEFAULT_WINDOW
+    """(start, end) of each window, ascending; `window_tokens` 0 stands for a tile."""
+    width = window_tokens or TILE
     return [(start, min(start + width, num_tokens)) for start in range(0, num_tokens, width)]
 
 
+def layer_units(num_tokens: int, num_layers: int, window_tokens: int = 0) -> tuple[TrainingUnit, ...]:
+    """The units of so many layers, from the top. Windows whose width a job has set stay as they are."""
+    bounds = window_bounds(num_tokens, window_tokens)[::-1]
+    return tuple(
+        TrainingUnit("layer", end - start, height, joins=not window_tokens and end < num_tokens)
+        for height in reversed(range(num_layers))
+        for start, end in bounds
+    )
+
+
 def backward_units(
-    microbatch: Microbatch, objective: Objective, num_layers: int, lowest_layer: int, window_tokens: int = 0
+    microbatch: Microbatch,
+    objective: Objective,
+    num_layers: int,
+    lowest_layer: int,
+    window_tokens: int = 0,
+    *,
+    adapts_head: bool = False,
 ) -> tuple[TrainingUnit, ...]:
-    """Kind ("score", "loss" or "layer") and tokens of every unit of a microbatch's training pass, in order.
+    """Every unit of a microbatch's training pass, in order.
 
     ValueError for a microbatch without trained tokens: it has no gradient.
     """
     if microbatch.num_trained == 0:
         raise ValueError("a microbatch without trained tokens has no backward")
-    chunks = objective.chunks(microbatch)
-    ahead = [TrainingUnit("score", chunk.end - chunk.start) for chunk in chunks if chunk.ahead]
-    loss = [TrainingUnit("loss", chunk.end - chunk.start) for chunk in chunks]
-    windows = reversed(window_bounds(microbatch.num_tokens, window_tokens))
-    layer = [end - start for start, end in windows]
-    heights = reversed(range(num_layers - lowest_layer))
-    backward = [TrainingUnit("layer", tokens, height) for height in heights for tokens in layer]
-    return tuple(ahead + loss + backward)
+    ahead, loss = _chunks(microbatch, objective, adapts_head)
+    tile = TILE if adapts_head else 1
+    layers = layer_units(microbatch.num_tokens, num_layers - lowest_layer, window_tokens)
+    return (*head_units("score", ahead, tile), *head_units("loss", loss, tile), *layers)
+
+
+def _chunks(
+    microbatch: Microbatch, objective: Objective, adapts_head: bool
+) -> tuple[list[Chunk], list[Chunk]]:
+    """What is scored ahead, and the chunks of the loss: last to first."""
+    chunks = objective.chunks(microbatch, TILE if adapts_head else ROWS)[::-1]
+    return [chunk for chunk in chunks if chunk.ahead], list(chunks)
 
 
 class MicrobatchBackward:
@@ -82,10 +101,10 @@ class MicrobatchBackward:
         self._rows = torch.tensor(list(rows), dtype=torch.int32, device=device)
         self._windows = window_bounds(microbatch.num_tokens, window_tokens)[::-1]
         layers = decoder.config.num_layers
-        self.units = backward_units(microbatch, self.objective, layers, adapter.lowest_layer, window_tokens)
+        shape = layers, adapter.lowest_layer, window_tokens
+        self.units = backward_units(microbatch, self.objective, *shape, adapts_head=adapter.adapts_head)
         self._lora_by_width: dict[int, LoraBatch] = {}
-        self._chunks = self.objective.chunks(microbatch)
-        self._ahead = [chunk for chunk in self._chunks if chunk.ahead]
+        self._ahead, self._chunks = _chunks(microbatch, self.objective, adapter.adapts_head)
         self._num_head_units = len(self._ahead) + len(self._chunks)
 
     @property
@@ -98,17 +117,24 @@ class MicrobatchBackward:
         """The microbatch's gradients are complete."""
         return self.cursor == len(self.units)
 
-    def run_next(self) -> None:
-        """Run one unit. IndexError when none is left."""
-        if self.done:
-            raise IndexError("all units of the microbatch have run")
-        if self.cursor < len(self._ahead):
-            chunk = self._ahead[self.cursor]
+    def run_next(self, length: int = 1) -> None:
+        """Run the next `length` units as one call. IndexError when fewer are left, ValueError where they
+        don't join."""
+        units = self.units[self.cursor : self.cursor + length]
+        if not units or len(units) < length:
+            raise IndexError(f"{len(units)} units of the microbatch are left, not {length}")
+        if not all(unit.joins for unit in units[1:]):
+            raise ValueError(f"units {self.cursor} to {self.cursor + length - 1} are no neighbours")
+        ahead = len(self._ahead)
+        if self.cursor < ahead:
+            chunk = _joined(self._ahead[self.cursor : self.cursor + length])
             g = self._head_gradient(chunk)
             head, dropout = (None, None) if g is None else (HeadAdapter(g.a_RK, g.b_RN), g.dropout)
             score_chunk(self.decoder, self.microbatch, chunk, head=head, dropout=dropout)
         elif self.cursor < self._num_head_units:
-            chunk = self._chunks[self.cursor - len(self._ahead)]
+            if self.cursor == ahead:
+                self.microbatch.saved.dh_TH.zero_()
+            chunk = _joined(self._chunks[self.cursor - ahead : self.cursor - ahead + length])
             loss_chunk(
                 self.decoder,
                 self.microbatch,
@@ -120,20 +146,20 @@ class MicrobatchBackward:
             )
         else:
             depth, window = divmod(self.cursor - self._num_head_units, len(self._windows))
-            self._run_window(self.decoder.config.num_layers - 1 - depth, window)
-        self.cursor += 1
+            self._run_windows(self.decoder.config.num_layers - 1 - depth, window, length)
+        self.cursor += length
 
     def _head_gradient(self, chunk: Chunk) -> ModuleGradient | None:
         microbatch = self.microbatch
         rows = microbatch.trained_rows[chunk.start : chunk.end]
         return self.adapter.head_gradient(self.pool, self._pool_rows, microbatch.dropout_of(rows))
 
-    def _run_window(self, layer: int, window: int) -> None:
+    def _run_windows(self, layer: int, window: int, length: int) -> None:
         microbatch, saved = self.microbatch, self.microbatch.saved
         if window == 0:
             saved.dk_TND.zero_()
             saved.dv_TND.zero_()
-        start, end = self._windows[window]
+        start, end = self._windows[window + length - 1][0], self._windows[window][1]
         dropout = microbatch.dropout(start, end - start)
         work = BackwardWindow(
             start,
@@ -164,3 +190,8 @@ class MicrobatchBackward:
             )
         found.dropout = dropout
         return found
+
+
+def _joined(chunks: Sequence[Chunk]) -> Chunk:
+    """Neighbours, last to first, as one."""
+    return Chunk(chunks[-1].start, chunks[0].end)

@@ -2,7 +2,7 @@
 
     run = BatchRun(decoder, objective, samples, ...)    sequences for the scheduler, microbatches to run
     run.place(sequence_id, extent, level)               before a microbatch's first forward window
-    run.run_unit(sequence)                              whenever the scheduler says so
+    run.run_units(sequence, length)                     whenever the scheduler says so
     run.sums()                                          loss, count, correct of each, once all are done
 
 With a `Trainee` the last pass of each microbatch adds the gradients of the objective to its adapter; without
@@ -101,7 +101,7 @@ class BatchRun:
     def _passes(
         self, microbatch: Microbatch, adapter: str | None, reference: str | None
     ) -> tuple[TrainingPass, ...]:
-        scores = score_units(microbatch, self._objective)
+        scores = score_units(microbatch)
         first = (TrainingPass(reference, scores),) if self._objective.needs_reference else ()
         if self._trainee is None:
             return (*first, TrainingPass(adapter, scores))
@@ -111,6 +111,7 @@ class BatchRun:
             self._decoder.config.num_layers,
             self._lowest_layer,
             self._window_tokens,
+            adapts_head=self._trainee.adapter.adapts_head,
         )
         return (*first, TrainingPass(adapter, units, trains=True))
 
@@ -129,14 +130,14 @@ class BatchRun:
         microbatch = self.microbatches[sequence_id]
         microbatch.activations = MicrobatchActivations(extent, *self._shape(microbatch), level)
 
-    def run_unit(self, sequence: TrainingSequence) -> None:
-        """Run the next unit of the pass under way; the memory is given up after the last pass's last. The
-        caller then moves the cursor (`pay_unit`)."""
+    def run_units(self, sequence: TrainingSequence, length: int) -> None:
+        """Run the next `length` units of the pass under way as one call; the memory is given up after the
+        last pass's last. The caller then moves the cursor (`pay_units`)."""
         key = sequence.sequence_id
         runner = self._runners.get(key)
         if runner is None:
             runner = self._runners[key] = self._runner(sequence)
-        runner.run_next()
+        runner.run_next(length)
         if runner.done:
             del self._runners[key]
             if sequence.pass_index == len(sequence.passes) - 1:
@@ -158,9 +159,7 @@ class BatchRun:
             reference = self._objective.needs_reference and sequence.pass_index == 0
             key = sequence.adapter
             head = None if key is None else self._pool.head(self._rows[key])
-            return MicrobatchScoring(
-                self._decoder, microbatch, self._objective, reference=reference, head=head
-            )
+            return MicrobatchScoring(self._decoder, microbatch, reference=reference, head=head)
         return MicrobatchBackward(
             self._decoder,
             microbatch,

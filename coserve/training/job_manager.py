@@ -11,7 +11,7 @@ import logging
 import time
 from collections import ChainMap
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from msgspec.structs import replace
 
@@ -31,6 +31,14 @@ from coserve.worker.kv_tensors import KVTensors
 from coserve.worker.streams import InOrder, Streams
 
 logger = logging.getLogger(__name__)
+
+
+class Call(NamedTuple):
+    """Units of a sequence that ran as one, and what went wrong."""
+
+    sequence: TrainingSequence
+    length: int
+    error: Exception | None = None
 
 
 class JobListener(Protocol):
@@ -69,7 +77,7 @@ class JobManager:
         self._decoder, self._pool, self._slots, self._kv = decoder, pool, slots, kv
         self._queue, self._model, self._listener = queue, model, listener
         self._streams = streams or InOrder()
-        self._beside: tuple[TrainingSequence, Exception | None] | None = None
+        self._beside: Call | None = None
         self._jobs: dict[str, RunningJob] = {}
         self._pending: list[JobSpec] = []
         self._forward_tokens = 0
@@ -188,7 +196,7 @@ class JobManager:
         self._charge_forward(plan, training)
         self._forward_tokens += rows
         earlier = self._queue.awake() if plan.apart else 0.0
-        self._model.observe_unit("forward", rows, training + earlier)
+        self._model.observe_unit("apart" if plan.apart else "forward", rows, training + earlier)
         for span in plan.training_forward:
             span.sequence.cursor += span.length
             if self._queue.release_head(span.sequence):
@@ -206,29 +214,40 @@ class JobManager:
             self._charge(span.sequence.job_id, seconds * span.length / rows)
 
     def begin_beside(self, plan: StepPlan) -> bool:
-        """Before the step's forward: launch the first planned backward unit to run beside it, where the
+        """Before the step's forward: launch the first planned backward call to run beside it, where the
         device can; whether one was."""
         if not (self._streams.overlaps and plan.training_backward):
             return False
-        sequence = plan.training_backward[0].sequence
-        self._beside = self._launch(sequence)
+        span, seconds = plan.training_backward[0], plan.training_budget if plan.inference else None
+        length = self._queue.call_length(span.sequence, span.start, span.length, seconds)
+        self._beside = self._launch(span.sequence, length)
         return True
 
     def run_backward(self, plan: StepPlan, deadline: float, arrivals: Callable[[], bool] | None) -> None:
-        """Run the planned backward units until `deadline` (time.perf_counter()), at least one; with
-        `arrivals` also until a message waits. A unit that ran beside the forward is the first of them."""
-        began = time.perf_counter()
+        """Run the planned backward units, neighbours as one call, as far as they end before `deadline`
+        (time.perf_counter()) by their prediction; the first only has to begin before it. With `arrivals`
+        until a message waits. A call that ran beside the forward is the first of them."""
+        began, calls = time.perf_counter(), 0
         for span in plan.training_backward:
-            for _ in range(span.length):
+            left = span.length
+            while left:
                 if self._beside is not None:
-                    self._finish(*self._beside)
-                    self._beside = None
-                elif span.sequence.job_id in self._jobs:
-                    self._finish(*self._launch(span.sequence))
-                now = time.perf_counter()
-                if now >= deadline or (arrivals is not None and arrivals()):
-                    self.step_seconds += now - began
-                    return
+                    call, self._beside = self._beside, None
+                elif span.sequence.job_id not in self._jobs:
+                    break
+                else:
+                    now, sequence = time.perf_counter(), span.sequence
+                    index = sequence.unit_cursor
+                    seconds = deadline - now if plan.inference else None
+                    length = self._queue.call_length(sequence, index, left, seconds)
+                    ends = now + (self._queue.call_seconds(sequence, index, length) if calls else 0.0)
+                    if ends >= deadline or (arrivals is not None and arrivals()):
+                        self.step_seconds += now - began
+                        return
+                    call = self._launch(sequence, length)
+                self._finish(call)
+                left -= call.length
+                calls += 1
         self.step_seconds += time.perf_counter() - began
 
     def advance(self) -> None:
@@ -245,25 +264,26 @@ class JobManager:
 
     # ------------------------------------------------------------------ parts
 
-    def _launch(self, sequence: TrainingSequence) -> tuple[TrainingSequence, Exception | None]:
-        """Run the sequence's next unit on the units' stream: for `_finish`, with what went wrong."""
+    def _launch(self, sequence: TrainingSequence, length: int) -> Call:
+        """Run the sequence's next units as one call on the units' stream, for `_finish`."""
         with self._streams.beside():
             try:
-                self._jobs[sequence.job_id].run_unit(sequence)
+                self._jobs[sequence.job_id].run_units(sequence, length)
             except Exception as error:
-                return sequence, error
-        return sequence, None
+                return Call(sequence, length, error)
+        return Call(sequence, length)
 
-    def _finish(self, sequence: TrainingSequence, error: Exception | None) -> None:
-        """Wait for the unit launched last, and account for it."""
-        seconds = self._streams.join()
-        if error is not None:
+    def _finish(self, call: Call) -> None:
+        """Wait for the call launched last, and account for it."""
+        seconds, sequence = self._streams.join(), call.sequence
+        if call.error is not None:
             # One job's fault must not take the engine, and everybody's requests, down with it.
-            self._end(self._jobs[sequence.job_id], "failed", _as_error(sequence.job_id, error))
+            self._end(self._jobs[sequence.job_id], "failed", _as_error(sequence.job_id, call.error))
             return
-        unit, kind = sequence.units[sequence.unit_cursor], sequence.unit_kind(sequence.unit_cursor)
-        sequence.pay_unit()
-        self._model.observe_unit(kind, unit.tokens, seconds)
+        index = sequence.unit_cursor
+        kind, tokens = sequence.unit_kind(index), sequence.tokens_of(index, call.length)
+        sequence.pay_units(call.length)
+        self._model.observe_unit(kind, tokens, seconds)
         self._charge(sequence.job_id, seconds)
         if sequence.done:
             self._backward_tokens += sequence.num_tokens if sequence.trains else 0

@@ -6,6 +6,8 @@ loss:   the same, then dx = norm'(dlogits W) with dlogits from the objective's w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from coserve.core.training_sequence import TrainingUnit
@@ -16,7 +18,7 @@ from coserve.layers.batch import HeadAdapter
 from coserve.layers.lm_head import HeadRun
 from coserve.models.decoder import Decoder
 from coserve.training.microbatch import Microbatch
-from coserve.training.objectives import Chunk, Objective
+from coserve.training.objectives import ROWS, Chunk, Objective, split
 
 
 def score_chunk(
@@ -50,12 +52,10 @@ def loss_chunk(
     head: ModuleGradient | None = None,
     needs_input: bool = True,
 ) -> None:
-    """Scores of a chunk, and the gradient w.r.t. the last layer's output, times `grad_scale`, into `dh_TH`,
-    whose other rows the first chunk sets to zero; unless only the head is trained (not `needs_input`). The
-    gradients of the adapter's part of the `head` are added to its sums."""
+    """Scores of a chunk, and the gradient w.r.t. the last layer's output, times `grad_scale`, into its rows
+    of `dh_TH`; unless only the head is trained (not `needs_input`). The gradients of the adapter's part of
+    the `head` are added to its sums."""
     saved = microbatch.saved
-    if chunk.start == 0:
-        saved.dh_TH.zero_()
     rows = microbatch.trained_rows[chunk.start : chunk.end]
     x_CH, targets_C = saved.x_out_TH[rows], microbatch.targets_T[rows]
     runs = () if head is None else (HeadRun(0, len(rows), HeadAdapter(head.a_RK, head.b_RN), head.dropout),)
@@ -82,29 +82,39 @@ def _keep(microbatch: Microbatch, rows: torch.Tensor, scores: TokenScores) -> No
     microbatch.greedy_T[rows] = scores.greedy_C
 
 
-def score_units(microbatch: Microbatch, objective: Objective) -> tuple[TrainingUnit, ...]:
+def head_units(kind: str, chunks: Sequence[Chunk], tile: int = 1) -> tuple[TrainingUnit, ...]:
+    """The units of chunks given last to first; neighbours that meet at a multiple of `tile` join."""
+    units = []
+    above: Chunk | None = None
+    for chunk in chunks:
+        joins = above is not None and chunk.end == above.start and chunk.end % tile == 0
+        units.append(TrainingUnit(kind, chunk.end - chunk.start, joins=joins))
+        above = chunk
+    return tuple(units)
+
+
+def score_units(microbatch: Microbatch) -> tuple[TrainingUnit, ...]:
     """The units of a pass that only scores. ValueError for a microbatch without trained tokens."""
     if microbatch.num_trained == 0:
         raise ValueError("a microbatch without trained tokens has nothing to score")
-    return tuple(TrainingUnit("score", chunk.end - chunk.start) for chunk in objective.chunks(microbatch))
+    return head_units("score", split(0, microbatch.num_trained, ROWS)[::-1])
 
 
 class MicrobatchScoring:
-    """Runs the units of a scoring pass, one after the other. `reference`: the forward was the reference's.
-    `head` is the pass's adapter's part of the head."""
+    """Runs the units of a scoring pass, last to first. `reference`: the forward was the reference's. `head`
+    is the pass's adapter's part of the head."""
 
     def __init__(
         self,
         decoder: Decoder,
         microbatch: Microbatch,
-        objective: Objective,
         *,
         reference: bool = False,
         head: HeadAdapter | None = None,
     ) -> None:
         self._decoder, self._microbatch, self._reference = decoder, microbatch, reference
         self._head = head
-        self._chunks = objective.chunks(microbatch)
+        self._chunks = split(0, microbatch.num_trained, ROWS)[::-1]
         self.cursor = 0
 
     @property
@@ -112,10 +122,11 @@ class MicrobatchScoring:
         """All trained tokens have log-probabilities."""
         return self.cursor == len(self._chunks)
 
-    def run_next(self) -> None:
-        """Run one unit. IndexError when none is left."""
-        if self.done:
-            raise IndexError("all units of the pass have run")
-        chunk = self._chunks[self.cursor]
+    def run_next(self, length: int = 1) -> None:
+        """Run the next `length` units as one call. IndexError when fewer are left."""
+        chunks = self._chunks[self.cursor : self.cursor + length]
+        if not chunks or len(chunks) < length:
+            raise IndexError(f"{len(chunks)} units of the pass are left, not {length}")
+        chunk = Chunk(chunks[-1].start, chunks[0].end)
         score_chunk(self._decoder, self._microbatch, chunk, reference=self._reference, head=self._head)
-        self.cursor += 1
+        self.cursor += length

@@ -22,7 +22,8 @@ from coserve.training.job import TrainingSpec
 from coserve.training.methods import check_method, needs_reference
 from coserve.training.microbatch import Microbatch
 
-CHUNK = 256  # trained tokens of one unit: the head is read from memory once for them all
+CHUNK = 256  # most trained tokens of a pair whose halves needn't be scored ahead
+ROWS = 16  # trained tokens of a unit: the fewest whose arithmetic outweighs reading the head
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,9 @@ class Objective(ABC):
         """The loss of a model that knows nothing; a good deal more than that is absurd."""
         return math.log(vocab_size)
 
-    def chunks(self, microbatch: Microbatch) -> tuple[Chunk, ...]:
-        """The units of the head, at most `CHUNK` trained tokens each, in order."""
-        return split(0, microbatch.num_trained)
+    def chunks(self, microbatch: Microbatch, rows: int) -> tuple[Chunk, ...]:
+        """The trained tokens in order, cut at multiples of `rows` as far as the objective allows it."""
+        return split(0, microbatch.num_trained, rows)
 
 
 class CrossEntropy(Objective):
@@ -172,18 +173,18 @@ class DirectPreference(Objective):
         """ln 2: neither answer is preferred."""
         return math.log(2.0)
 
-    def chunks(self, microbatch: Microbatch) -> tuple[Chunk, ...]:
+    def chunks(self, microbatch: Microbatch, rows: int) -> tuple[Chunk, ...]:
         bounds = microbatch.trained_starts[::2].tolist()
         chunks: list[Chunk] = []
         start = 0
         for begin, end in pairwise(bounds):
-            if end - start > CHUNK:
-                chunks += split(start, begin)
+            if end - start > rows and start < begin:
+                chunks.append(Chunk(start, begin))
                 start = begin
             if end - begin > CHUNK:
-                chunks += split(begin, end, ahead=True)
+                chunks += split(begin, end, rows, ahead=True)
                 start = end
-        return (*chunks, *split(start, bounds[-1]))
+        return (*chunks, Chunk(start, bounds[-1])) if start < bounds[-1] else tuple(chunks)
 
     def weights(self, microbatch: Microbatch, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         slopes_P = self.beta * torch.sigmoid(-self.beta * self._margins(microbatch))
@@ -228,6 +229,7 @@ def exact_sum(values_N: torch.Tensor) -> float:
     return math.fsum(values_N.tolist()) if bool(values_N.isfinite().all()) else math.nan
 
 
-def split(start: int, end: int, ahead: bool = False) -> tuple[Chunk, ...]:
-    """[start, end) in chunks."""
-    return tuple(Chunk(first, min(first + CHUNK, end), ahead) for first in range(start, end, CHUNK))
+def split(start: int, end: int, rows: int, ahead: bool = False) -> tuple[Chunk, ...]:
+    """[start, end) cut at multiples of `rows`."""
+    cuts = [start, *range((start // rows + 1) * rows, end, rows), end]
+    return tuple(Chunk(a, b, ahead) for a, b in pairwise(cuts) if a < b)

@@ -240,10 +240,10 @@ class RunningJob:
         assert self._run is not None
         self._run.place(sequence_id, extent, level)
 
-    def run_unit(self, sequence: TrainingSequence) -> None:
-        """Run the microbatch's next unit; its memory is given up after the last."""
+    def run_units(self, sequence: TrainingSequence, length: int) -> None:
+        """Run the microbatch's next units as one call; its memory is given up after the last."""
         assert self._run is not None
-        self._run.run_unit(sequence)
+        self._run.run_units(sequence, length)
 
     def forget_activations(self, sequence_ids: set[str]) -> None:
         """Memory was taken away. When all microbatches lost theirs, half-made gradients start over."""

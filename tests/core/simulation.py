@@ -56,7 +56,7 @@ class Simulation(SimulatedEngine):
         self.slots = AdapterSlots(64, 4)
         super().__init__(
             LinearCosts(),
-            SchedulerLimits(max_num_seqs, max_tokens, block_size, headroom),
+            SchedulerLimits(max_num_seqs, max_tokens, block_size, headroom, LinearCosts.layers),
             BlockPool(blocks, PrefixCache() if prefix_caching else None),
             LatencyTargets(tpot=tpot),
             self._acquire,

@@ -67,7 +67,7 @@ def test_seconds_go_by_weight_whatever_the_shapes(priorities: tuple[int, ...], c
 
 
 def test_a_newcomer_gets_its_share_and_no_back_pay() -> None:
-    sim = Simulation(blocks=600, max_tokens=512)
+    sim = Simulation(blocks=6000, max_tokens=512)
     jobs = Jobs(sim)
     jobs.add("old", "few large")
     jobs.run(3.0)
@@ -78,7 +78,7 @@ def test_a_newcomer_gets_its_share_and_no_back_pay() -> None:
 
 
 def test_jobs_share_forward_batches_and_go_forward_beside_each_others_backward() -> None:
-    sim = Simulation(blocks=600, max_tokens=512)
+    sim = Simulation(blocks=6000, max_tokens=512)
     jobs = Jobs(sim)
     for name, shape in zip("abc", SHAPES, strict=True):
         jobs.add(name, shape)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coserve.core.latency_model import LatencyModel, UnitCost
+from coserve.core.latency_model import LatencyModel, LatencyState, UnitCost
 from coserve.core.slo import AUTO_FLOOR, LatencyTargets
 
 
@@ -54,7 +55,22 @@ def test_unit_costs_carry_their_own_spread() -> None:
         steady.update(1e-2, 64)
         noisy.update(1e-2 * (0.5 + index % 2), 64)
     assert steady.predict(64) == pytest.approx(1e-2, rel=1e-6)
-    assert noisy.predict(64) > 1.5 * noisy.mean * 64
+    assert noisy.predict(64) > 1.5e-2
+
+
+@given(st.floats(1e-4, 2e-2), st.floats(1e-6, 1e-3))
+def test_calls_of_two_widths_tell_the_floor_from_the_price(floor: float, price: float) -> None:
+    cost = UnitCost()
+    assert cost.predict(64) == 0.0 and cost.tokens_within(1.0) == 0
+    cost.update(floor + price * 256, 256)
+    assert cost.predict(64) == pytest.approx((floor + price * 256) / 4), "one width: it is all price"
+    for index in range(80):
+        tokens = (64, 256)[index % 2]
+        cost.update(floor + price * tokens, tokens)
+    assert cost.deviation < 0.05
+    for tokens in (16, 64, 128, 256):
+        assert cost.predict(tokens) == pytest.approx(floor + price * tokens, rel=0.15)
+    assert abs(cost.tokens_within(cost.predict(192)) - 192) <= 1
 
 
 @pytest.mark.parametrize(
@@ -121,3 +137,37 @@ def test_a_prompt_takes_more_of_a_step_the_longer_somebody_waits() -> None:
     assert targets.prompt_limit(0.04, 1.0) == pytest.approx(0.24)
     assert targets.prompt_limit(0.04, 5.0) == targets.prompt_limit(0.04, 50.0) == pytest.approx(0.3)
     assert LatencyTargets(tpot=0.05).prompt_limit(0.04, 10.0) == pytest.approx(0.045)
+
+
+def test_what_was_learnt_can_be_saved() -> None:
+    model = learnt(2e-3, 1e-4, 1e-7)
+    for tokens in (64, 256, 64, 128):
+        model.observe_unit("layer_a", tokens, 1e-3 + 1e-5 * tokens)
+    text = msgspec.json.encode(model.state())
+    other = LatencyModel()
+    other.restore(msgspec.json.decode(text, type=LatencyState))
+    assert other.trained and other.guard == model.guard
+    assert other.predict_inference(9, 700) == pytest.approx(model.predict_inference(9, 700))
+    assert other.predict_unit("layer_a", 192) == model.predict_unit("layer_a", 192)
+    assert other.predict_unit("loss", 64) == 0.0
+    for model_of_both in (model, other):
+        model_of_both.observe_inference(9, 700, 4e-3)
+    assert other.predict_inference(9, 700) == pytest.approx(model.predict_inference(9, 700))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"inference": {"count": 9, "strata": {"1": [[1.0], [1.0, 2.0]]}}},
+        {"inference": {"count": 9, "strata": {"1": [[1e999]] * 7}}},
+        {"units": {"else": {"count": 1, "price": 1.0, "deviation": 0.0, "fit": {"count": 0, "strata": {}}}}},
+        {"errors": "none"},
+        {"units": {"loss": {"count": 1, "price": "free"}}},
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(change: dict[str, object]) -> None:
+    whole = msgspec.to_builtins(learnt(2e-3, 1e-4, 1e-7).state())
+    model = LatencyModel()
+    with pytest.raises(ValueError):
+        model.restore(msgspec.convert(whole | change, LatencyState, strict=False))
+    assert not model.trained and model.predict_unit("loss", 64) == 0.0

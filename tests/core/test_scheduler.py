@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coserve.core.request import RequestStatus
+from coserve.core.slo import UNIT_SECONDS
 from coserve.core.span import SpanKind
 
 from .simulation import Simulation
@@ -134,9 +135,15 @@ def test_windows_are_cut_at_tiles() -> None:
 def test_without_requests_windows_are_long_and_apart() -> None:
     sim = Simulation(max_tokens=1000)
     sim.job("job", [700])
-    sim.model.observe_unit("forward", 100, 100.0)
+    plan = sim.scheduler.schedule(0.0)
+    assert [s.length for s in plan.training_forward] == [64] and plan.apart, "nothing is known yet"
+    sim.model.observe_unit("apart", 100, UNIT_SECONDS / 4)
     plan = sim.scheduler.schedule(0.0)
     assert [s.length for s in plan.training_forward] == [256] and plan.apart
+    for _ in range(8):
+        sim.model.observe_unit("apart", 100, UNIT_SECONDS * 2.0)
+    plan = sim.scheduler.schedule(0.0)
+    assert [s.length for s in plan.training_forward] == [64], "a layer of it would keep an arrival waiting"
 
 
 def test_a_window_that_rests_goes_on_before_anything_else() -> None:

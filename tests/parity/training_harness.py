@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat, takewhile
 
 import numpy as np
 import torch
@@ -73,16 +74,19 @@ class Trainer:
         samples: Sequence[Sample],
         *,
         forward_window: int = 0,
-        backward_window: int = 0,
+        backward_window: int | None = 0,
         microbatch_tokens: int = 1 << 30,
         level: int | None = None,
         before_unit: Callable[[int, Microbatch], None] | None = None,
+        calls: Iterable[int] = repeat(1),
         dropout: LoraDropout | None = None,
     ) -> float:
         """Fills the adapter's gradients of the mean loss over all samples' trained tokens; returns it.
 
         `level` is the activations' (the highest by default); `before_unit` is called with a backward unit's
-        index and the microbatch before each unit. `dropout` holds an example number for every sample.
+        index and the microbatch before each call. A backward window of 0 is the whole microbatch, None are
+        tiles, as many of which as `calls` says run as one where they join. `dropout` holds an example number
+        for every sample.
         """
         adapter, config = self.adapter, self.decoder.config
         trained = sum(sum(label != -100 for label in labels[1:]) for _, labels in samples)
@@ -108,12 +112,15 @@ class Trainer:
                 self.pool,
                 self.rows,
                 grad_scale=1 / trained,
-                window_tokens=backward_window or microbatch.num_tokens,
+                window_tokens=0 if backward_window is None else backward_window or microbatch.num_tokens,
             )
+            lengths = iter(calls)
             while not backward.done:
                 if before_unit is not None:
                     before_unit(backward.cursor, microbatch)
-                backward.run_next()
+                length, left = next(lengths), backward.units[backward.cursor + 1 :]
+                joined = takewhile(lambda unit: unit.joins, left[: length - 1])
+                backward.run_next(1 + len(list(joined)))
             losses.append(backward.objective.sums(microbatch).loss)
         adapter.finish_gradients()
         return sum(losses) / trained
@@ -128,9 +135,11 @@ def drive(
     kv: KVTensors,
     window_tokens: int = 64,
     before: Callable[[BatchRun, TrainingSequence], None] | None = None,
+    call_tokens: int = 256,
 ) -> None:
-    """All passes of a batch, one microbatch after the other. `rows` are the pool's by adapter; `before` is
-    called before each window and unit and may take the memory away."""
+    """All passes of a batch, one microbatch after the other, neighbouring units in calls of `call_tokens`.
+    `rows` are the pool's by adapter; `before` is called before each window and call and may take the memory
+    away."""
     for sequence in run.sequences:
         sequence.level = len(sequence.level_slabs) - 1
         microbatch = run.microbatches[sequence.sequence_id]
@@ -141,8 +150,9 @@ def drive(
                 extent = torch.full((sequence.slabs * kv.slab_bytes,), 255, dtype=torch.uint8)
                 run.place(sequence.sequence_id, extent, sequence.level)
             if sequence.forward_done:
-                run.run_unit(sequence)
-                sequence.pay_unit()
+                length = sequence.call_length(sequence.unit_cursor, len(sequence.units), call_tokens)
+                run.run_units(sequence, length)
+                sequence.pay_units(length)
                 continue
             start, length = sequence.cursor, min(window_tokens, sequence.forward_owed)
             key, span = sequence.adapter, slice(start, start + length)

@@ -141,8 +141,8 @@ def test_a_pass_that_starts_over_gives_the_same(setting) -> None:
     extent = torch.zeros(sequence.slabs * kv.slab_bytes, dtype=torch.uint8)
     run.place(sequence.sequence_id, extent, sequence.level)
     with torch.no_grad():
-        run.run_unit(sequence)
-    sequence.pay_unit()
+        run.run_units(sequence, 2)
+    sequence.pay_units(2)
     run.forget({sequence.sequence_id})
     sequence.restart()
     drive(run, decoder, pool, ROWS, kv)

@@ -139,7 +139,7 @@ def test_a_fault_inside_a_unit_fails_the_job_alone(model, data, tmp_path, monkey
     local = world.make_engine(model)
     world.submit(local, world.make_job(data, tmp_path))
 
-    def broken(self: MicrobatchBackward) -> None:
+    def broken(self: MicrobatchBackward, length: int) -> None:
         raise RuntimeError("a kernel's fault")
 
     monkeypatch.setattr(MicrobatchBackward, "run_next", broken)

@@ -59,14 +59,14 @@ class Setting:
         self.adapter.place(self.pool, ROWS["job"])
         self.adapter.place(self.pool, ROWS["job/start"])
 
-    def run(self, objective: Objective, microbatches: list, window=64, start=None, before=None):
+    def run(self, objective: Objective, microbatches: list, window=64, start=None, before=None, call=256):
         """Gradients and sums of the whole batch."""
         self.adapter.zero_gradients()
         run = BatchRun(
             self.decoder, objective, microbatches, name="s", job_id="job", adapter="job", reference=start,
             pool=self.pool, rows=ROWS, trainee=Trainee(self.adapter, self.pool, ROWS["job"]), kv=self.kv,
         )  # fmt: skip
-        drive(run, self.decoder, self.pool, ROWS, self.kv, window, before)
+        drive(run, self.decoder, self.pool, ROWS, self.kv, window, before, call)
         self.adapter.finish_gradients()
         sums = LossSums.total(run.sums())
         return sums, gradient_tensors(self.adapter)
@@ -187,17 +187,18 @@ def test_gradients_through_a_capped_head(tmp_path: Path) -> None:
 def test_pairs_longer_than_a_chunk_are_scored_ahead(setting: Setting) -> None:
     samples = make_samples((20, 30, 330, 250, 40, 12), VOCAB)
     (microbatch,) = [Microbatch(samples)]
-    chunks = DirectPreference(BETA).chunks(microbatch)
+    chunks = DirectPreference(BETA).chunks(microbatch, 64)
     assert [c.start for c in chunks] == [0, *(c.end for c in chunks[:-1])]
-    assert chunks[-1].end == microbatch.num_trained and max(c.end - c.start for c in chunks) <= CHUNK
-    assert [c.ahead for c in chunks] == [False, True, True, False]
+    assert chunks[-1].end == microbatch.num_trained and max(c.end - c.start for c in chunks) <= 64
+    assert not chunks[0].ahead and not chunks[-1].ahead and all(c.ahead for c in chunks[1:-1])
+    assert all(c.start % 64 == 0 for c in chunks[2:-1]), "cut where sums over tokens are"
     check(setting, samples, DirectPreference(BETA), dpo, 6)
 
 
 def test_small_pairs_share_a_chunk_and_none_is_cut() -> None:
     microbatch = Microbatch(make_samples((50,) * 24, VOCAB))
     starts = set(microbatch.trained_starts[::2].tolist())
-    chunks = DirectPreference(BETA).chunks(microbatch)
+    chunks = DirectPreference(BETA).chunks(microbatch, CHUNK)
     assert 1 < len(chunks) < 8 and not any(c.ahead for c in chunks)
     assert all(c.start in starts and c.end in starts and c.end - c.start <= CHUNK for c in chunks)
 
@@ -233,11 +234,13 @@ def test_a_weight_of_zero_changes_no_bit_of_the_others(setting: Setting) -> None
 
 @pytest.mark.skipif(native is None, reason="the compiled kernels are missing: bits hold for them only")
 @pytest.mark.parametrize("objective", [DirectPreference(BETA), WithKL(DynamicFineTuning(), 0.1)])
-@pytest.mark.parametrize("window", [128, 1000])
-def test_windows_change_no_bit(setting: Setting, objective: Objective, window: int) -> None:
+@pytest.mark.parametrize("window,call", [(128, 1), (1000, 64), (64, 150)])
+def test_windows_and_calls_change_no_bit(
+    setting: Setting, objective: Objective, window: int, call: int
+) -> None:
     samples = [make_samples((90, 71, 330, 80), VOCAB)]
     whole, expected = setting.run(objective, samples)
-    sums, gradients = setting.run(objective, samples, window)
+    sums, gradients = setting.run(objective, samples, window, call=call)
     assert sums == whole and all(torch.equal(gradients[key], expected[key]) for key in expected)
 
 

@@ -86,10 +86,10 @@ def test_a_fault_beside_the_forward_ends_the_job_alone(
     world.submit(local, spec)
     job = local.engine.jobs._jobs[spec.job_id]
 
-    def fault(sequence: Any) -> None:
+    def fault(sequence: Any, length: int) -> None:
         raise RuntimeError("a kernel's fault")
 
-    monkeypatch.setattr(job, "run_unit", fault)
+    monkeypatch.setattr(job, "run_units", fault)
     local.add("chat", PROMPT, world.GREEDY)
     local.run_until(lambda: "chat" in local.finished and world.status_of(local, spec.job_id) == "failed", 500)
     assert len(local.tokens["chat"]) == world.GREEDY.max_tokens
