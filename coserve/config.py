@@ -19,6 +19,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     `dtype` is "auto" (fp32 for the demo model and fp32 checkpoints, else bf16), "float32" or "bfloat16".
     `kv_cache_memory_bytes` 0 derives the pool's size from `gpu_memory_utilization` of the free memory.
     `max_num_queued_reqs` bounds the requests that wait for a place in a step; 0: any number may.
+    `latency_file` holds what was learnt of this machine's costs at the last start, if it is there.
     `deterministic` asks a GPU for products whose rows don't depend on the batch; a CPU's never do.
     """
 
@@ -42,6 +43,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     deterministic: bool = False
     seed: int = 0
     log_file: str = ""
+    latency_file: str = ""
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -211,12 +211,19 @@ class Metrics:
         self._step_seconds = Histogram(
             "coserve_step_seconds", "Duration of a step.", ("kind",), buckets=_STEP, registry=registry
         )
+        self._arrival_wait = Histogram(
+            "coserve_arrival_wait_seconds",
+            "From a request's arrival until the engine takes it in, by the kind of step it waited for.",
+            ("step",),
+            buckets=_STEP,
+            registry=registry,
+        )
         self._budget = Gauge(
             "coserve_step_budget_seconds", "Time the last step was given.", registry=registry
         )
         self._prediction = Histogram(
             "coserve_step_prediction_error_ratio",
-            "|predicted - measured| / measured step time.",
+            "|predicted - measured| / measured time of the step's batch with requests.",
             buckets=_ERROR,
             registry=registry,
         )
@@ -332,6 +339,8 @@ class Metrics:
             self._swaps.labels(kind).inc(count)
         for step in stats.steps:
             self._step(step)
+        for kind, seconds in stats.arrival_waits:
+            self._arrival_wait.labels(kind).observe(seconds)
         self._lora.running = tuple(sorted(set(stats.running_adapters)))
         self._lora.waiting = tuple(sorted(set(stats.waiting_adapters)))
         self._lora.updated = time.time()
@@ -340,8 +349,8 @@ class Metrics:
         self._step_seconds.labels(step.kind).observe(step.seconds)
         self._budget.set(step.budget)
         self._iteration.observe(step.inference_tokens)
-        if step.predicted > 0.0 and step.seconds > 0.0:
-            self._prediction.observe(abs(step.predicted - step.seconds) / step.seconds)
+        if step.predicted > 0.0 and step.forward > 0.0:
+            self._prediction.observe(abs(step.predicted - step.forward) / step.forward)
 
     def engine_lost(self) -> None:
         """Nothing runs while the engine is away."""

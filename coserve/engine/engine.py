@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial, singledispatchmethod
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,7 @@ from coserve.core.request import Request
 from coserve.core.scheduler import Scheduler, SchedulerLimits
 from coserve.core.slo import LatencyTargets
 from coserve.core.step_plan import StepPlan
+from coserve.engine import latency_file
 from coserve.engine import messages as m
 from coserve.engine.device import memory_plan, resolve_device, resolve_dtype, resolve_threads
 from coserve.engine.outbox import Outbox
@@ -74,12 +76,16 @@ class Engine:
             self.model_config, self.pool, self.slots, config.max_cpu_loras, self.decoder.head
         )
         self.model = LatencyModel()
+        self._setting = latency_file.setting(self.model_config, device, dtype)
+        if config.latency_file:
+            latency_file.restore(self.model, Path(config.latency_file), self._setting)
         self.scheduler = Scheduler(
             SchedulerLimits(
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 block_size=config.block_size,
                 headroom=max(4, num_blocks // 8),
+                num_layers=self.model_config.num_layers,
             ),
             self.blocks,
             self.model,
@@ -109,7 +115,7 @@ class Engine:
     @torch.no_grad()
     def step(self) -> None:
         """One step: every sequence owes tokens, the plan says which are paid now."""
-        started = time.perf_counter()
+        started, forward = time.perf_counter(), 0.0
         self._take_in_adapters()
         plan = self.scheduler.schedule(time.time())
         self.jobs.prepare(plan)
@@ -117,27 +123,30 @@ class Engine:
             is_shared = self.jobs.begin_beside(plan)
             result = self.runner.run(plan, self.jobs.microbatches)
             self.streams.wait()
-            seconds = time.perf_counter() - started
+            forward = time.perf_counter() - started
             self._commit_inference(plan, result)
             if not is_shared and (plan.apart or not plan.training_forward):
-                self.model.observe_inference(plan.inference_tokens, plan.context_tokens, seconds)
+                self.model.observe_inference(plan.inference_tokens, plan.context_tokens, forward)
             # Answers are on their way: what is left of the budget belongs to training's own units.
             deadline = started + plan.inference_alone + plan.training_budget
             if plan.apart:
                 self._forward_apart(plan, deadline)
             else:
-                self.jobs.commit_forward(plan, plan.inference_alone, seconds)
+                self.jobs.commit_forward(plan, plan.inference_alone, forward)
             self.jobs.run_backward(plan, deadline, arrivals=None if plan.inference else self.arrivals)
         self.jobs.advance()
-        self.stats.step_done(plan, time.perf_counter() - started)
+        self.stats.step_done(plan, time.perf_counter() - started, forward)
 
     def _forward_apart(self, plan: StepPlan, deadline: float) -> None:
-        """Windows in a batch of their own: until the deadline beside requests, else until one arrives."""
-        began = time.perf_counter()
+        """Windows in a batch of their own: beside requests while the next layer ends by the deadline, else
+        until one arrives."""
+        began = last = time.perf_counter()
 
         def stop() -> bool:
+            nonlocal last
             self.streams.wait()
-            return time.perf_counter() >= deadline if plan.inference else self.arrivals()
+            layer, last = time.perf_counter() - last, time.perf_counter()
+            return last + layer > deadline if plan.inference else self.arrivals()
 
         layers = self.runner.run_apart(plan, self.jobs.microbatches, stop)
         seconds = time.perf_counter() - began
@@ -239,6 +248,7 @@ class Engine:
                 "The prompt is larger than the server's KV cache.", code="context_length_exceeded"
             ))
             return
+        self.stats.arrived(message.arrival)
         try:
             self.admission.check(request, time.time())
         except CoserveError as error:
@@ -284,9 +294,14 @@ class Engine:
     def _(self, message: m.Shutdown) -> None:
         self.outbox.answer(message.call_id, self.stop)
 
+    def saved_costs(self) -> str:
+        """What the latency model has learnt, as the text of its file."""
+        return latency_file.encode(self.model, self._setting)
+
     def stop(self) -> None:
-        """Checkpoint what trains and leave the loop."""
+        """Checkpoint what trains, hand over what was learnt, and leave the loop."""
         self.jobs.checkpoint_all()
+        self.send(self.stats.snapshot(0, with_costs=True))
         self.adapters.close()
         self.stopped = True
 

@@ -203,12 +203,14 @@ class EngineReady(Message):
 
 
 class StepTiming(msgspec.Struct, frozen=True, array_like=True):
-    """One step for the histograms. Seconds; tokens by kind; `predicted` 0 when there was no prediction."""
+    """One step for the histograms. Seconds; tokens by kind; `predicted` is of the `forward`, the batch that
+    requests are in, and 0 when there was no prediction."""
 
     kind: str  # "inference" | "training" | "mixed"
     seconds: float
     budget: float
     predicted: float
+    forward: float
     training_seconds: float
     inference_tokens: int
 
@@ -227,6 +229,7 @@ class EngineStats(Message):
     waiting_adapters: list[str] = []
     least_targets: LatencyTargets | None = None  # one request alone could be held to; None: unknown
     steps: list[StepTiming] = []
+    arrival_waits: list[tuple[str, float]] = []  # by the kind of step that was waited for, or "none"
     preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
@@ -236,6 +239,7 @@ class EngineStats(Message):
     activation_policies: dict[str, dict[str, int]] = {}  # job -> policy ("A", "B", "C") -> layers in memory
     downgrades: int = 0  # times that requests made a microbatch keep less of its activations
     evictions: int = 0  # times that they took all of a microbatch's
+    latency_model: str = ""  # the text of its file; "": not due
     swaps: dict[str, int] = {}  # adapter movements by kind: "load", "evict", "unload", "publish"
 
 

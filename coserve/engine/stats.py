@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from coserve.engine.engine import Engine
 
 INTERVAL = 0.25  # seconds between two unasked snapshots
+SAVE_EVERY = 300.0  # seconds between two snapshots with the latency model
 SHARE_HALF_LIFE = 64  # steps
 
 
@@ -24,38 +25,51 @@ class StatsKeeper:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._steps: list[m.StepTiming] = []
+        self._waits: list[tuple[str, float]] = []
+        self._last_step = ("none", 0.0)  # its kind, and time.time() at its end
         self._sent_at = 0.0
         self._preemptions = 0
         self._prefix = (0, 0)
         self._reclaims = (0, 0)
         self._swaps: dict[str, int] = {}
         self._share = 0.0
+        self._saved_at = time.monotonic()
 
-    def step_done(self, plan: StepPlan, seconds: float) -> None:
-        """A step has ended; sends a snapshot when one is due."""
+    def arrived(self, arrival: float) -> None:
+        """A request that reached the server at `arrival` (time.time()) is taken in now."""
+        now, (kind, ended) = time.time(), self._last_step
+        self._waits.append((kind if ended >= arrival else "none", max(0.0, now - arrival)))
+
+    def step_done(self, plan: StepPlan, seconds: float, forward: float) -> None:
+        """A step has ended, whose batch with requests took `forward` seconds; sends a snapshot when one is
+        due."""
         training_seconds = self._engine.jobs.step_seconds
         if not plan.empty:
             share = min(1.0, training_seconds / seconds) if seconds > 0 else 0.0
             self._share += (share - self._share) / SHARE_HALF_LIFE
+            self._last_step = (plan.kind, time.time())
             self._steps.append(
                 m.StepTiming(
-                    plan.kind, seconds, plan.training_budget, plan.predicted, training_seconds,
+                    plan.kind, seconds, plan.training_budget, plan.predicted, forward, training_seconds,
                     plan.inference_tokens,
                 )
             )
         now = time.monotonic()
         if now - self._sent_at >= INTERVAL or not self._engine.has_work:
             self._sent_at = now
-            self._engine.send(self.snapshot(0))
+            self._engine.send(self.snapshot(0, with_costs=now - self._saved_at >= SAVE_EVERY))
 
     @property
     def share(self) -> float:
         """Training's share of the device's time, 0-1, over the last steps."""
         return self._share
 
-    def snapshot(self, call_id: int) -> m.EngineStats:
-        """Gauges now, counts since the last snapshot."""
+    def snapshot(self, call_id: int, *, with_costs: bool = False) -> m.EngineStats:
+        """Gauges now, counts since the last snapshot; what the latency model has learnt where that is asked
+        for."""
         engine = self._engine
+        if with_costs:
+            self._saved_at = time.monotonic()
         scheduler, blocks, adapters = engine.scheduler, engine.blocks, engine.adapters
         queue = scheduler.training
         forward, backward = engine.jobs.take_token_counts()
@@ -71,6 +85,7 @@ class StatsKeeper:
             waiting_adapters=self._names(scheduler.waiting),
             least_targets=engine.admission.least_targets(),
             steps=self._steps,
+            arrival_waits=self._waits,
             preemptions=scheduler.num_preemptions - self._preemptions,
             prefix_queries=scheduler.prefix_queries - self._prefix[0],
             prefix_hits=scheduler.prefix_hits - self._prefix[1],
@@ -80,9 +95,10 @@ class StatsKeeper:
             activation_policies=queue.policies(),
             downgrades=queue.num_downgrades - self._reclaims[0],
             evictions=queue.num_evictions - self._reclaims[1],
+            latency_model=engine.saved_costs() if with_costs else "",
             swaps={kind: n - self._swaps.get(kind, 0) for kind, n in adapters.swaps.items()},
         )
-        self._steps = []
+        self._steps, self._waits = [], []
         self._preemptions = scheduler.num_preemptions
         self._prefix = (scheduler.prefix_queries, scheduler.prefix_hits)
         self._reclaims = (queue.num_downgrades, queue.num_evictions)

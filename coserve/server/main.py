@@ -184,7 +184,7 @@ async def _start_parts(
     await context.uploads.restore()
     await context.adapters.restore()
     await context.jobs.reports.restore()
-    _listen(context)
+    _listen(context, state)
     stack.push_async_callback(context.jobs.close)
     await context.adapters.load_pinned()
     for adapter, path in config.lora_modules:
@@ -256,7 +256,7 @@ def _make_parts(
     )
 
 
-def _listen(context: Context) -> None:
+def _listen(context: Context, state: StateDir) -> None:
     """Hear the engine: its reports on jobs, its figures, and that it was started again."""
     engine, jobs, adapters, metrics = context.engine, context.jobs, context.adapters, context.metrics
 
@@ -270,6 +270,8 @@ def _listen(context: Context) -> None:
                 logger.warning(sentence)
         metrics.engine_stats(stats)
         adapters.take_tiers(stats.adapter_tiers)
+        if stats.latency_model:
+            state.save_latency_model(stats.latency_model)
 
     async def on_restart() -> None:
         metrics.engine_lost()
@@ -295,7 +297,7 @@ def _metrics(config: EngineConfig, targets: LatencyTargets, info: EngineReady, n
 
 
 def resolve_model(config: EngineConfig, state: StateDir) -> EngineConfig:
-    """The engine's settings with the demo model, its public name and the log file filled in.
+    """The engine's settings with the demo model, its public name and its files filled in.
 
     Raises ConfigError when `--model` is no directory.
     """
@@ -312,6 +314,7 @@ def resolve_model(config: EngineConfig, state: StateDir) -> EngineConfig:
         model=str(path.absolute()),
         served_model_name=name or path.absolute().name,
         log_file=config.log_file or str(state.engine_log),
+        latency_file=config.latency_file or str(state.latency_model),
     )
 
 

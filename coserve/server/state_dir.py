@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TextIO
 from urllib.parse import quote
 
 from coserve.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 class StateDir:
@@ -26,6 +29,7 @@ class StateDir:
         self.adapters = self.root / "adapters"
         self.database = self.root / "coserve.sqlite"
         self.engine_log = self.root / "engine.log"
+        self.latency_model = self.root / "latency_model.json"
         try:
             for folder in (self.root, self.files, self.uploads, self.jobs, self.adapters):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -44,6 +48,16 @@ class StateDir:
     def job(self, job_id: str) -> Path:
         """The folder of a job."""
         return self.jobs / job_id
+
+    def save_latency_model(self, text: str) -> None:
+        """Replace the latency model's file. It can be learnt again, so it isn't synced, and a disk that
+        refuses it stops nothing."""
+        temporary = self.latency_model.with_suffix(".tmp")
+        try:
+            temporary.write_text(text, encoding="ascii")
+            temporary.replace(self.latency_model)
+        except OSError as error:
+            logger.warning("the latency model can't be saved: %s", error)
 
     def close(self) -> None:
         """Give the directory free for another server."""
