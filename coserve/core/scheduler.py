@@ -15,7 +15,7 @@ from coserve.core.fair_shares import FairShares
 from coserve.core.latency_model import LatencyModel
 from coserve.core.prefix_cache import block_key, root_key
 from coserve.core.request import Request, RequestStatus
-from coserve.core.slo import IDLE_QUANTUM, LEAST_PROMPT_TOKENS, PROBE_EVERY, LatencyTargets
+from coserve.core.slo import IDLE_QUANTUM, LEAST_PROMPT_TOKENS, PROBE_EVERY, BudgetControl, LatencyTargets
 from coserve.core.span import InferenceSpan, SpanKind
 from coserve.core.step_demands import Demand, demands_of
 from coserve.core.step_plan import StepPlan
@@ -64,6 +64,7 @@ class Scheduler:
         self.prefix_queries = 0
         self.prefix_hits = 0
         self.shares = FairShares()
+        self.control = BudgetControl()
         self.mean_output = 0.0  # tokens of the requests that ended lately
         self.left_waiting = False  # the last step had no room for somebody
         self.pressed_until = 0.0  # seconds of `now`; requests were refused for their targets
@@ -216,7 +217,9 @@ class Scheduler:
             probing = not self.model.trained or self.steps_with_inference % PROBE_EVERY == 0
             if probing or not self.training.has_work:
                 return
-            plan.training_budget = self.training_budget(alone, now)
+            # Whoever can't begin in this step waits for all that comes before, training too.
+            wanted = 0.0 if self.left_waiting or plan.preempted else self.training_budget(alone, now)
+            plan.training_budget = self.control.allow(wanted)
         elif self.waiting and not self.training.has_work:
             return
         else:

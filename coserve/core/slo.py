@@ -12,10 +12,24 @@ AUTO_FLOOR = 0.012  # seconds between tokens below which no reader sees a differ
 PROBE_EVERY = 16  # steps with inference between two that carry no training, to see it alone
 AUTO_GUARD = 0.1  # most of the model's error that counts then: half of what the ratio leaves
 SAFETY = 0.9  # of an explicit target
+RISE_STEPS = 3  # with requests, from none to all of the budget
 PROMPT_RATIO = 3.0  # of the decoding rows' own time, that a step with a part of a prompt may take
 PATIENCE = 0.5  # seconds without a first token
 MOST_LATE = 2.5  # times that much, and the gaps grow no longer
 LEAST_PROMPT_TOKENS = 16  # of a step, so that prompts move whatever the target
+
+
+class BudgetControl:
+    """Training's budget beside requests falls at once and rises slowly, so that what follows a burst, or a
+    step that was predicted too short, isn't overrun again."""
+
+    def __init__(self) -> None:
+        self.level = 0.0
+
+    def allow(self, wanted: float) -> float:
+        """Seconds, of the `wanted` ones: all again after `RISE_STEPS` steps that wanted as much."""
+        self.level = min(wanted, self.level + wanted / RISE_STEPS)
+        return self.level
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coserve.core.latency_model import LatencyModel, LatencyState, UnitCost
-from coserve.core.slo import AUTO_FLOOR, LatencyTargets
+from coserve.core.slo import AUTO_FLOOR, RISE_STEPS, BudgetControl, LatencyTargets
 
 
 def learnt(floor: float, per_token: float, per_context: float) -> LatencyModel:
@@ -171,3 +171,14 @@ def test_a_state_that_does_not_fit_changes_nothing(change: dict[str, object]) ->
     with pytest.raises(ValueError):
         model.restore(msgspec.convert(whole | change, LatencyState, strict=False))
     assert not model.trained and model.predict_unit("loss", 64) == 0.0
+
+
+@given(st.lists(st.floats(0.0, 0.1), max_size=30), st.floats(1e-3, 0.1))
+def test_the_budget_falls_at_once_and_is_back_after_a_few_steps(before: list[float], wanted: float) -> None:
+    control = BudgetControl()
+    for budget in before:
+        assert control.allow(budget) <= budget
+    assert control.allow(0.0) == 0.0
+    rise = [control.allow(wanted) for _ in range(RISE_STEPS)]
+    assert rise == sorted(rise) and rise[0] < wanted and rise[-1] == pytest.approx(wanted)
+    assert control.allow(wanted / 2) == wanted / 2

@@ -263,7 +263,7 @@ def test_a_burst_of_twenty_times_the_load_takes_the_device_at_once_and_gives_it_
 
     made = replay(sim, [*calm, *burst], watch)
     assert len(made) == 230 and all(r.finished for r in made) and long.done
-    assert len(crowded) > 20 and sum(crowded) / len(crowded) < 0.2
+    assert crowded and max(crowded) == 0.0, "whoever can't begin waits for no training"
     assert alone and min(alone) == pytest.approx(1.0)
     assert max(r.scheduled_at - r.arrival for r in made if r.scheduled_at is not None) < 3.0
     assert sim.pool.num_free == 400

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coserve.core.request import RequestStatus
-from coserve.core.slo import UNIT_SECONDS
+from coserve.core.slo import RISE_STEPS, UNIT_SECONDS
 from coserve.core.span import SpanKind
 
 from .simulation import Simulation
@@ -318,3 +319,26 @@ def test_a_prompt_that_nobody_decodes_beside_comes_whole() -> None:
     sim.run()
     sim.request("long", 400, 4)
     assert [span.length for span in sim.step().inference] == [400]
+
+
+def test_a_burst_takes_training_off_the_device_in_the_next_step_and_it_comes_back_step_by_step() -> None:
+    sim = Simulation(blocks=2000, max_num_seqs=2, max_tokens=512, tpot=20e-3)
+    for index, size in enumerate((8, 20, 40, 90)):
+        sim.request(f"warm-{index}", size, 12)
+    sim.run()
+    sim.job("job", [4000], slabs=4)
+    sim.request("reader", 8, 400)
+    budgets = []
+    for _ in range(40):
+        plan = sim.step()
+        budgets.append(plan.training_budget)
+    assert max(budgets) > 5e-3
+    burst = [sim.request(f"burst-{index}", 8, 12) for index in range(4)]
+    assert sim.step().training_budget == 0.0 and sim.durations[-1] < 10e-3
+    while sim.scheduler.waiting:
+        assert sim.step().training_budget == 0.0 or not sim.scheduler.waiting
+    while not all(request.finished for request in burst):
+        sim.step()
+    back = [plan.training_budget for plan in sim.plans[-30:] if plan.training_budget > 0.0]
+    assert back[:RISE_STEPS] == sorted(back[:RISE_STEPS]) and len(set(back[:RISE_STEPS])) == RISE_STEPS
+    assert max(back) == pytest.approx(max(budgets), rel=0.1)
