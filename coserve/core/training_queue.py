@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass, field
 
 from coserve.core.block_pool import BlockPool
@@ -23,10 +24,14 @@ MAX_IN_FLIGHT = 2  # microbatches of one job that hold activations: one goes for
 
 @dataclass
 class JobQueue:
-    """A job's microbatches of the current optimizer step, in index order; `weight` from its priority."""
+    """A job's microbatches of the current optimizer step, in index order. `weight` is its `own_weight`, from
+    its priority, and its part of its tenant's `share`."""
 
     job_id: str
-    weight: float
+    own_weight: float
+    tenant: str = ""
+    share: float = 1.0
+    weight: float = 1.0
     virtual_time: float = 0.0
     sequences: list[TrainingSequence] = field(default_factory=list)
 
@@ -114,18 +119,36 @@ class TrainingQueue:
         """Some job owes tokens."""
         return any(not s.done for s in self.sequences)
 
-    def submit(self, job_id: str, sequences: list[TrainingSequence], priority: int = 0) -> None:
-        """The microbatches of a job's next optimizer step."""
+    def submit(
+        self,
+        job_id: str,
+        sequences: list[TrainingSequence],
+        priority: int = 0,
+        tenant: str = "",
+        share: float = 1.0,
+    ) -> None:
+        """The microbatches of a job's next optimizer step. All jobs of `tenant` together have the weight
+        `share` beside those of other tenants."""
         job = self._jobs.get(job_id)
         if job is None:
             behind = min((j.virtual_time for j in self._jobs.values()), default=0.0)
-            job = self._jobs[job_id] = JobQueue(job_id, 2.0**-priority, behind)
+            job = JobQueue(job_id, 2.0**-priority, tenant, share, virtual_time=behind)
+            self._jobs[job_id] = job
+            self._share_out()
         job.sequences = list(sequences)
+
+    def _share_out(self) -> None:
+        jobs = self._jobs.values()
+        counts = Counter(job.tenant for job in jobs)
+        for job in jobs:
+            part = job.share / counts[job.tenant] if len(counts) > 1 else 1.0
+            job.weight = job.own_weight * part
 
     def remove(self, job_id: str) -> None:
         """The job ended or was paused: whatever its microbatches hold is free."""
         job = self._jobs.pop(job_id, None)
         if job is not None:
+            self._share_out()
             for sequence in job.sequences:
                 self.release(sequence)
 

@@ -88,6 +88,10 @@ class Authenticator:
             raise Unauthenticated("The API key is not known to this server.")
         return found
 
+    def weight(self, tenant: str) -> float:
+        """The share of who holds a key, 1 for one that isn't known any more."""
+        return next((key.weight for key in self._keys if key.tenant == tenant), 1.0)
+
     @staticmethod
     def require(key: Key | None, right: str) -> None:
         """Raise PermissionDenied unless the role of `key` (None: open server) includes `right`."""

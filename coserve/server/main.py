@@ -235,6 +235,7 @@ def _make_parts(
         adapters=adapters,
         lifecycle=lifecycle,
         metrics=metrics,
+        auth=auth,
         max_rank=max_rank,
     )
     return Context(

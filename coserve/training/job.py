@@ -63,8 +63,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     `checkpoint_dir` is where the engine writes checkpoints (one directory a step) and looks for the newest
     whole one when the job starts. `init_path` is a PEFT directory (or checkpoint) whose weights the adapter
-    starts from. `paused` starts it paused. Lower `priority` goes first. `validation_path` is a
-    `TokenDataset` directory too.
+    starts from. `paused` starts it paused. Lower `priority` goes first; all jobs of `tenant` (a key's digest)
+    have the weight `share` together. `validation_path` is a `TokenDataset` directory too.
     """
 
     job_id: str
@@ -76,6 +76,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     base_model_name: str = ""
     init_path: str | None = None
     priority: int = 0
+    tenant: str = ""
+    share: float = 1.0
     paused: bool = False
     method: str = "supervised"  # or "dft", "dpo"
     validation_path: str | None = None

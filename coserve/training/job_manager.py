@@ -325,7 +325,8 @@ class JobManager:
         except Exception as error:
             self._end(job, "failed", _as_error(job.spec.job_id, error))
             return
-        self._queue.submit(job.spec.job_id, job.sequences, job.spec.priority)
+        spec = job.spec
+        self._queue.submit(spec.job_id, job.sequences, spec.priority, spec.tenant, spec.share)
 
     def _complete(self, job: RunningJob) -> None:
         """All of a job's units have run: its step is committed or scored, and what follows begins."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.core.arrivals import arrive
 from tests.core.simulation import Simulation
+from tests.core.test_fairness import Jobs
 
 
 def served(sim: Simulation, start: int = 0) -> Counter[str]:
@@ -36,6 +37,38 @@ def test_a_flood_of_one_tenant_does_not_hold_up_another() -> None:
         sim.step()
     waiting = sum(r.tenant == "loud" for r in sim.scheduler.waiting)
     assert waiting > 40, "it went before most of those that came earlier"
+
+
+def submit_for(sim: Simulation, tenants: dict[str, tuple[str, float]]) -> Jobs:
+    """Jobs whose optimizer steps are submitted for these tenants with these shares."""
+    jobs, plain = Jobs(sim), sim.scheduler.training.submit
+
+    def submit(job_id, sequences, priority=0):
+        plain(job_id, sequences, priority, *tenants[job_id])
+
+    sim.scheduler.training.submit = submit  # type: ignore[method-assign]
+    return jobs
+
+
+@pytest.mark.parametrize("share", [1.0, 2.0])
+def test_jobs_of_a_tenant_divide_its_share(share: float) -> None:
+    sim = Simulation(blocks=400)
+    jobs = submit_for(sim, {"a1": ("a", share), "a2": ("a", share), "a3": ("a", share), "b": ("b", 1.0)})
+    for name in ("a1", "a2", "a3", "b"):
+        jobs.add(name, "many small")
+    jobs.run(until=8.0)
+    *mine, other = jobs.shares("a1", "a2", "a3", "b")
+    assert sum(mine) / other == pytest.approx(share, rel=0.1)
+    assert max(mine) < 1.15 * min(mine)
+
+
+def test_jobs_of_one_tenant_share_as_before() -> None:
+    sim = Simulation(blocks=400)
+    jobs = submit_for(sim, {"a1": ("a", 5.0), "a2": ("a", 5.0)})
+    jobs.add("a1", "many small")
+    jobs.add("a2", "many small", priority=1)
+    jobs.run(until=4.0)
+    assert jobs.shares("a1", "a2") == pytest.approx([2 / 3, 1 / 3], abs=0.04)
 
 
 @pytest.mark.parametrize("weight", [1.0, 3.0])

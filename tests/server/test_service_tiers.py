@@ -70,6 +70,7 @@ tokens_per_minute = 60
 [[keys]]
 key = "tuner"
 role = "tune"
+weight = 2.5
 max_jobs = 2
 
 [[keys]]
@@ -309,7 +310,9 @@ def test_jobs_of_a_key(server: ServerThread) -> None:
     assert server.openai("boss").fine_tuning.jobs.create(model=BASE, training_file=file).id
     client.fine_tuning.jobs.cancel(made[0].id)
     assert wait_for(lambda: client.fine_tuning.jobs.retrieve(made[0].id).status == "cancelled")
-    assert client.fine_tuning.jobs.create(model=BASE, training_file=file).id
+    last = client.fine_tuning.jobs.create(model=BASE, training_file=file)
+    spec = wait_for(lambda: server.engine.jobs.get(last.id))
+    assert spec.share == 2.5 and len(spec.tenant) == 16
 
 
 def test_a_bucket_of_tokens_fills_evenly() -> None:

@@ -37,7 +37,7 @@ from coserve.server.application.job_records import JobRecords
 from coserve.server.application.job_reports import JobReports
 from coserve.server.application.lifecycle import Lifecycle
 from coserve.server.application.models import BaseModel
-from coserve.server.auth import Key
+from coserve.server.auth import Authenticator, Key
 from coserve.server.database import Database
 from coserve.server.errors import internal_error
 from coserve.server.job_store import JobRecord
@@ -67,9 +67,11 @@ class Jobs:
         adapters: Adapters,
         lifecycle: Lifecycle,
         metrics: Metrics,
+        auth: Authenticator,
         max_rank: int,
     ) -> None:
         self._base = base
+        self._auth = auth
         self._engine = engine
         self._tokenizer = tokenizer
         self._database = database
@@ -213,6 +215,8 @@ class Jobs:
                 base_model_name=self._base.name,
                 init_path=str(folder / "init") if job.init_from else None,
                 priority=job.priority,
+                tenant=job.tenant,
+                share=self._auth.weight(job.tenant),
                 paused=job.status == "paused",
                 method=job.method,
                 validation_path=str(validation) if validation.is_dir() else None,
