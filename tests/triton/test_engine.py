@@ -23,6 +23,7 @@ from coserve.kernels.triton import lora_fused
 from coserve.worker import cuda_graph
 from coserve.worker.cuda_graph import BucketedForward
 from tests.invariants import world
+from tests.triton.launches import Noted
 from tests.worker.replayed import ReplayedFunctions
 
 ANSWER = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
@@ -61,21 +62,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[An
     model = world.make_model(folder / "model")
     adapters = [world.make_adapter(model, folder / f"rank{rank}", rank, rank) for rank in (3, 8)]
     return model, world.make_data(folder / "data", examples=4), adapters
-
-
-class Noted:
-    """A kernel that notes a setting of each of its launches."""
-
-    def __init__(self, kernel: Any, setting: str) -> None:
-        self.kernel, self.setting = kernel, setting
-        self.launches: list[Any] = []
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def launch(*args: Any, **settings: Any) -> None:
-            self.launches.append(settings[self.setting])
-            self.kernel[grid](*args, **settings)
-
-        return launch
 
 
 Story = tuple[list[list[int]], list[tuple[int, float, float]], dict[str, torch.Tensor]]
