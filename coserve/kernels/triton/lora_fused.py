@@ -18,7 +18,7 @@ import triton.language as tl
 
 from coserve.kernels.dispatch import require
 from coserve.kernels.dropout import Dropout
-from coserve.kernels.lora import LoraGroup, LoraSegments
+from coserve.kernels.lora import LoraGroup, LoraModule, LoraSegments
 from coserve.kernels.triton.aot import AotCase
 from coserve.kernels.triton.dropout import threshold_of
 from coserve.kernels.triton.lora_shrink import (
@@ -37,8 +37,19 @@ from coserve.kernels.triton.support import cdiv, next_power_of_2, require_dense,
 from coserve.kernels.triton.swiglu import _activate
 from coserve.kernels.triton.tuning import Tuned
 
+
+def _example(device: torch.device) -> Any:
+    x, w, a = (torch.randn(*size, 4096, device=device, dtype=torch.bfloat16) for size in ((64,), (), (64,)))
+    own = [torch.arange(4, device=device, dtype=torch.int32) * 16 + shift for shift in (0, 16, 0)]
+    segments = LoraSegments(*own, torch.arange(64, device=device, dtype=torch.int32))
+    group = LoraGroup([LoraModule(a, a, 4096 * m, m) for m in range(MODULES)])
+    ranks = torch.full((MODULES, 4), 16, device=device, dtype=torch.int32)
+    return lambda: rms_norm_shrink(x, x, w, 1e-6, group, segments, ranks)
+
+
 MODULES = 3
 LANES = 64  # features at a time of what makes y; a row's squares are added lane by lane
+# More warps may add the lanes in another order; TOKENS stays, as in lora_shrink.py.
 CANDIDATES = tuple(
     {"TOKENS": 16, "BLOCK_K": k, "BLOCK_R": r, "num_warps": warps, "num_stages": stages}
     for k in (64, 128)
@@ -47,7 +58,7 @@ CANDIDATES = tuple(
     for stages in (2, 3)
 )
 DEFAULT = {"TOKENS": 16, "BLOCK_K": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 3}
-TUNED = Tuned("lora_fused", DEFAULT, CANDIDATES)
+TUNED = Tuned("lora_fused", DEFAULT, CANDIDATES, _example)
 
 
 @triton.jit
