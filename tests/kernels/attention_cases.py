@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from coserve.kernels.kv_store import kv_store
+from coserve.kernels.paged_attention import paged_attention
 from coserve.kernels.window_attention import window_attention, window_attention_backward
 from tests.kernels.oracle import check, ints
 
@@ -76,3 +78,30 @@ def in_windows(T: int, cut: int, case: tuple) -> tuple[torch.Tensor, ...]:
             do[a:b], q[a:b], o, lse, k, v, sample_start[a:b], a, 0.125, dk, dv
         )
     return torch.cat([o for o, _ in parts]), torch.cat([lse for _, lse in parts]), dq, dk, dv
+
+
+def check_column_slices() -> None:
+    """q, k and v may lie side by side; what is not dense in its heads is refused."""
+    merged = torch.randn(20, 8, 16)
+    q, k, v = merged[:, :4], merged[:, 4:6], merged[:, 6:]
+    starts = torch.zeros(20, dtype=torch.int32)
+    sliced = window_attention(q, k, v, starts, 0, 0.25)
+    copied = window_attention(q.contiguous(), k.contiguous(), v.contiguous(), starts, 0, 0.25)
+    assert all(torch.equal(a, b) for a, b in zip(sliced, copied, strict=True))
+    with pytest.raises(ValueError, match="q of strides"):
+        window_attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, starts, 0, 0.25)
+    with pytest.raises(ValueError, match="window ends"):
+        window_attention(q, k, v, starts, 1, 0.25)
+
+
+def check_refusals(other: torch.dtype) -> None:
+    """Paged attention refuses tables, caches of an `other` dtype and heads that don't fit."""
+    q, k, v, tables, starts, lengths, scale = paged_case([4], [1], (2, 1, 16), torch.float32)
+    with pytest.raises(ValueError, match="block_tables"):
+        paged_attention(q, k, v, tables.long(), starts, lengths, scale)
+    with pytest.raises(ValueError, match="k_cache"):
+        paged_attention(q, k.to(other), v, tables, starts, lengths, scale)
+    with pytest.raises(ValueError, match="multiple"):
+        paged_attention(
+            q.repeat(1, 2, 1)[:, :3], k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1), tables, starts, lengths, 1.0
+        )

@@ -5,7 +5,15 @@ import torch
 
 from coserve.kernels.paged_attention import paged_attention
 from coserve.kernels.window_attention import window_attention, window_attention_backward
-from tests.kernels.attention_cases import check_window, in_windows, paged_case, sliding, stream
+from tests.kernels.attention_cases import (
+    check_column_slices,
+    check_refusals,
+    check_window,
+    in_windows,
+    paged_case,
+    sliding,
+    stream,
+)
 from tests.kernels.oracle import DTYPES, check, error, ints
 
 WINDOWS = [
@@ -81,18 +89,11 @@ def test_paged_row_does_not_depend_on_its_batch(isa: str) -> None:
         assert torch.equal(alone, whole[begin:end])
 
 
-def test_paged_attention_refuses_wrong_tables() -> None:
-    q, k, v, tables, starts, lengths, scale = paged_case([4], [1], (2, 1, 16), torch.float32)
-    with pytest.raises(ValueError, match="block_tables"):
-        paged_attention(q, k, v, tables.long(), starts, lengths, scale)
-    with pytest.raises(ValueError, match="k_cache"):
-        paged_attention(q, k.bfloat16(), v, tables, starts, lengths, scale)
+def test_paged_attention_refuses_what_does_not_fit() -> None:
+    check_refusals(torch.bfloat16)
+    q, k, v, *tables, scale = paged_case([4], [1], (2, 1, 16), torch.float32)
     with pytest.raises(ValueError, match="scale"):
-        paged_attention(q, k, v, tables, starts, lengths, -scale)
-    with pytest.raises(ValueError, match="multiple"):
-        paged_attention(
-            q.repeat(1, 2, 1)[:, :3], k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1), tables, starts, lengths, 1.0
-        )
+        paged_attention(q, k, v, *tables, -scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -180,13 +181,4 @@ def test_window_backward_does_not_depend_on_threads() -> None:
 
 
 def test_window_attention_takes_column_slices(isa: str) -> None:
-    merged = torch.randn(20, 8, 16)
-    q, k, v = merged[:, :4], merged[:, 4:6], merged[:, 6:]
-    starts = torch.zeros(20, dtype=torch.int32)
-    sliced = window_attention(q, k, v, starts, 0, 0.25)
-    copied = window_attention(q.contiguous(), k.contiguous(), v.contiguous(), starts, 0, 0.25)
-    assert all(torch.equal(a, b) for a, b in zip(sliced, copied, strict=True))
-    with pytest.raises(ValueError, match="q of strides"):
-        window_attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, starts, 0, 0.25)
-    with pytest.raises(ValueError, match="window ends"):
-        window_attention(q, k, v, starts, 1, 0.25)
+    check_column_slices()

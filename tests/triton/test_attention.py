@@ -6,7 +6,15 @@ import torch
 from coserve.kernels.paged_attention import paged_attention
 from coserve.kernels.triton import paged_attention as paged
 from coserve.kernels.window_attention import window_attention, window_attention_backward
-from tests.kernels.attention_cases import check_window, in_windows, paged_case, sliding, stream
+from tests.kernels.attention_cases import (
+    check_column_slices,
+    check_refusals,
+    check_window,
+    in_windows,
+    paged_case,
+    sliding,
+    stream,
+)
 from tests.kernels.oracle import INTERPRETED_DTYPES, check, ints
 
 ROUNDED = 2e-3  # where weights and slopes are rounded to fp16
@@ -75,17 +83,10 @@ def test_no_rows_are_no_work() -> None:
 
 
 def test_paged_attention_refuses_what_does_not_fit() -> None:
-    q, k, v, tables, starts, lengths, scale = paged_case([4], [1], (2, 1, 16), torch.float32)
-    with pytest.raises(ValueError, match="block_tables"):
-        paged_attention(q, k, v, tables.long(), starts, lengths, scale)
-    with pytest.raises(ValueError, match="k_cache"):
-        paged_attention(q, k.half(), v, tables, starts, lengths, scale)
+    check_refusals(torch.float16)
+    q, k, v, *tables = paged_case([4], [1], (2, 1, 16), torch.float32)
     with pytest.raises(ValueError, match="q of strides"):
-        paged_attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, tables, starts, lengths, scale)
-    with pytest.raises(ValueError, match="multiple"):
-        paged_attention(
-            q.repeat(1, 2, 1)[:, :3], k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1), tables, starts, lengths, 1.0
-        )
+        paged_attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, *tables)
 
 
 @pytest.mark.parametrize("dtype", INTERPRETED_DTYPES)
@@ -121,16 +122,9 @@ def test_windows_cut_at_tiles_give_the_same_bits(window: int) -> None:
 
 
 def test_window_attention_takes_column_slices() -> None:
-    merged = torch.randn(20, 8, 16)
-    q, k, v = merged[:, :4], merged[:, 4:6], merged[:, 6:]
-    starts = torch.zeros(20, dtype=torch.int32)
-    sliced = window_attention(q, k, v, starts, 0, 0.25)
-    copied = window_attention(q.contiguous(), k.contiguous(), v.contiguous(), starts, 0, 0.25)
-    assert all(torch.equal(a, b) for a, b in zip(sliced, copied, strict=True))
-    with pytest.raises(ValueError, match="q of strides"):
-        window_attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, starts, 0, 0.25)
-    with pytest.raises(ValueError, match="window ends"):
-        window_attention(q, k, v, starts, 1, 0.25)
+    check_column_slices()
+    q, k, starts = torch.randn(20, 4, 16), torch.randn(20, 2, 16), torch.zeros(20, dtype=torch.int32)
+    o, lse = window_attention(q, k, k, starts, 0, 0.25)
     dk = torch.zeros(20, 2, 32)[..., :16]
     with pytest.raises(ValueError, match="dk of strides"):
-        window_attention_backward(q, q, *sliced, k, v, starts, 0, 0.25, dk, dk)
+        window_attention_backward(q, q, o, lse, k, k, starts, 0, 0.25, dk, dk)

@@ -8,7 +8,8 @@ import torch
 from coserve.kernels.cross_entropy import logit_gradient_, token_scores
 from coserve.kernels.triton import cross_entropy as file
 from coserve.kernels.triton.tuning import override
-from tests.kernels.oracle import INTERPRETED_DTYPES, check
+from tests.kernels.oracle import INTERPRETED_DTYPES
+from tests.kernels.test_loss import check_scores
 
 SMALL = {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
 
@@ -17,18 +18,8 @@ SMALL = {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
 @pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
 @pytest.mark.parametrize("soft_cap", [0.0, 4.0])
 def test_scores_and_gradient(C: int, V: int, dtype: torch.dtype, soft_cap: float) -> None:
-    logits, targets = (5 * torch.randn(C, V)).to(dtype), torch.randint(0, V, (C,))
-    weight, uniform = torch.randn(C), torch.rand(C) * (torch.arange(C) % 2)
-    if soft_cap:
-        logits = (soft_cap * torch.tanh(logits / soft_cap)).to(dtype)
-
-    def run(logits):  # type: ignore[no-untyped-def]
-        scores = token_scores(logits, targets)
-        logit_gradient_(logits, targets, scores.lse_C, weight, uniform, soft_cap)
-        return *(score.float() for score in scores), logits
-
     with override(file.TUNED, SMALL):
-        check(run, logits)
+        check_scores(C, V, dtype, soft_cap)
 
 
 def test_scores_of_extreme_logits() -> None:
