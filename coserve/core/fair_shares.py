@@ -41,6 +41,10 @@ class FairShares:
             if not self.contended:
                 self._served = dict.fromkeys(self._requests, 0.0)
 
+    def is_alone(self, tenant: str) -> bool:
+        """No other tenant has requests."""
+        return self._requests.keys() <= {tenant}
+
     def charge(self, request: Request, tokens: int) -> None:
         """A request was served so many tokens."""
         self._served[request.tenant] += tokens / request.weight

@@ -7,6 +7,7 @@ goes to training. All decisions are made here, from plain numbers; time is passe
 from __future__ import annotations
 
 import itertools
+from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -79,7 +80,10 @@ class Scheduler:
 
     def ahead_of(self, request: Request) -> list[Request]:
         """Those waiting whose turn comes before that of a request that isn't here yet."""
-        waiting = sorted((*self.waiting, request), key=_order)
+        place = bisect(self.waiting, request.order, key=_order)
+        if self.shares.is_alone(request.tenant):
+            return self.waiting[:place]
+        waiting = (*self.waiting[:place], request, *self.waiting[place:])
         return list(itertools.takewhile(lambda r: r is not request, self.shares.in_turn(waiting)))
 
     def add(self, request: Request) -> None:
