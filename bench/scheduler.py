@@ -1,6 +1,6 @@
-"""What deciding costs: a decoding step's `schedule` and `commit`, plain and with classes and tenants; admission.
+"""What deciding costs: `schedule` and `commit` of a decoding step, plain and with classes and tenants.
 
-No model and no clock: steps are said to take 10 ms. The best of many counts.
+Admission too. No model and no clock: steps are said to take 10 ms. The best of many counts.
 """
 
 from __future__ import annotations

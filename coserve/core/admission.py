@@ -95,7 +95,7 @@ class Admission:
     def least_targets(self) -> LatencyTargets | None:
         """The targets that one request alone on the device could be held to; None while nobody knows."""
         scheduler = self.scheduler
-        if scheduler.steps_with_inference < KNOWN_AFTER:
+        if scheduler.model.observations < KNOWN_AFTER:
             return None
         first = scheduler.model.predict_inference(LEAST_PROMPT_TOKENS, LEAST_PROMPT_TOKENS)
         return LatencyTargets(

@@ -216,6 +216,11 @@ class LatencyModel:
         self._errors.extend(state.errors)
 
     @property
+    def observations(self) -> int:
+        """Steps with inference that it has learnt from, here or before a restart."""
+        return self._inference.count
+
+    @property
     def trained(self) -> bool:
         """Enough steps were seen for predictions to mean something."""
         return self._inference.count >= 8

@@ -74,7 +74,7 @@ class Scheduler:
         self._num_finished = 0
         self._adapter_ready = adapter_ready
         self._adapter_released = adapter_released
-        self.steps_with_inference = 0
+        self._steps_with_inference = 0
 
     # ------------------------------------------------------------------ requests in and out
 
@@ -217,8 +217,8 @@ class Scheduler:
         if plan.inference:
             alone = self.model.predict_inference(plan.inference_tokens, plan.context_tokens)
             plan.inference_alone = plan.predicted = alone
-            self.steps_with_inference += 1
-            probing = not self.model.trained or self.steps_with_inference % PROBE_EVERY == 0
+            self._steps_with_inference += 1
+            probing = not self.model.trained or self._steps_with_inference % PROBE_EVERY == 0
             if probing or not self.training.has_work:
                 return
             # Whoever can't begin in this step waits for all that comes before, training too.
@@ -241,16 +241,12 @@ class Scheduler:
     def training_budget(self, alone: float, now: float) -> float:
         """Seconds of training that every request's target leaves in a step whose inference takes `alone`.
 
-        None while one with a target for its first token waits for a place, or lately was refused: places come
-        free sooner without.
+        None after somebody was refused for a target: places come free sooner without.
         """
-        if now < self.pressed_until or self._waits_with_target():
+        if now < self.pressed_until:
             return 0.0
         guard = self.model.guard
         return min(d.targets.training_budget(alone, guard, d.wait) for d in self.demands(now))
-
-    def _waits_with_target(self) -> bool:
-        return self.left_waiting and any((r.targets or self.targets).ttft > 0.0 for r in self.waiting)
 
     def demands(self, now: float) -> list[Demand]:
         """What the requests ask of a step: one demand for each set of targets among them."""
