@@ -21,6 +21,7 @@ from typing import Any
 import common
 import traces
 from simulation.device import DEVICES, SHAPES, CostModel
+from simulation.engine import Beside
 from simulation.plots import Column, draw
 from simulation.server import Outcome, Simulator, TrainingJob, saturation
 
@@ -28,7 +29,7 @@ from coserve.core.slo import AUTO_FLOOR, AUTO_RATIO, LatencyTargets
 from coserve.errors import ConfigError
 
 LOADS = (0.25, 0.5, 0.75, 0.95)
-SATURATING = 2000  # requests of the flood at most
+SATURATING = 1200  # requests of the flood at most
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset(512, 128, 512, 600.0),
-    "h200": Preset(8192, 1024, 2048, 120.0),
-    "4xh200": Preset(8192, 1024, 2048, 120.0),
+    "h200": Preset(8192, 1024, 2048, 60.0),
+    "4xh200": Preset(8192, 1024, 2048, 60.0),
 }
 
 
@@ -68,7 +69,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--adapters", type=int, default=0, help="adapters that requests draw from (Zipf)")
     parser.add_argument("--max-loras", type=int, default=16, help="of them on the device")
     parser.add_argument("--max-num-seqs", type=int, default=256)
-    parser.add_argument("--units-beside", type=int, help="backward units beside a forward")
+    beside = "what if: backward units beside the forward (default: one on a GPU, as the engine)"
+    parser.add_argument("--beside", choices=[b.value for b in Beside], help=beside)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--plot", type=Path, help="write a PNG of latencies, share and queue")
     parser.add_argument("--seed", type=int, default=0)
@@ -87,8 +89,8 @@ def options() -> argparse.Namespace:
 def simulator(how: argparse.Namespace, jobs: int, tpot: float = 0.0) -> Simulator:
     """A fresh server with a TPOT target in seconds."""
     device = DEVICES[how.device]
-    if how.units_beside is not None:
-        device = replace(device, units_beside=how.units_beside)
+    if how.beside:
+        device = replace(device, beside=Beside(how.beside))
     tokens = PRESETS[how.device].microbatch
     return Simulator(
         device,
@@ -112,6 +114,7 @@ def describe(outcome: Outcome) -> dict[str, Any]:
         "served": len(outcome.served),
         "unfinished": outcome.unfinished,
         "requests_per_second": len(outcome.served) / outcome.seconds,
+        "generated_tokens_per_second": outcome.generated_tokens / outcome.seconds,
         "trained_tokens_per_second": sum(outcome.trained_tokens.values()) / outcome.seconds,
         "ttft_ms_p50_p99": quantiles(outcome.ttfts),
         "tpot_ms_p50_p99": quantiles(outcome.tpots),
@@ -127,8 +130,8 @@ def describe(outcome: Outcome) -> dict[str, Any]:
 def arithmetic(how: argparse.Namespace, outcome: Outcome) -> float:
     """The part of the device's arithmetic that the requests took (were no prefix cached)."""
     costs = CostModel(DEVICES[how.device], SHAPES[how.shape])
-    served = [(s.arrival.prompt_tokens, s.arrival.output_tokens) for s in outcome.served]
-    return sum(costs.request_seconds(*lengths) for lengths in served) / outcome.seconds
+    begun = [s for s in (*outcome.served, *outcome.pending) if s.tokens]
+    return sum(costs.request_seconds(s.arrival.prompt_tokens, s.tokens) for s in begun) / outcome.seconds
 
 
 def tell(row: dict[str, Any], alone: float) -> str:
@@ -145,7 +148,7 @@ def measure(how: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Column]
     caps = how.prompt_tokens, how.output_tokens
     arrivals = traces.load(how.trace, max(how.seconds, 3600.0), how.seed, *caps)
     arrivals = traces.capped(arrivals, *caps)
-    limit = saturation(simulator(how, 0), arrivals[:SATURATING])
+    limit, token_limit = saturation(simulator(how, 0), arrivals[:SATURATING])
     alone = describe(simulator(how, how.jobs).run([], how.seconds))
     rows: list[dict[str, Any]] = [{"load": 0.0, "arrangement": "training alone", **alone}]
     columns: list[Column] = []
@@ -172,7 +175,7 @@ def measure(how: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Column]
         ]
         row = pair[1]
         row["eta"] = row["trained_tokens_per_second"] / alone["trained_tokens_per_second"]
-        row["u"] = row["eta"] + row["requests_per_second"] / limit
+        row["u"] = row["eta"] + row["generated_tokens_per_second"] / token_limit
         row["u_most"] = row["u"] - row["eta"] + max(0.0, 1.0 - arithmetic(how, serving))
         row["rho"] = row["itl_ms_p50_p99"][1] / max(pair[0]["itl_ms_p50_p99"][1], 1e-9)
         rows += pair

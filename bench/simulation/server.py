@@ -88,7 +88,7 @@ class Outcome:
 
     seconds: float
     served: list[Served]
-    unfinished: int
+    pending: list[Served]  # arrived and not done
     trained_tokens: dict[str, int]
     steps: int
     training_seconds: float
@@ -97,6 +97,16 @@ class Outcome:
     waits: list[float]  # from an arrival to the step that could take it in
     preemptions: int
     evictions: int
+
+    @property
+    def unfinished(self) -> int:
+        """How many requests were in hand at the end."""
+        return len(self.pending)
+
+    @property
+    def generated_tokens(self) -> int:
+        """Of all requests."""
+        return sum(served.tokens for served in (*self.served, *self.pending))
 
     def quantile(self, values: Sequence[float], q: float) -> float:
         """Of a list that need not be ordered; 0 of none."""
@@ -260,7 +270,7 @@ class Simulator(SimulatedEngine):
         return Outcome(
             seconds=self.now,
             served=self._done,
-            unfinished=len(self._served),
+            pending=list(self._served.values()),
             trained_tokens=self._trained,
             steps=steps,
             training_seconds=self.training_seconds,
@@ -294,13 +304,16 @@ class Simulator(SimulatedEngine):
                 self._begin(job)
 
 
-def saturation(simulator: Simulator, arrivals: Sequence[Arrival]) -> float:
-    """Requests a second that the server completes while more of them wait: all arrive at once, and as many
-    as run together are left out at both ends where there are enough."""
+def saturation(simulator: Simulator, arrivals: Sequence[Arrival]) -> tuple[float, float]:
+    """Requests and generated tokens a second that the server completes while more of them wait: all arrive at
+    once, and as many as run together are left out at both ends where there are enough."""
     flood = [Arrival(0.0, a.prompt_tokens, a.output_tokens, a.client, a.prefix) for a in arrivals]
     outcome = simulator.run(flood, math.inf)
-    ends = sorted(served.last for served in outcome.served)
+    done = sorted(outcome.served, key=lambda served: served.last)
     edge = max(sample.running for sample in outcome.samples)
-    if len(ends) < 3 * edge:
-        return len(ends) / outcome.seconds
-    return (len(ends) - 2 * edge) / (ends[-edge - 1] - ends[edge - 1])
+    begin, seconds = 0.0, outcome.seconds
+    if len(done) >= 3 * edge:
+        begin, seconds = done[edge - 1].last, done[-edge - 1].last
+        done = done[edge:-edge]
+    tokens = sum(served.tokens for served in done)
+    return len(done) / (seconds - begin), tokens / (seconds - begin)
