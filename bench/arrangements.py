@@ -15,7 +15,7 @@ from typing import Any
 from replay import Answer, Traffic, describe, replay
 from servers import MODEL, Server, start_coserve, start_vllm
 from traces import Arrival
-from trainers import Metrics, PeftScript, Trainer, bucket_quantile
+from trainers import CoserveJob, Metrics, PeftScript, Trainer, bucket_quantile
 
 ERROR = "coserve_step_prediction_error_ratio"
 POOL = "2GiB"  # ours, for KV and training's activations; the peer has 1 GiB for KV and trains outside of it
@@ -84,6 +84,13 @@ def coserve_server(model: Path, vocab: int, target_ms: float = 0.0) -> Iterator[
             server.stop()
 
 
+def coserve_job(server: Server, vocab: int, tokens: int) -> CoserveJob:
+    """A job past its first step on a server that has seen requests beside training."""
+    job = CoserveJob(server, vocab, tokens)
+    replay(server.port, MODEL, vocab, WARM)
+    return job
+
+
 @contextmanager
 def vllm_server(model: Path, vocab: int, *, apart: bool) -> Iterator[Server]:
     """The peer's server, warm, on all cores or its half of them."""
@@ -112,7 +119,7 @@ def settle(port: int) -> None:
     deadline = time.perf_counter() + SETTLED_WITHIN
     while time.perf_counter() < deadline:
         with suppress(OSError):
-            now = Metrics(port)
+            now = Metrics.of(port)
             if now("vllm:num_requests_running") + now("vllm:num_requests_waiting") == 0.0:
                 return
         time.sleep(0.25)
@@ -132,7 +139,7 @@ class Watch:
         """One look."""
         own = self._trainer.memory() if self._trainer else 0
         self._memory = max(self._memory, self._server.memory() + own)
-        self._errors.append(Metrics(self._server.port).buckets(ERROR))
+        self._errors.append(Metrics.of(self._server.port).buckets(ERROR))
         if self._trainer:
             self._moments.append((time.perf_counter(), self._trainer.progress()))
 

@@ -153,8 +153,8 @@ def serve_steps(folder: str, vocab: int, setting_json: str) -> None:
 
 
 def train_on(folder: str, vocab: int, setting_json: str) -> None:
-    """The process itself: step after step; a byte on the output for each decoder layer passed, forward or
-    backward, so that a slow step's progress can be told."""
+    """The process itself: step after step; a dot on the output for each decoder layer passed, forward or
+    backward, so that a slow step's progress can be told, and a line's end after each step."""
     setting = Setting(**json.loads(setting_json))
     base, step = prepare(folder, vocab, setting)
     output = sys.stdout.fileno()
@@ -170,3 +170,4 @@ def train_on(folder: str, vocab: int, setting_json: str) -> None:
         layer.register_forward_hook(passed)
     while True:
         step()
+        os.write(output, b"\n")

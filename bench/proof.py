@@ -13,7 +13,16 @@ from typing import Any
 
 import frontier
 import traces
-from arrangements import ARRANGEMENTS, Arrangement, coserve_server, measure, peft_script, settle, vllm_server
+from arrangements import (
+    ARRANGEMENTS,
+    Arrangement,
+    coserve_job,
+    coserve_server,
+    measure,
+    peft_script,
+    settle,
+    vllm_server,
+)
 from replay import Traffic, goodput, replay, tokens_between
 from servers import MODEL, Server
 from traces import Arrival
@@ -184,7 +193,7 @@ class Proof:
             for load in self.scale.loads:
                 self.attempt(f"serving alone at {load}", self.point, server, None, load, None, row)
             self.attempt("a lone request", self.lone_requests, server, "nothing")
-            job = CoserveJob(server, self.vocab, TOKENS)
+            job = coserve_job(server, self.vocab, TOKENS)
             self.train_alone("coserve", job, "automatic target")
             self.attempt("a lone request beside training", self.lone_requests, server, "training")
             for load in self.scale.loads:
@@ -200,7 +209,7 @@ class Proof:
     @contextmanager
     def _server_and_job(self, target_ms: float) -> Iterator[tuple[Server, CoserveJob]]:
         with coserve_server(self.model, self.vocab, target_ms) as server:
-            yield server, CoserveJob(server, self.vocab, TOKENS)
+            yield server, coserve_job(server, self.vocab, TOKENS)
 
     def with_target(self, target_ms: float, loads: tuple[float, ...]) -> None:
         """A server with that target and a job, alone and at these loads."""

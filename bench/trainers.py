@@ -18,7 +18,7 @@ import httpx
 from peft_peer import RANK, Setting, launch, samples
 from servers import MODEL, Server, proportional_memory
 
-STARTED_WITHIN = 300.0  # seconds until the first step is done
+STEP_WITHIN = 300.0  # seconds, of the first one with what comes before it
 ENDLESS = 1_000_000  # steps
 POLL = 0.25  # seconds
 
@@ -38,11 +38,16 @@ class Trainer(Protocol):
 class Metrics:
     """A server's /metrics: sums of samples by their names, over all labels or some."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, text: str) -> None:
+        self._lines = text.splitlines()
+
+    @classmethod
+    def of(cls, port: int) -> Metrics:
+        """What the server on that port says now."""
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         try:
             connection.request("GET", "/metrics")
-            self._lines = connection.getresponse().read().decode().splitlines()
+            return cls(connection.getresponse().read().decode())
         finally:
             connection.close()
 
@@ -69,6 +74,16 @@ def bucket_quantile(before: dict[float, float], after: dict[float, float], q: fl
     if not counts or counts[-1] <= 0.0:
         return None
     return next(bound for bound, count in zip(bounds, counts, strict=True) if count >= q * counts[-1])
+
+
+def half_done(forward: float, backward: float, tokens: int) -> float:
+    """Tokens of fine-tuning: whole microbatches of `tokens` gone backward, and half of what is forward only.
+
+    How far a backward has come isn't told: half of it is assumed, wrong by a quarter of a microbatch at
+    most. A forward whose memory was taken is owed again, and not counted twice.
+    """
+    ahead = min(max(0.0, forward - backward), tokens)
+    return backward + (0.75 * tokens if ahead == tokens else 0.5 * ahead)
 
 
 class CoserveJob:
@@ -106,21 +121,19 @@ class CoserveJob:
                     "training": training,
                 },
             )
-            deadline = time.perf_counter() + STARTED_WITHIN
-            while Metrics(server.port)("coserve_finetune_steps_total") < 1:
+            deadline = time.perf_counter() + STEP_WITHIN
+            while Metrics.of(server.port)("coserve_finetune_steps_total") < 1:
                 state = client.get(f"{url}/fine_tuning/jobs/{job['id']}").json()
                 if state["status"] in ("failed", "cancelled") or time.perf_counter() > deadline:
                     raise RuntimeError(f"the job is {state['status']}: {state.get('error')}")
                 time.sleep(POLL)
 
     def progress(self) -> float:
-        """Whole microbatches gone backward, and half of the tokens that are forward only. How far a backward
-        has come isn't told: half of it is assumed, which is wrong by a quarter of a step at most."""
-        now = Metrics(self._server.port)
+        """By the tokens gone forward and backward since the server began."""
+        now = Metrics.of(self._server.port)
         forward = now("coserve_finetune_tokens_total", 'kind="forward"')
         backward = now("coserve_finetune_tokens_total", 'kind="backward"')
-        ahead = min(max(0.0, forward - backward), self.tokens)  # work that was evicted is not counted twice
-        return backward + (0.75 if ahead == self.tokens else 0.5 * ahead / self.tokens) * self.tokens
+        return half_done(forward, backward, self.tokens)
 
     def memory(self) -> int:
         """It lives in the server's processes."""
@@ -138,8 +151,8 @@ class PeftScript:
     ) -> None:
         self.tokens = tokens
         layers = int(json.loads((model / "config.json").read_text())["num_hidden_layers"])
-        self._a_mark = tokens / (2 * layers)
-        self._marks = 0
+        self._marks_a_step = 2 * layers
+        self._steps = self._marks = 0
         self._process = launch(
             "train_on",
             model,
@@ -157,7 +170,7 @@ class PeftScript:
             if nice:
                 with suppress(OSError):  # a kernel that doesn't group by sessions has no such file
                     Path(f"/proc/{self._process.pid}/autogroup").write_text(str(nice))
-            deadline = time.perf_counter() + STARTED_WITHIN
+            deadline = time.perf_counter() + STEP_WITHIN
             while self.progress() < tokens:
                 if time.perf_counter() > deadline:
                     raise RuntimeError("the peer's trainer has not done a step")
@@ -167,13 +180,15 @@ class PeftScript:
             raise
 
     def progress(self) -> float:
-        """By the decoder layers passed, forward and backward."""
+        """Whole steps, and the one under way by the decoder layers passed, forward and backward."""
         with suppress(BlockingIOError):
             while marks := os.read(self._pipe, 1 << 16):
-                self._marks += len(marks)
+                *ended, under_way = marks.split(b"\n")
+                self._marks = len(under_way) + (0 if ended else self._marks)
+                self._steps += len(ended)
         if self._process.poll() is not None:
             raise RuntimeError(f"the peer's trainer ended with code {self._process.returncode}")
-        return self._marks * self._a_mark
+        return (self._steps + min(1.0, self._marks / self._marks_a_step)) * self.tokens
 
     def memory(self) -> int:
         """Bytes of its process."""
@@ -191,8 +206,10 @@ def rate_of_whole_steps(trainer: Trainer, seconds: float) -> float:
     """Tokens/s from the end of one step to the end of another, at least `seconds` later."""
 
     def next_step() -> float:
-        done = trainer.progress() // trainer.tokens
+        done, deadline = trainer.progress() // trainer.tokens, time.perf_counter() + STEP_WITHIN
         while trainer.progress() // trainer.tokens == done:
+            if time.perf_counter() > deadline:
+                raise RuntimeError(f"training stands still: no step in {STEP_WITHIN:.0f} s")
             time.sleep(POLL)
         return time.perf_counter()
 

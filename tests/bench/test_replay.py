@@ -167,3 +167,20 @@ def test_the_table_has_a_line_for_each_point() -> None:
     header, rule, line = frontier.table(rows).splitlines()
     assert header.count("|") == rule.count("|") == line.count("|") == len(frontier.COLUMNS) + 1
     assert line == "| coserve, target 65 ms | 50% | 72 | 0.46 |  |  |  | 12/ | 12/ | 12/ | 3.0 |"
+
+
+def test_fine_tuned_tokens_from_what_went_forward_and_backward() -> None:
+    assert trainers.half_done(1024 + 256, 1024, 512) == 1024 + 128
+    assert trainers.half_done(1024 + 512, 1024, 512) == 1024 + 384  # somewhere in its backward
+    assert trainers.half_done(1024 + 900, 1024, 512) == 1024 + 384  # some of it went forward twice
+    assert trainers.half_done(1024, 1024, 512) == 1024
+
+
+def test_samples_are_summed_over_labels() -> None:
+    metrics = trainers.Metrics(
+        'tokens_total{kind="forward"} 5.0\ntokens_total{kind="backward"} 3.0\ntokens_total_created 9.0\n'
+        'steps_total 4.0\nerror_bucket{le="0.1"} 2.0\nerror_bucket{engine="0",le="+Inf"} 7.0\n'
+    )
+    assert metrics("tokens_total") == 8.0 and metrics("tokens_total", 'kind="forward"') == 5.0
+    assert metrics("steps_total") == 4.0 and metrics("absent") == 0.0
+    assert metrics.buckets("error") == {0.1: 2.0, float("inf"): 7.0}
