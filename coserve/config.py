@@ -20,6 +20,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     `kv_cache_memory_bytes` 0 derives the pool's size from `gpu_memory_utilization` of the free memory.
     `max_num_queued_reqs` bounds the requests that wait for a place in a step; 0: any number may.
     `latency_file` holds what was learnt of this machine's costs at the last start, if it is there.
+    `min_training_share` is what jobs get of the time at least, 0 to 0.9, whatever the latency targets.
     `deterministic` asks a GPU for products whose rows don't depend on the batch; a CPU's never do.
     """
 
@@ -40,6 +41,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_cpu_loras: int = 128
     slo_tpot_ms: float = 0.0
     slo_ttft_ms: float = 0.0
+    min_training_share: float = 0.0
     deterministic: bool = False
     seed: int = 0
     log_file: str = ""

@@ -53,6 +53,7 @@ def serve(
     shutdown_timeout: flags.ShutdownTimeout = 25.0,
     slo_ttft_ms: flags.SloTtftMs = 0.0,
     slo_tpot_ms: flags.SloTpotMs = 0.0,
+    min_training_share: flags.MinTrainingShare = 0.0,
     deterministic: flags.Deterministic = False,
     seed: flags.Seed = 0,
 ) -> None:

@@ -58,6 +58,9 @@ StateDir = Annotated[str, typer.Option(metavar="DIR", help="Where files, jobs an
 ShutdownTimeout = Annotated[float, typer.Option(min=0.0, help="Seconds that running streams get on SIGTERM.")]
 SloTtftMs = Annotated[float, typer.Option(min=0.0, help="Target for the first token; 0 is automatic.")]
 SloTpotMs = Annotated[float, typer.Option(min=0.0, help="Target for each further token; 0 is automatic.")]
+MinTrainingShare = Annotated[
+    float, typer.Option(min=0.0, max=0.9, help="Of the time, for jobs whatever the targets; 0 is none.")
+]
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="On a GPU: the same bits whatever shares the batch.")
 ]

@@ -14,7 +14,7 @@ from coserve.core.slo import LEAST_PROMPT_TOKENS, SAFETY, LatencyTargets
 from coserve.errors import QueueFull, TargetOutOfReach
 
 PRESSED, MOST_PRESSED = 0.5, 5.0  # seconds after a refusal without training beside requests
-RATIOS = 64  # first tokens by which predictions are judged
+RATIOS, LATELY = 64, 30.0  # first tokens by which predictions are judged, of so many seconds
 KNOWN_AFTER = 64  # steps with inference; the first ones are slower than those that follow
 
 
@@ -23,9 +23,10 @@ class Admission:
 
     def __init__(self, scheduler: Scheduler, max_queued: int = 0) -> None:
         self.scheduler = scheduler
+        self._stretch = 1.0 + scheduler.least_training
         self.max_queued = max_queued
         self._expected: deque[tuple[Request, float, float]] = deque()  # let in, when expected, its own prompt
-        self._ratios: deque[float] = deque(maxlen=RATIOS)
+        self._ratios: deque[tuple[float, float]] = deque(maxlen=RATIOS)  # when, and how late
 
     def check(self, request: Request, now: float) -> None:
         """Raise QueueFull, or TargetOutOfReach when the requests ahead leave its first token no time.
@@ -41,7 +42,7 @@ class Admission:
             return
         total, own = self.predict(request, now)
         waited = max(0.0, now - request.arrival)
-        queued = waited + max(0.0, total - own) * self._guard()
+        queued = waited + max(0.0, total - own) * self._guard(now)
         late = queued + (own if own <= target else 0.0) - target
         if late > 0.0:
             scheduler.pressed_until = max(
@@ -54,16 +55,20 @@ class Admission:
         if total > target / 4:
             self._expected.append((request, waited + total, own))
 
-    def _guard(self) -> float:
-        """By how much first tokens have lately come later than predicted (90th percentile), as a factor."""
+    def _guard(self, now: float) -> float:
+        """By how much first tokens have lately come later than predicted (90th percentile), as a factor. A
+        stall is forgotten after a while: those it keeps out could never show that it is over."""
         while self._expected:
             request, expected, own = self._expected[0]
             if request.scheduled_at is not None:
-                self._ratios.append((request.scheduled_at - request.arrival + own) / expected)
+                took = request.scheduled_at - request.arrival + own
+                self._ratios.append((request.scheduled_at, took / expected))
             elif not request.finished:
                 break
             self._expected.popleft()
-        ordered = sorted(self._ratios)
+        while self._ratios and self._ratios[0][0] < now - LATELY:
+            self._ratios.popleft()
+        ordered = sorted(ratio for _, ratio in self._ratios)
         return max(1.0 / SAFETY, ordered[int(0.9 * len(ordered))] if ordered else 0.0)
 
     def predict(self, request: Request, now: float) -> tuple[float, float]:
@@ -90,7 +95,7 @@ class Admission:
             total += idle_steps * model.predict_inference(len(rows), context)
         steps, rest = divmod(own, scheduler.limits.max_num_batched_tokens)
         alone = steps * model.predict_inference(scheduler.limits.max_num_batched_tokens, own)
-        return total, alone + model.predict_inference(rest, own)
+        return total * self._stretch, (alone + model.predict_inference(rest, own)) * self._stretch
 
     def least_targets(self) -> LatencyTargets | None:
         """The targets that one request alone on the device could be held to; None while nobody knows."""

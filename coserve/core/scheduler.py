@@ -27,13 +27,15 @@ from coserve.core.training_sequence import TILE
 @dataclass(frozen=True)
 class SchedulerLimits:
     """Per-step and per-server limits. `headroom` slabs are kept from training for requests to grow into;
-    training's forward can rest between any two of the model's `num_layers`."""
+    training's forward can rest between any two of the model's `num_layers`. Jobs have at least
+    `min_training_share` of the time, whatever the targets."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
     headroom: int
     num_layers: int = 1
+    min_training_share: float = 0.0
 
 
 class Scheduler:
@@ -72,6 +74,8 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._num_with_targets = 0
         self._num_finished = 0
+        share = limits.min_training_share * PROBE_EVERY / (PROBE_EVERY - 1)  # those that probe have none
+        self.least_training = share / (1.0 - share)  # seconds for each one of inference
         self._adapter_ready = adapter_ready
         self._adapter_released = adapter_released
         self._steps_with_inference = 0
@@ -223,7 +227,7 @@ class Scheduler:
                 return
             # Whoever can't begin in this step waits for all that comes before, training too.
             wanted = 0.0 if self.left_waiting or plan.preempted else self.training_budget(alone, now)
-            plan.training_budget = self.control.allow(wanted)
+            plan.training_budget = max(self.control.allow(wanted), self.least_training * alone)
         elif self.waiting and not self.training.has_work:
             return
         else:

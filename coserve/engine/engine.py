@@ -86,6 +86,7 @@ class Engine:
                 block_size=config.block_size,
                 headroom=max(4, num_blocks // 8),
                 num_layers=self.model_config.num_layers,
+                min_training_share=config.min_training_share,
             ),
             self.blocks,
             self.model,

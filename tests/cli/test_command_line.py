@@ -122,6 +122,7 @@ def test_a_model_directory_names_itself(tmp_path: Path) -> None:
         ("serve --slo-tpot-ms nan", 2, "--slo-tpot-ms"),
         ("serve --slo-ttft-ms inf", 2, "--slo-ttft-ms inf"),
         ("serve --slo-ttft-ms soon", 2, "--slo-ttft-ms"),
+        ("serve --min-training-share 1", 2, "--min-training-share"),
         ("serve --kv-cache-memory-bytes lots", 2, "--kv-cache-memory-bytes"),
         ("serve --lora-modules x", 2, "--lora-modules"),
         ("serve --adapter-root /no/such/dir", 2, "--adapter-root"),

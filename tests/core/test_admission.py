@@ -239,3 +239,27 @@ def test_training_comes_back_when_the_pressure_is_gone() -> None:
     while sim.now < refused_at + 5.5:
         sim.step()
     assert max(plan.training_budget for plan in sim.plans[-20:]) == pytest.approx(beside, rel=0.2)
+
+
+def test_a_stall_is_forgotten_though_it_keeps_out_those_who_would_show_that() -> None:
+    sim, admission = warmed(max_num_seqs=64)
+
+    def refused() -> bool:
+        try:
+            request = made(sim, f"r{sim.now}", 60, 1, targets=TARGET)
+            admission.check(request, sim.now)
+        except TargetOutOfReach:
+            return True
+        sim.scheduler.add(request)
+        return False
+
+    for number in range(2):
+        arrive(sim, f"ahead {number}", 60, 1)
+    assert not refused()
+    sim.now += 20.0
+    sim.run()
+    for number in range(2):
+        arrive(sim, f"ahead {number + 2}", 60, 1)
+    assert refused(), "the last first token came twenty seconds late"
+    sim.now += 31.0
+    assert not refused()

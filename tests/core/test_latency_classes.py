@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from coserve.core.scheduler import Scheduler
 from coserve.core.slo import LatencyTargets
 from tests.core.arrivals import arrive, warm
 from tests.core.simulation import Simulation
@@ -61,3 +64,23 @@ def test_classes_that_only_wait_do_not_hold_back_the_prompts_beside_others() -> 
     before = sim.scheduler.prompt_tokens(1, 9, sim.now)
     arrive(sim, "tight", 400, 4, targets=TIGHT)
     assert sim.scheduler.prompt_tokens(1, 9, sim.now) == before
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_jobs_have_their_least_share_whatever_the_target(share: float) -> None:
+    sim = Simulation(blocks=400, tpot=1e-3)
+    sim.scheduler = Scheduler(
+        replace(sim.scheduler.limits, min_training_share=share),
+        sim.pool,
+        sim.model,
+        sim.scheduler.targets,
+        sim.slots.unload,
+        sim.slots.unload,
+    )
+    warm(sim)
+    sim.job("job", [512] * 200, slabs=20)
+    arrive(sim, "reader", 8, 600)
+    start, trained = sim.now, sim.training_seconds
+    for _ in range(550):
+        sim.step()
+    assert (sim.training_seconds - trained) / (sim.now - start) == pytest.approx(share, rel=0.25)
