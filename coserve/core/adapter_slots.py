@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class AdapterSlot:
-    """An adapter's rows. `readers` counts the requests (and jobs) that use it now."""
+    """An adapter's rows. `readers` counts the requests (and jobs) that use it now. One with a `lender` reads
+    that adapter's rows for now; its own are set aside for when they part."""
 
     key: str
     rows: list[int]
     readers: int = 0
     pinned: bool = False
     doomed: bool = field(default=False)  # unloaded while in use: goes with its last reader
+    lender: str | None = None
 
 
 class AdapterSlots:
@@ -52,8 +54,9 @@ class AdapterSlots:
         return list(self._slots)
 
     def rows(self, key: str) -> list[int]:
-        """The adapter's row numbers, in rank order."""
-        return self._slots[key].rows
+        """The numbers of the rows that the adapter is read from, in rank order."""
+        slot = self._slots[key]
+        return slot.rows if slot.lender is None else self._slots[slot.lender].rows
 
     def allocate(self, key: str, rank: int, *, pinned: bool = False) -> tuple[AdapterSlot, list[str]] | None:
         """Rows for an adapter that has none, with the keys evicted for it; None while all are in use."""
@@ -67,6 +70,22 @@ class AdapterSlots:
         slot = AdapterSlot(key, [self._free_rows.pop() for _ in range(rank)], pinned=pinned)
         self._slots[key] = slot
         return slot, evicted
+
+    def borrow(self, key: str, lender: str) -> bool:
+        """Let a new key read the rows of `lender`, until they `part` or its last reader has gone; as many
+        rows are set aside. False while all rows are in use."""
+        got = self.allocate(key, len(self._slots[lender].rows))
+        if got is None:
+            return False
+        got[0].lender, got[0].doomed = lender, True
+        return True
+
+    def part(self, key: str) -> None:
+        """What `key` has borrowed becomes its own; its lender has the rows that were set aside."""
+        slot = self._slots[key]
+        assert slot.lender is not None
+        lender = self._slots[slot.lender]
+        slot.rows, lender.rows, slot.lender = lender.rows, slot.rows, None
 
     def acquire(self, key: str) -> AdapterSlot:
         """One more reader; the adapter becomes the most recently used."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
+from collections.abc import Iterable
 
 from coserve.core.prefix_cache import PrefixCache
 
@@ -84,6 +85,21 @@ class BlockPool:
                     self._is_free[block] = 1
                 else:
                     self._give_back(block, block + 1)
+
+    def known(self, keys: Iterable[bytes]) -> set[bytes]:
+        """Those of these contents that the prefix cache has."""
+        return set() if self.cache is None else {key for key in keys if self.cache.lookup(key) is not None}
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """Nobody will ask for these contents again: unused blocks that hold them are blank."""
+        if self.cache is None:
+            return
+        for key in keys:
+            block = self.cache.lookup(key)
+            if block is not None and block in self._idle:
+                del self._idle[block]
+                self.cache.remove(block)
+                self._give_back(block, block + 1)
 
     def longest_run(self) -> int:
         """Number of slabs of the largest extent that could be reserved now."""

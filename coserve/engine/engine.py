@@ -16,6 +16,7 @@ from coserve.core.adapter_slots import AdapterSlots
 from coserve.core.admission import Admission
 from coserve.core.block_pool import BlockPool
 from coserve.core.latency_model import LatencyModel
+from coserve.core.live_snapshots import LiveSnapshots
 from coserve.core.prefix_cache import PrefixCache
 from coserve.core.request import Request
 from coserve.core.scheduler import Scheduler, SchedulerLimits
@@ -75,6 +76,7 @@ class Engine:
         self.adapters = AdapterTiers(
             self.model_config, self.pool, self.slots, config.max_cpu_loras, self.decoder.head
         )
+        self.live = LiveSnapshots(self.slots, self.blocks)
         self.model = LatencyModel()
         self._setting = latency_file.setting(self.model_config, device, dtype)
         if config.latency_file:
@@ -107,6 +109,7 @@ class Engine:
             self.scheduler.training,
             self.model,
             self.outbox,
+            self.live,
             self.streams,
         )
         self.stats = StatsKeeper(self)
@@ -169,7 +172,7 @@ class Engine:
                 finish = request.append(sampled.token_id)
             outputs.append(self._output(request, result, finish))
             if finish is not None:
-                self.scheduler.finish(request)
+                self._finish(request)
         if outputs:
             self.send(m.StepOutputs(outputs=outputs))
 
@@ -193,7 +196,16 @@ class Engine:
             cached_tokens=request.num_cached_tokens,
             num_preemptions=request.num_preemptions,
             scheduled_at=request.scheduled_at if first else None,
+            snapshot=request.adapter if first and request.adapter in self.live else None,
         )
+
+    def _finish(self, request: Request) -> None:
+        self.scheduler.finish(request)
+        self._release_live(request)
+
+    def _release_live(self, request: Request) -> None:
+        if request.adapter is not None and request.adapter in self.live:
+            self.live.release(request.adapter, request.block_hashes)
 
     def _take_in_adapters(self) -> None:
         failed = self.adapters.poll() if self.adapters.is_loading else {}
@@ -201,7 +213,7 @@ class Engine:
             return
         for request in [r for r in self.scheduler.waiting if r.adapter in failed]:
             error = failed[request.adapter or ""]
-            self.scheduler.finish(request)
+            self._finish(request)
             self.outbox.refuse(request.sequence_id, error)
 
     # ------------------------------------------------------------------ messages
@@ -230,11 +242,18 @@ class Engine:
         ref = message.adapter
         if ref is not None:
             self.adapters.know(ref.digest, ref.name, ref.path)
+        adapter = ref.digest if ref else None
+        if message.live_job:
+            try:
+                adapter = self.jobs.read_live(message.live_job)
+            except CoserveError as error:
+                self.outbox.refuse(message.request_id, error)
+                return
         request = Request(
             message.request_id,
             message.prompt_token_ids,
             message.sampling,
-            adapter=ref.digest if ref else None,
+            adapter=adapter,
             priority=message.priority,
             targets=message.targets,
             tenant=message.tenant,
@@ -244,15 +263,14 @@ class Engine:
             max_model_len=self.max_model_len,
         )
         needed = -(-min(request.num_prompt_tokens + 1, self.max_model_len) // self.config.block_size)
-        if needed > self.blocks.num_blocks:
-            self.outbox.refuse(message.request_id, CoserveError(
-                "The prompt is larger than the server's KV cache.", code="context_length_exceeded"
-            ))
-            return
-        self.stats.arrived(message.arrival)
         try:
+            if needed > self.blocks.num_blocks:
+                reason = "The prompt is larger than the server's KV cache."
+                raise CoserveError(reason, code="context_length_exceeded")
+            self.stats.arrived(message.arrival)
             self.admission.check(request, time.time())
         except CoserveError as error:
+            self._release_live(request)
             self.outbox.refuse(message.request_id, error)
             return
         self.scheduler.add(request)
@@ -263,7 +281,7 @@ class Engine:
         for request_id in message.request_ids:
             request = self.scheduler.get(request_id)
             if request is not None:
-                self.scheduler.finish(request)
+                self._finish(request)
                 self.runner.forget(request)
                 ended.append(m.RequestOutput(request_id=request_id, finish_reason="abort"))
         if ended:

@@ -48,6 +48,7 @@ class LocalEngine:
         sampling: SamplingParams,
         adapter: m.AdapterRef | None = None,
         priority: int = 0,
+        live_job: str = "",
     ) -> None:
         """Queue a request; its tokens appear in `tokens`, its last output in `finished`."""
         self.engine.handle(
@@ -56,6 +57,7 @@ class LocalEngine:
                 prompt_token_ids=prompt,
                 sampling=sampling,
                 adapter=adapter,
+                live_job=live_job,
                 priority=priority,
                 arrival=time.time(),
             )

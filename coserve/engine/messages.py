@@ -32,14 +32,16 @@ class AdapterRef(msgspec.Struct, frozen=True):
 class AddRequest(Message):
     """Admit a request. The first output of a refused one is a `RequestOutput` with `error` set.
 
-    `targets` are its latency class's where those aren't the server's own, `tenant` (a key's digest) and
-    `weight` whose share it is served from.
+    `live_job` asks for the adapter of a job in training, as of its last committed step. `targets` are its
+    latency class's where those aren't the server's own, `tenant` (a key's digest) and `weight` whose share it
+    is served from.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     adapter: AdapterRef | None = None
+    live_job: str = ""
     priority: int = 0
     targets: LatencyTargets | None = None
     tenant: str = ""
@@ -131,6 +133,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     cached_tokens: int = 0
     num_preemptions: int = 0
     scheduled_at: float | None = None  # time.time() of the first step with a token of it; first output only
+    snapshot: str | None = None  # "JOB:live@STEP" that a live request reads; first output only
 
 
 class StepOutputs(Message):

@@ -63,9 +63,9 @@ class AdapterTiers:
         return any(known.loading is not None for known in self._known.values())
 
     def name(self, digest: str) -> str:
-        """The name an adapter was asked for by."""
+        """The name an adapter was asked for by; of a snapshot in training (core/live_snapshots.py) too."""
         known = self._known.get(digest)
-        return known.name if known else digest
+        return known.name if known else digest.partition("@")[0]
 
     def tiers(self) -> dict[str, str]:
         """Digest -> "device" or "host" for all that are not on disk only."""
@@ -97,7 +97,7 @@ class AdapterTiers:
         """True when the adapter is on the device, with one reference taken; else its load has begun."""
         if digest in self._slots or (digest in self._host and self._place(digest)):
             self._slots.acquire(digest)
-            if self._known[digest].unloaded:
+            if digest in self._known and self._known[digest].unloaded:
                 self._host.pop(digest, None)
             return True
         if digest not in self._host:

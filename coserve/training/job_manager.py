@@ -11,12 +11,14 @@ import logging
 import time
 from collections import ChainMap
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from msgspec.structs import replace
 
 from coserve.core.adapter_slots import AdapterSlots
 from coserve.core.latency_model import LatencyModel
+from coserve.core.live_snapshots import LiveSnapshots
 from coserve.core.step_plan import StepPlan
 from coserve.core.training_queue import TrainingQueue
 from coserve.core.training_sequence import TrainingSequence
@@ -71,11 +73,12 @@ class JobManager:
         queue: TrainingQueue,
         model: LatencyModel,
         listener: JobListener,
+        live: LiveSnapshots,
         streams: Streams | None = None,
     ) -> None:
         self.step_seconds = 0.0
         self._decoder, self._pool, self._slots, self._kv = decoder, pool, slots, kv
-        self._queue, self._model, self._listener = queue, model, listener
+        self._queue, self._model, self._listener, self._live = queue, model, listener, live
         self._streams = streams or InOrder()
         self._beside: Call | None = None
         self._jobs: dict[str, RunningJob] = {}
@@ -157,6 +160,18 @@ class JobManager:
         self._pending[index] = replace(self._pending[index], paused=paused)
         self._listener.status(job_id, "paused" if paused else "queued")
         self._start_pending()
+
+    def read_live(self, job_id: str) -> str:
+        """A request reads a job's adapter as of its last committed step: the key of that snapshot.
+
+        Raises FailedPrecondition when the job isn't in training or has no step yet, Unavailable when all rows
+        are in use.
+        """
+        job = self._jobs.get(job_id)
+        if job is None or job.step == 0:
+            lacks = "is not in training now" if job is None else "has not finished its first optimizer step"
+            raise FailedPrecondition(f"Job {job_id} {lacks}.", param="model", code="adapter_not_live")
+        return self._live.take(job_id, job.step)
 
     def checkpoint_all(self) -> None:
         """Make every job's last committed step durable (before the engine stops)."""
@@ -303,7 +318,8 @@ class JobManager:
             reference = RunningJob.reference_key(spec)
             rows, kept = self._slots.rows(spec.job_id), self._slots.rows(reference) if reference else None
             try:
-                job = RunningJob(spec, self._decoder, self._pool, rows, kept)
+                next_rows = partial(self._next_rows, spec.job_id)
+                job = RunningJob(spec, self._decoder, self._pool, rows, kept, next_rows)
             except Exception as error:
                 self._free_rows(spec)
                 self._listener.status(spec.job_id, "failed", _as_error(spec.job_id, error))
@@ -382,6 +398,7 @@ class JobManager:
         job_id = job.spec.job_id
         self._drop_step(job)
         del self._jobs[job_id]
+        self._live.part(job_id)
         self._free_rows(job.spec)
         result = job.result_path if status == "succeeded" else ""
         self._listener.status(job_id, status, error, result)
@@ -401,6 +418,11 @@ class JobManager:
         for key in taken:
             self._slots.acquire(key)
         return True
+
+    def _next_rows(self, job_id: str) -> list[int]:
+        """Where a job's next weights go: requests that read the last ones keep theirs."""
+        self._live.part(job_id)
+        return self._slots.rows(job_id)
 
     def _free_rows(self, spec: JobSpec) -> None:
         for key in (spec.job_id, RunningJob.reference_key(spec)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from msgspec.structs import replace
@@ -37,6 +37,7 @@ from coserve.worker.kv_tensors import KVTensors
 class RunningJob:
     """A job from its newest whole checkpoint on. `pool` and `rows` are where its compute weights live,
     `reference_rows` where those that it started from stay, for a job that has a `reference_key`.
+    `next_rows()` says where an optimizer step's new weights go: other rows while requests read the old ones.
 
     Raises InvalidRequest or ConfigError when its data or settings don't hold.
     """
@@ -48,11 +49,13 @@ class RunningJob:
         pool: AdapterPool,
         rows: list[int],
         reference_rows: list[int] | None = None,
+        next_rows: Callable[[], list[int]] | None = None,
     ) -> None:
         self.spec = spec
         self.paused = False
         self.device_seconds = 0.0
         self._decoder, self._pool, self._rows = decoder, pool, rows
+        self._next_rows = next_rows or (lambda: rows)
         self._rows_by_key = {spec.job_id: rows}
         dataset = TokenDataset.open(spec.data_path)
         check_data(spec.method, dataset.pairs)
@@ -266,7 +269,7 @@ class RunningJob:
         norm = self._optimizer.step(learning_rate)
         if not bool(self._adapter.parameters.isfinite().all()):
             raise diverged(batch.step, "its update overflows the weights", self.kept)
-        self._adapter.write_rows(self._pool, self._rows)
+        self._write_rows()
         self.step, self.last_loss = batch.step, loss
         seconds = time.perf_counter() - self._began
         return StepMetrics(
@@ -283,6 +286,15 @@ class RunningJob:
             share=min(1.0, self.device_seconds / seconds),
             time=time.time(),
         )
+
+    def _write_rows(self) -> None:
+        """The step's weights into the pool: in place unless somebody reads there."""
+        rows = self._next_rows()
+        if rows == self._rows:
+            self._adapter.write_rows(self._pool, rows)
+        else:
+            self._rows = self._rows_by_key[self.spec.job_id] = rows
+            self._adapter.place(self._pool, rows)
 
     def remarks(self, metrics: StepMetrics) -> list[tuple[str, str]]:
         """(level, text) of what is to be said of a step that is over; once for each."""
