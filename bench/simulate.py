@@ -21,7 +21,6 @@ from typing import Any
 import common
 import traces
 from simulation.device import DEVICES, SHAPES, CostModel
-from simulation.engine import Beside
 from simulation.plots import Column, draw
 from simulation.server import Outcome, Simulator, TrainingJob, saturation
 
@@ -69,8 +68,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--adapters", type=int, default=0, help="adapters that requests draw from (Zipf)")
     parser.add_argument("--max-loras", type=int, default=16, help="of them on the device")
     parser.add_argument("--max-num-seqs", type=int, default=256)
-    beside = "what if: backward units beside the forward (default: one on a GPU, as the engine)"
-    parser.add_argument("--beside", choices=[b.value for b in Beside], help=beside)
+    beside = "what if: backward calls of a step beside its forward (default: one on a GPU, as the engine)"
+    parser.add_argument("--calls-beside", type=int, help=beside)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--plot", type=Path, help="write a PNG of latencies, share and queue")
     parser.add_argument("--seed", type=int, default=0)
@@ -89,8 +88,8 @@ def options() -> argparse.Namespace:
 def simulator(how: argparse.Namespace, jobs: int, tpot: float = 0.0) -> Simulator:
     """A fresh server with a TPOT target in seconds."""
     device = DEVICES[how.device]
-    if how.beside:
-        device = replace(device, beside=Beside(how.beside))
+    if how.calls_beside is not None:
+        device = replace(device, calls_beside=how.calls_beside)
     tokens = PRESETS[how.device].microbatch
     return Simulator(
         device,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from simulation.engine import Beside
-
 from coserve.core.span import InferenceSpan, TrainingSpan
 from coserve.models.config import ModelConfig
 
@@ -16,8 +14,8 @@ BYTES = 2  # of a weight and of a cached element: bf16
 @dataclass(frozen=True)
 class Device:
     """`flops` and `bandwidth` are what products and weight streams reach, not data sheets; `memory` is bytes,
-    `overhead` the seconds of a step outside of them. `beside` says which backward units run on a stream of
-    their own beside the step's forward, in the arithmetic that it leaves idle. A step's time varies by a
+    `overhead` the seconds of a step outside of them. a step's first `calls_beside` backward calls run on
+    a stream of their own beside the forward, in the arithmetic that it leaves idle. A step's time varies by a
     lognormal factor of deviation `noise`. `link` and `disk` are the bytes a second from host memory to the
     device and from files to host memory."""
 
@@ -26,7 +24,7 @@ class Device:
     bandwidth: float
     memory: float
     overhead: float
-    beside: Beside = Beside.NONE
+    calls_beside: int = 0
     noise: float = 0.03
     link: float = 10e9
     disk: float = 1e9
@@ -41,8 +39,8 @@ class Device:
 # spent between them: the engine has no tensor parallelism, this is for planning alone.
 DEVICES = {
     "cpu": Device("cpu", 0.42e12, 28e9, 20e9, 2e-3),
-    "h200": Device("h200", 690e12, 3.9e12, 141e9, 6e-4, beside=Beside.ONE, link=40e9, disk=3e9),
-    "4xh200": Device("4xh200", 2208e12, 12.5e12, 564e9, 1.5e-3, beside=Beside.ONE, link=160e9, disk=3e9),
+    "h200": Device("h200", 690e12, 3.9e12, 141e9, 6e-4, calls_beside=1, link=40e9, disk=3e9),
+    "4xh200": Device("4xh200", 2208e12, 12.5e12, 564e9, 1.5e-3, calls_beside=1, link=160e9, disk=3e9),
 }
 
 
@@ -70,7 +68,7 @@ class CostModel:
     def __init__(self, device: Device, config: ModelConfig, rank: int = 16) -> None:
         self.device, self.config = device, config
         self.layers = config.num_layers
-        self.overhead, self.beside = device.overhead, device.beside
+        self.overhead, self.calls_beside = device.overhead, device.calls_beside
         hidden = config.hidden_size
         attention = hidden * (config.num_heads * 2 + config.num_kv_heads * 2) * config.head_dim
         self.layer_weights = attention + 3 * hidden * config.intermediate_size

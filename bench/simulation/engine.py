@@ -6,7 +6,6 @@ deadline. `Costs` says how long each takes; nothing is computed.
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -23,22 +22,13 @@ TOKEN = 7  # what every request samples
 REST = 1e-12  # seconds of a window that count as nothing left
 
 
-class Beside(enum.Enum):
-    """Which backward calls run beside a forward: none (a CPU), the step's first (a GPU), or, which the engine
-    doesn't do, all that its idle arithmetic has room for, in a budget that counts this room."""
-
-    NONE = "none"
-    ONE = "one"
-    ALL = "all"
-
-
 class Costs(Protocol):
     """Seconds of a step's parts. `overhead` comes with every forward; a window that runs apart is `layers`
-    equal pieces; calls `beside` a forward hide in its idle arithmetic."""
+    equal pieces; the first `calls_beside` backward calls hide in the forward's idle arithmetic."""
 
     layers: int
     overhead: float
-    beside: Beside
+    calls_beside: int
 
     def forward(self, inference: Sequence[InferenceSpan], windows: Sequence[TrainingSpan]) -> float:
         """One batch of both."""
@@ -75,10 +65,6 @@ class SimulatedEngine:
         self.sampled: list[Request] = []
         self.training_seconds = 0.0
         self._noise = noise
-        self._room = 0.0  # of a forward's time, that its arithmetic is idle: a moving mean
-        if costs.beside is Beside.ALL:
-            budget = self.scheduler.training_budget
-            self.scheduler.training_budget = lambda alone, now: budget(alone, now) + self._room * alone
         self._left = 0.0  # seconds that resting windows still owe
 
     def step(self, next_arrival: float = math.inf) -> StepPlan:
@@ -91,12 +77,11 @@ class SimulatedEngine:
         noise = self._noise()
         windows = [] if plan.apart else plan.training_forward
         hidden = 0.0
-        shared = self.costs.beside is not Beside.NONE and bool(plan.training_backward)
+        shared = bool(self.costs.calls_beside and plan.training_backward)
         if plan.inference or windows:
             self.now += self.costs.overhead + noise * self.costs.forward(plan.inference, windows)
-            if self.costs.beside is not Beside.NONE:
+            if shared:
                 hidden = noise * self.costs.idle_arithmetic(plan.inference, windows)
-                self._room += 0.05 * (hidden / (self.now - self.began) - self._room)
         self.answered = self.now
         seconds = self.now - self.began
         self._answer(plan)
@@ -158,11 +143,11 @@ class SimulatedEngine:
     ) -> None:
         """The planned units in calls, as far as they end by the deadline and nobody arrives; the first only
         has to begin before."""
-        queue, beside, calls = self.scheduler.training, self.costs.beside, 0
+        queue, calls = self.scheduler.training, 0
         for span in plan.training_backward:
             sequence, waiting = span.sequence, span.length
             while waiting:
-                index, is_beside = sequence.unit_cursor, beside is not Beside.NONE and not calls
+                index, is_beside = sequence.unit_cursor, calls < self.costs.calls_beside
                 left = plan.training_budget if is_beside else deadline - self.now
                 length = queue.call_length(sequence, index, waiting, left if plan.inference else None)
                 ends = self.now + (queue.call_seconds(sequence, index, length) if calls else 0.0)
@@ -171,8 +156,8 @@ class SimulatedEngine:
                 kind, tokens = sequence.unit_kind(index), sequence.tokens_of(index, length)
                 context = max(0, sequence.num_tokens - tokens) // 2
                 seconds = noise * self.costs.unit(kind, tokens, context)
-                concealed = min(hidden, seconds)
-                hidden = hidden - concealed if beside is Beside.ALL else 0.0
+                concealed = min(hidden, seconds) if is_beside else 0.0
+                hidden -= concealed
                 self.now += seconds - concealed
                 self.training_seconds += seconds
                 self.model.observe_unit(kind, tokens, seconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from simulation.engine import Beside, SimulatedEngine
+from simulation.engine import SimulatedEngine
 
 from coserve.core.adapter_slots import AdapterSlots
 from coserve.core.block_pool import BlockPool
@@ -26,7 +26,7 @@ class LinearCosts:
 
     layers = 2
     overhead = 0.0
-    beside = Beside.NONE
+    calls_beside = 0
 
     def forward(self, inference: Sequence[InferenceSpan], windows: Sequence[TrainingSpan]) -> float:
         floor = STEP_FLOOR if inference else 0.0
