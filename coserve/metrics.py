@@ -229,6 +229,13 @@ class Metrics:
         )
         memory = Gauge("coserve_memory_bytes", "Memory by owner.", ("owner",), registry=registry)
         self._memory = {owner: memory.labels(owner) for owner in MEMORY_OWNERS}
+        engine = Gauge(
+            "coserve_engine_memory_bytes",
+            "Memory of the engine's process, and of its pool's that it hasn't written yet.",
+            ("kind",),
+            registry=registry,
+        )
+        self._engine_memory = {kind: engine.labels(kind) for kind in ("resident", "untouched")}
         adapters = Gauge(
             "coserve_adapters", "Adapters by the tier that holds them.", ("tier",), registry=registry
         )
@@ -335,6 +342,8 @@ class Metrics:
         self._reclaims["eviction"].inc(stats.evictions)
         for owner, gauge in self._memory.items():
             gauge.set(stats.memory_bytes.get(owner, 0))
+        self._engine_memory["resident"].set(stats.resident_bytes)
+        self._engine_memory["untouched"].set(stats.untouched_bytes)
         for kind, count in stats.swaps.items():
             self._swaps.labels(kind).inc(count)
         for step in stats.steps:

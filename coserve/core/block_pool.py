@@ -28,6 +28,8 @@ class BlockPool:
         self._num_blank = num_blocks
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._extents: dict[int, int] = {}
+        self._below = 0  # blocks were taken from under here
+        self._above = num_blocks  # and extents from here on
 
     @property
     def num_free(self) -> int:
@@ -49,6 +51,11 @@ class BlockPool:
         """Slabs in use by requests."""
         return self.num_blocks - self.num_free - self.num_extent_slabs
 
+    @property
+    def never_owned(self) -> tuple[int, int]:
+        """Slabs [first, end) that no block and no extent has been in so far; empty when first >= end."""
+        return self._below, self._above
+
     def allocate(self, count: int) -> list[int] | None:
         """`count` blocks with one reference each, or None (and nothing taken) when there are too few."""
         if count > self.num_free:
@@ -66,6 +73,7 @@ class BlockPool:
             blocks.append(block)
         for block in blocks:
             self._references[block] = 1
+        self._below = max(self._below, max(blocks, default=-1) + 1)
         return blocks
 
     def share(self, block: int) -> None:
@@ -114,6 +122,7 @@ class BlockPool:
             if end - start >= count:
                 self._take(end - count, end)
                 self._extents[end - count] = count
+                self._above = min(self._above, end - count)
                 return end - count
             end = start
         return None

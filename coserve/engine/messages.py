@@ -226,7 +226,9 @@ class EngineStats(Message):
     waiting: int = 0
     waiting_deferred: int = 0  # waiting for an adapter's load
     kv_usage: float = 0.0
-    memory_bytes: dict[str, int] = {}
+    memory_bytes: dict[str, int] = {}  # by owner; they sum to the two below
+    resident_bytes: int = 0
+    untouched_bytes: int = 0  # of the pool
     adapter_tiers: dict[str, str] = {}  # digest -> "device" | "host"; absent: disk only
     running_adapters: list[str] = []  # names with a request in flight
     waiting_adapters: list[str] = []

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coserve.core.request import Request
 from coserve.core.step_plan import StepPlan
 from coserve.engine import messages as m
+from coserve.engine.memory_ledger import MemoryLedger
 
 if TYPE_CHECKING:
     from coserve.engine.engine import Engine
@@ -24,6 +23,7 @@ class StatsKeeper:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._ledger = MemoryLedger(engine)
         self._steps: list[m.StepTiming] = []
         self._waits: list[tuple[str, float]] = []
         self._last_step = ("none", 0.0)  # its kind, and time.time() at its end
@@ -73,13 +73,16 @@ class StatsKeeper:
         scheduler, blocks, adapters = engine.scheduler, engine.blocks, engine.adapters
         queue = scheduler.training
         forward, backward = engine.jobs.take_token_counts()
+        held = self._ledger.held()
         stats = m.EngineStats(
             call_id=call_id,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             waiting_deferred=scheduler.num_deferred,
             kv_usage=blocks.num_kv_blocks / blocks.num_blocks,
-            memory_bytes=self._memory(),
+            memory_bytes=self._ledger.owners(held),
+            resident_bytes=held.resident,
+            untouched_bytes=held.untouched,
             adapter_tiers=adapters.tiers(),
             running_adapters=self._names(scheduler.running),
             waiting_adapters=self._names(scheduler.waiting),
@@ -107,26 +110,3 @@ class StatsKeeper:
 
     def _names(self, requests: list[Request]) -> list[str]:
         return sorted({self._engine.adapters.name(r.adapter) for r in requests if r.adapter is not None})
-
-    def _memory(self) -> dict[str, int]:
-        """Bytes by owner. "free" is the pool's unused part; "runtime" what the process has beside all."""
-        engine = self._engine
-        blocks, slab = engine.blocks, engine.kv.slab_bytes
-        owners = {
-            "weights": engine.decoder.nbytes,
-            "kv": (blocks.num_kv_blocks + blocks.num_idle) * slab,
-            "activations": blocks.num_extent_slabs * slab,
-            "adapters": engine.pool.bytes_of(engine.slots.rows_in_use),
-            "optimizer": engine.jobs.optimizer_bytes,
-            "workspace": engine.jobs.workspace_bytes,
-            "free": (blocks.num_free - blocks.num_idle) * slab,
-        }
-        used = sum(size for owner, size in owners.items() if owner != "free")
-        owners["runtime"] = max(0, resident_bytes() - used)
-        return owners
-
-
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM; 0 where the system has no /proc."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0

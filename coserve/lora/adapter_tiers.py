@@ -62,6 +62,11 @@ class AdapterTiers:
     def is_loading(self) -> bool:
         return any(known.loading is not None for known in self._known.values())
 
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the copies in host memory."""
+        return sum(adapter.nbytes for adapter in self._host.values())
+
     def name(self, digest: str) -> str:
         """The name an adapter was asked for by; of a snapshot in training (core/live_snapshots.py) too."""
         known = self._known.get(digest)
