@@ -21,6 +21,7 @@ KEEP = 0.95  # of a stratum's sums at each of its observations, so it follows a 
 SOLVE_EVERY, EARLY = 8, 64
 RIDGE = 1e-6
 GUARD_STEPS = 128
+WASTE = 0.05  # of a narrow call's time per token beside a wide one's
 # Forward windows in a batch with requests, and apart; a layer's backward goes by its policy.
 UNIT_KINDS = ("forward", "apart", "score", "loss", "layer_a", "layer_b", "layer_c")
 
@@ -189,6 +190,17 @@ class UnitCost:
             return 1024 if self.count and seconds >= floor else 0
         return max(0, int((seconds - floor) / price))
 
+    def unhurried_tokens(self, seconds: float, widest: int) -> int:
+        """How many tokens a call has that should take `seconds` on average, up to the `widest`, but no fewer
+        than waste `WASTE` beside that one; the widest while nothing is known."""
+        floor = self._mean(0)
+        price = (self._mean(1024) - floor) / 1024
+        wasted = WASTE * price + (1.0 + WASTE) * floor / widest
+        if wasted == 0.0 or floor + price * widest <= seconds:
+            return widest
+        within = (seconds - floor) / price if price > 0.0 else 0.0
+        return min(widest, math.ceil(max(within, floor / wasted)))
+
 
 class LatencyModel:
     """Predicts a step's inference forward and the cost of training's calls."""
@@ -259,6 +271,10 @@ class LatencyModel:
     def unit_tokens_within(self, kind: str, seconds: float) -> int:
         """How many tokens a call of that kind has in so many seconds; 0 while unknown."""
         return self._units[kind].tokens_within(seconds)
+
+    def unhurried_unit_tokens(self, kind: str, seconds: float, widest: int) -> int:
+        """How many tokens a call of that kind has while nobody waits; see `UnitCost`."""
+        return self._units[kind].unhurried_tokens(seconds, widest)
 
     def observe_inference(self, tokens: int, context_tokens: int, seconds: float) -> None:
         """A step without training forward rows took `seconds` for its forward."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 IDLE_QUANTUM = 0.2  # seconds of training in a step that nobody waits for
 WIDEST = 256  # tokens of one call: neither products nor attention gain from more on a CPU
-UNIT_SECONDS = 0.02  # that a call, or a layer of a window, should take while nobody waits, for whoever comes
+UNIT_SECONDS = 0.04  # of a call, or a layer of a window, while nobody waits: an arrival waits for half of it
 AUTO_RATIO = 1.2  # of the predicted inference-only step
 AUTO_FLOOR = 0.012  # seconds between tokens below which no reader sees a difference
 PROBE_EVERY = 16  # steps with inference between two that carry no training, to see it alone

@@ -356,8 +356,11 @@ class TrainingQueue:
             if length and (cost <= plan.left or not plan.empty):
                 cost = cost if cost <= plan.left else math.inf  # what was saved up pays for small units only
                 return TrainingSpan(SpanKind.TRAIN_FORWARD, sequence, start, length), cost, False
-        seconds = min(UNIT_SECONDS, plan.left) if plan.mixed else UNIT_SECONDS
-        widest = max(TILE, min(model.unit_tokens_within("apart", seconds * layers), WIDEST))
+        if plan.mixed:
+            affordable = model.unit_tokens_within("apart", min(UNIT_SECONDS, plan.left) * layers)
+            widest = max(TILE, min(affordable, WIDEST))
+        else:
+            widest = self._idle_tokens("apart", layers)
         if plan.forward_tokens >= widest:
             return None
         length = sequence.window(max_tokens, widest - plan.forward_tokens)
@@ -366,14 +369,14 @@ class TrainingQueue:
 
     def call_length(self, sequence: TrainingSequence, index: int, most: int, seconds: float | None) -> int:
         """How many units from `index` on, `most` at most and one at least, run as one call of no more tokens
-        than `WIDEST`: beside requests what takes `seconds`, without (None) what an arrival can wait for, but
-        not less than a tile, since narrow calls are slow."""
+        than `WIDEST`: beside requests what takes `seconds`, without (None) what an arrival can wait for."""
         kind = sequence.unit_kind(index)
-        if seconds is None:
-            tokens = max(TILE, self._model.unit_tokens_within(kind, UNIT_SECONDS))
-        else:
-            tokens = self._model.unit_tokens_within(kind, seconds)
+        tokens = self._idle_tokens(kind) if seconds is None else self._model.unit_tokens_within(kind, seconds)
         return sequence.call_length(index, most, min(tokens, WIDEST))
+
+    def _idle_tokens(self, kind: str, layers: int = 1) -> int:
+        """What an arrival can wait for, but no less than a tile, nor than what wastes little."""
+        return max(TILE, self._model.unhurried_unit_tokens(kind, UNIT_SECONDS * layers, WIDEST))
 
     def call_seconds(self, sequence: TrainingSequence, index: int, length: int) -> float:
         """How long so many units from `index` on should take as one call; 0 while unknown."""

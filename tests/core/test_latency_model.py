@@ -73,6 +73,24 @@ def test_calls_of_two_widths_tell_the_floor_from_the_price(floor: float, price: 
     assert abs(cost.tokens_within(cost.predict(192)) - 192) <= 1
 
 
+@given(st.floats(1e-4, 2e-2), st.floats(1e-6, 1e-3), st.floats(1e-3, 1e-1))
+def test_calls_that_nobody_waits_for_are_short_but_waste_little(
+    floor: float, price: float, seconds: float
+) -> None:
+    cost = UnitCost()
+    assert cost.unhurried_tokens(seconds, 256) == 256
+    for index in range(80):
+        tokens = (64, 256)[index % 2]
+        cost.update(floor + price * tokens, tokens)
+    tokens = cost.unhurried_tokens(seconds, 256)
+    assert 0 <= tokens <= 256
+    if tokens < 256:
+        assert floor / tokens + price <= 1.06 * (floor / 256 + price)
+    if floor + price * tokens > 1.1 * seconds:
+        fewer = 0.8 * tokens
+        assert floor / fewer + price > 1.04 * (floor / 256 + price), "fewer would waste too much"
+
+
 @pytest.mark.parametrize(
     ("targets", "alone", "expected"),
     [

@@ -137,7 +137,7 @@ def test_without_requests_windows_are_long_and_apart() -> None:
     sim = Simulation(max_tokens=1000)
     sim.job("job", [700])
     plan = sim.scheduler.schedule(0.0)
-    assert [s.length for s in plan.training_forward] == [64] and plan.apart, "nothing is known yet"
+    assert [s.length for s in plan.training_forward] == [256] and plan.apart, "nothing is known yet"
     sim.model.observe_unit("apart", 100, UNIT_SECONDS / 4)
     plan = sim.scheduler.schedule(0.0)
     assert [s.length for s in plan.training_forward] == [256] and plan.apart
