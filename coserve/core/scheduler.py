@@ -194,7 +194,8 @@ class Scheduler:
                 continue
             self._match_prefix(request)
             length = min(request.forward_owed, budget)
-            if not self._grow(request, request.cursor + length, plan, admit=True):
+            end = request.cursor + length
+            if not (self._has_room(request) and self._grow(request, end, plan, admit=True)):
                 self._leave_device(request)
                 request.cursor, self.left_waiting = 0, True
                 break
@@ -207,6 +208,12 @@ class Scheduler:
                 request.scheduled_at = now
             budget -= length
             plan.inference.append(self._span(request, length))
+
+    def _has_room(self, request: Request) -> bool:
+        """Room for all its tokens and a block for each that runs. Who comes in with less soon takes memory
+        from others, or gives up its own, and is computed again."""
+        missing = self._blocks_for(request.num_tokens) - len(request.block_table) + len(self.running)
+        return not self.running or missing <= self.blocks.num_free + self.blocks.num_extent_slabs
 
     def _count_admission(self, request: Request) -> None:
         """A request begins; one that was preempted does not begin again, and pays for its prompt once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
@@ -168,3 +169,22 @@ def test_nobody_starves_under_pressure(requests, weights, blocks, grain) -> None
     assert sim.pool.num_free == blocks
     for plan in sim.plans:
         assert len({r.sequence_id for r in plan.preempted}) == len(plan.preempted)
+
+
+@pytest.mark.parametrize("tenants", ["a", "abc"])
+def test_little_is_computed_again_under_pressure(tenants: str) -> None:
+    """A pool for four of sixty requests that arrive at once; nothing is cached."""
+    draw = random.Random(1)
+    sim = Simulation(blocks=120, block_size=16, max_num_seqs=8, max_tokens=256)
+    requests = [
+        arrive(
+            sim, f"r{i:02}", draw.randint(50, 500), draw.randint(50, 600), tenant=tenants[i % len(tenants)]
+        )
+        for i in range(60)
+    ]
+    while sim.scheduler.has_requests:
+        sim.step()
+    needed = sum(request.num_tokens for request in requests)
+    assert sum(served(sim).values()) < 2.0 * needed
+    assert 0 < sim.scheduler.num_preemptions < 120
+    assert max(request.num_preemptions for request in requests) < 8
