@@ -122,7 +122,8 @@ class Admission:
         """Steps until a slot is free for one that has `ahead` before it: requests end at the rate at which
         those that ended lately did."""
         scheduler = self.scheduler
-        missing = len(scheduler.running) + ahead + 1 - scheduler.limits.max_num_seqs
+        places = len(scheduler.running) if scheduler.out_of_memory else scheduler.limits.max_num_seqs
+        missing = len(scheduler.running) + ahead + 1 - places
         if missing <= 0:
             return 0.0
         return missing * max(1.0, scheduler.mean_output) / max(1, len(scheduler.running))

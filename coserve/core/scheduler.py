@@ -69,7 +69,8 @@ class Scheduler:
         self.shares = FairShares()
         self.control = BudgetControl()
         self.mean_output = 0.0  # tokens of the requests that ended lately
-        self.left_waiting = False  # the last step had no room for somebody
+        self.left_waiting = False  # the last step had no room for somebody,
+        self.out_of_memory = False  # and that for want of blocks
         self.pressed_until = 0.0  # seconds of `now`; requests were refused for their targets
         self._requests: dict[str, Request] = {}
         self._num_with_targets = 0
@@ -183,7 +184,7 @@ class Scheduler:
         return max(LEAST_PROMPT_TOKENS, self.model.tokens_within(limit, tokens, context))
 
     def _schedule_waiting(self, plan: StepPlan, budget: int, now: float) -> None:
-        self.num_deferred, self.left_waiting = 0, False
+        self.num_deferred, self.left_waiting, self.out_of_memory = 0, False, False
         in_turn = self.shares.in_turn(self.waiting) if self.shares.contended else list(self.waiting)
         for request in in_turn:
             if budget == 0 or len(self.running) >= self.limits.max_num_seqs:
@@ -197,7 +198,7 @@ class Scheduler:
             end = request.cursor + length
             if not (self._has_room(request) and self._grow(request, end, plan, admit=True)):
                 self._leave_device(request)
-                request.cursor, self.left_waiting = 0, True
+                request.cursor, self.left_waiting, self.out_of_memory = 0, True, True
                 break
             self.waiting.remove(request)
             self.running.append(request)

@@ -263,3 +263,18 @@ def test_a_stall_is_forgotten_though_it_keeps_out_those_who_would_show_that() ->
     assert refused(), "the last first token came twenty seconds late"
     sim.now += 31.0
     assert not refused()
+
+
+def test_memory_that_is_full_is_a_queue_too() -> None:
+    sim = Simulation(blocks=64, max_num_seqs=16, max_tokens=256)
+    warm(sim)
+    admission = Admission(sim.scheduler)
+    for number in range(3):
+        arrive(sim, f"large {number}", 92, 30)
+    sim.step()
+    assert len(sim.scheduler.running) == 2, "there are places, but no memory"
+    sim.scheduler.mean_output = 30.0
+    with pytest.raises(TargetOutOfReach):
+        admission.check(made(sim, "fourth", 80, 4, targets=TARGET), sim.now)
+    sim.run()
+    admission.check(made(sim, "fifth", 80, 4, targets=TARGET), sim.now)
