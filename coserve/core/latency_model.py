@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect
 from collections import deque
+from operator import mul
 
 import msgspec
 
@@ -71,7 +72,8 @@ class StratifiedFit:
         if self._unsolved and (self._unsolved >= SOLVE_EVERY or self.count <= EARLY):
             self._weights = self._solve()
             self._unsolved = 0
-        return sum(w * v for w, v in zip(self._weights, x, strict=True))
+        found: float = sum(map(mul, self._weights, x))
+        return found
 
     @property
     def strata(self) -> int:

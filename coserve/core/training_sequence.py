@@ -99,8 +99,7 @@ class TrainingSequence(Sequence):
     @property
     def done(self) -> bool:
         """All passes are paid."""
-        last = self.pass_index == len(self.passes) - 1
-        return last and self.forward_done and self.unit_cursor == len(self.units)
+        return self.unit_cursor == len(self.units) and self.past_last_forward
 
     @property
     def holds_gradients(self) -> bool:
@@ -109,14 +108,14 @@ class TrainingSequence(Sequence):
 
     def call_length(self, index: int, most_units: int, most_tokens: int) -> int:
         """How many units from `index` on, at least one, run as one call of at most `most_tokens`."""
-        units = self.units
-        length, tokens = 1, units[index].tokens
-        for unit in units[index + 1 : index + most_units]:
+        units, tokens = self.units, 0
+        last = min(index + most_units, len(units))
+        for place in range(index, last):
+            unit = units[place]
             tokens += unit.tokens
-            if not unit.joins or tokens > most_tokens:
-                break
-            length += 1
-        return length
+            if place > index and (not unit.joins or tokens > most_tokens):
+                return place - index
+        return last - index
 
     def tokens_of(self, index: int, length: int) -> int:
         """The work in `length` units from `index` on."""
