@@ -59,6 +59,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     state_dir: str = ""
     adapter_roots: tuple[str, ...] = ()
     lora_modules: tuple[tuple[str, str], ...] = ()
+    enable_live_adapters: bool = False
     chat_template: str = ""
     api_keys: tuple[str, ...] = ()
     admin_api_keys: tuple[str, ...] = ()

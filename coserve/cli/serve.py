@@ -43,6 +43,7 @@ def serve(
     max_cpu_loras: flags.MaxCpuLoras = 128,
     lora_modules: flags.LoraModules = None,
     adapter_root: flags.AdapterRoot = None,
+    enable_live_adapters: flags.EnableLiveAdapters = False,
     chat_template: flags.ChatTemplate = "",
     api_key: flags.ApiKey = None,
     admin_api_key: flags.AdminApiKey = None,

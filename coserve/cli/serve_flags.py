@@ -44,6 +44,10 @@ LoraModules = Annotated[
 AdapterRoot = Annotated[
     list[str] | None, typer.Option(metavar="DIR", help="A folder that clients may load from; repeatable.")
 ]
+EnableLiveAdapters = Annotated[
+    bool,
+    typer.Option("--enable-live-adapters", help="Let JOB:live answer with a job's adapter while it trains."),
+]
 ChatTemplate = Annotated[str, typer.Option(metavar="FILE", help="A Jinja template in place of the model's.")]
 ApiKey = Annotated[list[str] | None, typer.Option(metavar="KEY", help="A key that may chat; repeatable.")]
 AdminApiKey = Annotated[

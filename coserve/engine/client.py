@@ -214,7 +214,9 @@ class EngineClient:
                 output = await queue.get()
                 finished = output.finish_reason is not None
                 if output.error is not None:
-                    raise error_from(output.error, output.error_code, retry_after=output.retry_after)
+                    raise error_from(
+                        output.error, output.error_code, output.error_param, output.retry_after
+                    )
                 yield output
         finally:
             self._streams.pop(add.request_id, None)

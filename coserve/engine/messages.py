@@ -129,6 +129,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     stop_token_id: int | None = None
     error: str | None = None
     error_code: str | None = None
+    error_param: str | None = None
     retry_after: float = 0.0  # seconds, where the error is one that passes
     cached_tokens: int = 0
     num_preemptions: int = 0

@@ -40,6 +40,7 @@ class Outbox:
             finish_reason="error",
             error=error.message,
             error_code=error.code,
+            error_param=error.param,
             retry_after=error.retry_after if isinstance(error, RateLimited | Unavailable) else 0.0,
         )
         self.send(m.StepOutputs(outputs=[output]))

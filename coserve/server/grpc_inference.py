@@ -81,6 +81,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             usage = generation.usage
             response.finish_reason = delta.finish_reason
             response.service_tier = generation.service.latency_class.name
+            response.snapshot = generation.snapshot or ""
             response.usage.CopyFrom(
                 pb.Usage(
                     prompt_tokens=usage.prompt_tokens,

@@ -210,7 +210,15 @@ def _make_parts(
     base = base_model(name, config.engine.model or name, info.max_model_len, info.vocab_size)
     metrics, quotas = _metrics(engine.config, tiers.default, info, name), Quotas()
     generator = Generator(
-        engine, tokenizer, lifecycle, metrics, tiers, quotas, info.max_model_len, info.vocab_size
+        engine,
+        tokenizer,
+        lifecycle,
+        metrics,
+        tiers,
+        quotas,
+        info.max_model_len,
+        info.vocab_size,
+        check_live=lambda job_id: jobs.records.check_live(job_id),
     )
     files = Files(database, state)
     adapters = Adapters(
@@ -223,6 +231,7 @@ def _make_parts(
         metrics=metrics,
         max_rank=max_rank,
         roots=config.adapter_roots,
+        serves_live=config.enable_live_adapters,
     )
     jobs = Jobs(
         base=base,

@@ -12,7 +12,7 @@ from tests.faults.served import Served
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with Served(tmp_path_factory.mktemp("conformance") / "state") as server:
+    with Served(tmp_path_factory.mktemp("conformance") / "state", "--enable-live-adapters") as server:
         yield server
         server.process.terminate()
         assert server.process.wait(60) == 0

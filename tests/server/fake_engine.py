@@ -135,6 +135,7 @@ class FakeEngine:
                     finish_reason=("stop" if ended else "length") if last else None,
                     stop_token_id=token if ended else None,
                     scheduled_at=add.arrival if place == 0 else None,
+                    snapshot=f"{add.live_job}:live@3" if place == 0 and add.live_job else None,
                 )
             )
         return outputs

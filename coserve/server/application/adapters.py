@@ -41,6 +41,7 @@ from coserve.server.state_dir import StateDir, copy_directory
 
 logger = logging.getLogger(__name__)
 
+LIVE = ":live"  # after a job's id: its adapter while it trains
 _PEFT_FILES = (CONFIG_FILE, TENSOR_FILE, "README.md")
 
 
@@ -59,6 +60,7 @@ class Adapters:
         metrics: Metrics,
         max_rank: int,
         roots: Sequence[str],
+        serves_live: bool = False,
     ) -> None:
         self._base = base
         self._model_config = model_config
@@ -69,6 +71,7 @@ class Adapters:
         self._metrics = metrics
         self._max_rank = max_rank
         self._roots = [Path(root).expanduser().resolve() for root in roots]
+        self._serves_live = serves_live
         self._registry = AdapterRegistry({base.name})
         self._rows: dict[tuple[str, int], AdapterRow] = {}
         self._checkpoints: dict[str, AdapterRef] = {}
@@ -122,6 +125,14 @@ class Adapters:
             return Target(self._base.name, None)
         if model in self._checkpoints:
             return Target(model, self._checkpoints[model])
+        if model.startswith("ftjob-") and model.endswith(LIVE):
+            if not self._serves_live:
+                raise FailedPrecondition(
+                    "This server answers with no adapter in training; start it with --enable-live-adapters.",
+                    param="model",
+                    code="live_adapters_disabled",
+                )
+            return Target(model, None, model.removesuffix(LIVE))
         return Target(model, ref(self._registry.resolve(model)))
 
     def newest(self) -> list[AdapterRow]:
@@ -161,7 +172,7 @@ class Adapters:
     def check_name(self, name: str, param: str) -> None:
         """Raise InvalidRequest for a name that can't be an adapter's."""
         check_adapter_name(name, {self._base.name}, param=param)
-        if name.startswith(("ftjob-", "ftckpt-")) or name.endswith(":live"):
+        if name.startswith(("ftjob-", "ftckpt-")) or name.endswith(LIVE):
             raise InvalidRequest(f"{param} must not look like a job or a checkpoint.", param=param)
 
     def knows(self, name: str) -> bool:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -40,6 +40,7 @@ class Delta:
     """What became known of one sample: text ready to show, the tokens behind it, and maybe its end.
 
     `finish_reason` is "stop" or "length" on a sample's last delta; `stop_reason` the stop string or token id.
+    `snapshot` comes with the first of a live adapter: the job and the step that it reads.
     """
 
     index: int
@@ -50,6 +51,7 @@ class Delta:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     cached_tokens: int = 0
+    snapshot: str | None = None
 
 
 @dataclass
@@ -113,6 +115,7 @@ class Generation:
         self.prompts = prompts
         self.samples = generator.samples(request, prompts)
         self.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in prompts))
+        self.snapshot: str | None = None
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """Deltas of all samples as they come; `usage` counts along.
@@ -123,6 +126,7 @@ class Generation:
         async with aclosing(self._generator.run(self)) as deltas:
             async for delta in deltas:
                 self.usage.add(delta)
+                self.snapshot = delta.snapshot or self.snapshot
                 yield delta
 
     async def choices(self) -> list[Choice]:
@@ -147,6 +151,7 @@ class Generator:
         quotas: Quotas,
         max_model_len: int,
         vocab_size: int,
+        check_live: Callable[[str], Awaitable[None]],
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
@@ -154,6 +159,7 @@ class Generator:
         self._metrics = metrics
         self._tiers = tiers
         self._quotas = quotas
+        self._check_live = check_live
         self._in_use: dict[str, int] = {}
         self._released = asyncio.Condition()
         self.max_model_len = max_model_len
@@ -197,6 +203,8 @@ class Generator:
 
     async def run(self, generation: Generation) -> AsyncIterator[Delta]:
         """Deltas of all samples, merged as they come."""
+        if generation.target.live_job:
+            await self._check_live(generation.target.live_job)
         quota = self._quotas.request(generation.service.key, generation.usage.prompt_tokens)
         with self._lifecycle.work(), quota:
             async with self._using(generation.target):
@@ -271,6 +279,7 @@ class Generator:
             prompt_token_ids=sample.prompt_token_ids,
             sampling=sample.sampling,
             adapter=generation.target.adapter,
+            live_job=generation.target.live_job,
             priority=generation.request.priority + latency_class.priority,
             targets=self._tiers.own_targets(latency_class),
             tenant=service.key.tenant if service.key is not None else "",
@@ -326,6 +335,7 @@ class _TextStream:
             finish_reason=reason,
             stop_reason=stop_reason,
             cached_tokens=output.cached_tokens,
+            snapshot=output.snapshot,
         )
 
 

@@ -78,7 +78,8 @@ class JobFactory:
                 raise type(error)(error.message, param=param) from None
             if adapter is None:
                 raise InvalidRequest(
-                    "init_from must name an adapter or a checkpoint, not the base.", param="init_from"
+                    "init_from must name an adapter or a checkpoint, not the base or a job's live weights.",
+                    param="init_from",
                 )
             found = (name, Path(adapter.path))
         return found

@@ -10,12 +10,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from sqlite3 import Connection
 
-from coserve.errors import CoserveError, InvalidRequest, NotFound, Unavailable
+from coserve.errors import CoserveError, FailedPrecondition, InvalidRequest, NotFound, Unavailable
 from coserve.metrics import Metrics
 from coserve.server import job_store
 from coserve.server.application import job_changes
 from coserve.server.application.job_events import Changes
 from coserve.server.application.lifecycle import Lifecycle
+from coserve.server.application.models import unknown_model
 from coserve.server.database import Database
 from coserve.server.job_store import CheckpointRow, JobError, JobEvent, JobRecord
 
@@ -48,6 +49,25 @@ class JobRecords:
                 f"There is no fine-tuning job {job_id[:100]!r}.", param="job_id", code="job_not_found"
             )
         return job
+
+    async def check_live(self, job_id: str) -> None:
+        """Whether a job's adapter can answer while it trains, as far as its record tells.
+
+        Raises ModelNotFound, or FailedPrecondition before the job's first step and after its end.
+        """
+        try:
+            job = await self.get(job_id)
+        except NotFound:
+            raise unknown_model(f"{job_id}:live") from None
+        if job.fine_tuned_model:
+            reason = f"has succeeded; its adapter answers as {job.fine_tuned_model!r}"
+        elif job.is_over:
+            reason = f"is over ({job.status}); its checkpoints answer by their ids"
+        elif not job.step:
+            reason = f"has not finished its first optimizer step (it is {job.status})"
+        else:
+            return
+        raise FailedPrecondition(f"Job {job_id} {reason}.", param="model", code="adapter_not_live")
 
     async def list(self, metadata: dict[str, str] | None = None) -> list[JobRecord]:
         """All jobs, newest first, with these metadata pairs."""

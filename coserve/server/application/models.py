@@ -22,10 +22,12 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class Target:
-    """What a request runs on: the base (`adapter` None) or one immutable adapter version."""
+    """What a request runs on: one immutable adapter version, the adapter of `live_job` in training as of its
+    last committed step, or the base where both are empty."""
 
     name: str
     adapter: AdapterRef | None
+    live_job: str = ""
 
 
 def base_model(name: str, root: str, max_model_len: int, vocab_size: int) -> BaseModel:

@@ -133,7 +133,7 @@ class _Answer:
             "choices": [self._choice(choice) for choice in choices],
             "usage": usage_body(self.generation.usage),
             "service_tier": self.service.latency_class.name,
-            "system_fingerprint": None,
+            "system_fingerprint": self.generation.snapshot,
             "prompt_logprobs": prompt_logprobs(self.context.tokenizer, choices[0].prompt_logprobs),
         }
         if self.return_token_ids:
@@ -213,7 +213,7 @@ class _Answer:
             "created": self.created,
             "model": self.target.name,
             "service_tier": self.service.latency_class.name,
-            "system_fingerprint": None,
+            "system_fingerprint": self.generation.snapshot,
         }
 
     def _chunk(

@@ -185,7 +185,7 @@ class _Answer:
             "created": self.created,
             "model": self.target.name,
             "service_tier": self.service.latency_class.name,
-            "system_fingerprint": None,
+            "system_fingerprint": self.generation.snapshot,
         }
 
     def _wrap(self, choice: dict[str, Any]) -> dict[str, Any]:
