@@ -16,12 +16,23 @@ static vf rounded(vf x) {  // x as it would be after a store to T
   return load(buffer);
 }
 
+// Asks for a row that another core may have written.
+template <class T>
+static inline void fetch_row(const T* row, int64_t H) {
+  for (int64_t byte = 0; byte < H * (int64_t)sizeof(T); byte += 64) __builtin_prefetch((const char*)row + byte);
+}
+
 // Weights of x's own type multiply the rounded norm (Llama); fp32 weights beside bf16 come before it (Gemma).
 template <class T, class W>
 static void norm_rows(const T* x, int64_t x_stride, int64_t inner, const T* residual, const W* w, int64_t rows,
                       int64_t H, double eps, T* sum_out, T* y) {
-  parallel_for(rows, 4.0 * rows * H, [&](int64_t t) {
-    const T* row = x + t / inner * x_stride + t % inner * H;  // `inner` rows lie together (heads of a token)
+  auto row_at = [&](int64_t t) { return x + t / inner * x_stride + t % inner * H; };  // `inner` rows lie together
+  parallel_rows(rows, 4.0 * rows * H, [&](int64_t t) {
+    const T* row = row_at(t);
+    if (t + 1 < rows) {
+      fetch_row(row_at(t + 1), H);
+      if (residual) fetch_row(residual + (t + 1) * H, H);
+    }
     vf sum{};
     if (residual) {
       for (int64_t i = 0; i < H; i += VL) {
@@ -59,7 +70,7 @@ static void rms_norm(int64_t dtype, const void* x, int64_t x_stride, int64_t inn
 template <class T, class W>
 static void norm_backward_rows(const T* dy, const T* x, const W* w, int64_t rows, int64_t H, double eps,
                                T* dx) {
-  parallel_for(rows, 6.0 * rows * H, [&](int64_t t) {
+  parallel_rows(rows, 6.0 * rows * H, [&](int64_t t) {
     const T *xr = x + t * H, *dyr = dy + t * H;
     vf squares{}, products{};
     for (int64_t i = 0; i < H; i += VL) {
@@ -89,7 +100,7 @@ static void rms_norm_backward(int64_t dtype, const void* dy, const void* x, cons
 template <class T>
 static void rope_rows(T* x, int64_t x_stride, int64_t rows, int64_t N, int64_t D, const int64_t* positions,
                       const float* cos, const float* sin, int64_t half, float sign) {
-  parallel_for(rows, 4.0 * rows * N * D, [&](int64_t t) {
+  parallel_rows(rows, 4.0 * rows * N * D, [&](int64_t t) {
     const float *c = cos + positions[t] * half, *s = sin + positions[t] * half;
     for (int64_t n = 0; n < N; n++) {
       T *first = x + t * x_stride + n * D, *second = first + half;
@@ -130,7 +141,7 @@ static inline void activate(vf gate, int64_t act, vf* value, vf* slope) {
 
 template <class T>
 static void swiglu_rows(const T* gate_up, int64_t rows, int64_t I, int64_t act, T* y) {
-  parallel_for(rows, 10.0 * rows * I, [&](int64_t t) {
+  parallel_rows(rows, 10.0 * rows * I, [&](int64_t t) {
     const T *gate = gate_up + t * 2 * I, *up = gate + I;
     for (int64_t i = 0; i < I; i += VL) {
       vf value, slope;
@@ -150,7 +161,7 @@ static void swiglu(int64_t dtype, const void* gate_up, int64_t T, int64_t I, int
 template <class T>
 static void swiglu_backward_rows(const T* dy, const T* gate_up, int64_t rows, int64_t I, int64_t act,
                                  T* dgate_up) {
-  parallel_for(rows, 12.0 * rows * I, [&](int64_t t) {
+  parallel_rows(rows, 12.0 * rows * I, [&](int64_t t) {
     const T *gate = gate_up + t * 2 * I, *up = gate + I;
     T *dgate = dgate_up + t * 2 * I, *dup = dgate + I;
     for (int64_t i = 0; i < I; i += VL) {
@@ -195,7 +206,7 @@ static void kv_store(int64_t element_size, const void* k, int64_t k_stride, cons
     memcpy((char*)cache + target * element_size, (const char*)from + t * stride * element_size,
            row * element_size);
   };
-  parallel_for(T, (double)T * row, [&](int64_t t) {
+  parallel_rows(T, (double)T * row, [&](int64_t t) {
     if (slots[t] < 0) return;
     copy(k, k_stride, k_cache, k_block_stride, t);
     copy(v, v_stride, v_cache, v_block_stride, t);
