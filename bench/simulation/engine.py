@@ -74,7 +74,7 @@ class SimulatedEngine:
         self.sampled = []
         if plan.empty:
             return plan
-        noise = self._noise()
+        noise, trained = self._noise(), self.training_seconds
         windows = [] if plan.apart else plan.training_forward
         hidden = 0.0
         shared = bool(self.costs.calls_beside and plan.training_backward)
@@ -93,6 +93,7 @@ class SimulatedEngine:
         elif windows:
             self._pay_forward(plan, max(seconds - plan.inference_alone, 1e-6))
         self._backward(plan, noise, deadline, math.inf if plan.inference else next_arrival, hidden)
+        self.scheduler.account(self.now - self.began, self.training_seconds - trained)
         return plan
 
     def _answer(self, plan: StepPlan) -> None:

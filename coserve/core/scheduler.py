@@ -16,7 +16,14 @@ from coserve.core.fair_shares import FairShares
 from coserve.core.latency_model import LatencyModel
 from coserve.core.prefix_cache import block_key, root_key
 from coserve.core.request import Request, RequestStatus
-from coserve.core.slo import IDLE_QUANTUM, LEAST_PROMPT_TOKENS, PROBE_EVERY, BudgetControl, LatencyTargets
+from coserve.core.slo import (
+    IDLE_QUANTUM,
+    LEAST_PROMPT_TOKENS,
+    PROBE_EVERY,
+    BudgetControl,
+    LatencyTargets,
+    MinimumShare,
+)
 from coserve.core.span import InferenceSpan, SpanKind
 from coserve.core.step_demands import Demand, demands_of
 from coserve.core.step_plan import StepPlan
@@ -76,6 +83,7 @@ class Scheduler:
         self._num_with_targets = 0
         self._num_finished = 0
         share = limits.min_training_share * PROBE_EVERY / (PROBE_EVERY - 1)  # those that probe have none
+        self.minimum = MinimumShare(limits.min_training_share)
         self.least_training = share / (1.0 - share)  # seconds for each one of inference
         self._adapter_ready = adapter_ready
         self._adapter_released = adapter_released
@@ -145,6 +153,11 @@ class Scheduler:
                 self._remember_blocks(request, span.start)
                 if self.shares.contended and span.kind is SpanKind.DECODE:
                     self.shares.charge(request, 1)
+
+    def account(self, seconds: float, training: float) -> None:
+        """A step took `seconds`, `training` of them for jobs, who are owed a part while they have work."""
+        if self.training.has_work:
+            self.minimum.account(seconds, training)
 
     def _schedule_running(self, plan: StepPlan, budget: int, now: float) -> int:
         """Those that owe one token first; then prompts, as far as the others can wait for them. Returns what
@@ -235,7 +248,7 @@ class Scheduler:
                 return
             # Whoever can't begin in this step waits for all that comes before, training too.
             wanted = 0.0 if self.left_waiting or plan.preempted else self.training_budget(alone, now)
-            plan.training_budget = max(self.control.allow(wanted), self.least_training * alone)
+            plan.training_budget = max(self.control.allow(wanted), self.minimum.budget(alone))
         elif self.waiting and not self.training.has_work:
             return
         else:

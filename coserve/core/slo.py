@@ -13,6 +13,7 @@ PROBE_EVERY = 16  # steps with inference between two that carry no training, to 
 AUTO_GUARD = 0.1  # most of the model's error that counts then: half of what the ratio leaves
 SAFETY = 0.9  # of an explicit target
 RISE_STEPS = 3  # with requests, from none to all of the budget
+SHARE_WINDOW = 10.0  # seconds over which jobs have their minimum share
 PROMPT_RATIO = 3.0  # of the decoding rows' own time, that a step with a part of a prompt may take
 PATIENCE = 0.5  # seconds without a first token
 MOST_LATE = 2.5  # times that much, and the gaps grow no longer
@@ -30,6 +31,28 @@ class BudgetControl:
         """Seconds, of the `wanted` ones: all again after `RISE_STEPS` steps that wanted as much."""
         self.level = min(wanted, self.level + wanted / RISE_STEPS)
         return self.level
+
+
+class MinimumShare:
+    """What jobs are owed of the time, `share` of about the last `SHARE_WINDOW` seconds, whatever the targets.
+
+    A debt is paid back over several steps; a second in which training had all counts for a while, more of
+    them don't.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self.owed = 0.0  # seconds
+
+    def account(self, seconds: float, training: float) -> None:
+        """A step took `seconds`, of which training had its part."""
+        most = self.share * SHARE_WINDOW
+        self.owed = max(-most / 10, min(most, self.owed + self.share * seconds - training))
+
+    def budget(self, inference_alone: float) -> float:
+        """Seconds of training that a step carries at least: its own part, and as much again of a debt."""
+        part = inference_alone * self.share / (1.0 - self.share)
+        return max(0.0, min(part + self.owed, 2.0 * part))
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,9 @@ class Engine:
                 self.jobs.commit_forward(plan, plan.inference_alone, forward)
             self.jobs.run_backward(plan, deadline, arrivals=None if plan.inference else self.arrivals)
         self.jobs.advance()
-        self.stats.step_done(plan, time.perf_counter() - started, forward)
+        seconds = time.perf_counter() - started
+        self.scheduler.account(seconds, self.jobs.step_seconds)
+        self.stats.step_done(plan, seconds, forward)
 
     def _forward_apart(self, plan: StepPlan, deadline: float) -> None:
         """Windows in a batch of their own: beside requests while the next layer ends by the deadline, else

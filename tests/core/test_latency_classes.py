@@ -83,4 +83,4 @@ def test_jobs_have_their_least_share_whatever_the_target(share: float) -> None:
     start, trained = sim.now, sim.training_seconds
     for _ in range(550):
         sim.step()
-    assert (sim.training_seconds - trained) / (sim.now - start) == pytest.approx(share, rel=0.25)
+    assert (sim.training_seconds - trained) / (sim.now - start) == pytest.approx(share, rel=0.05)

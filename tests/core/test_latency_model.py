@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coserve.core.latency_model import LatencyModel, LatencyState, UnitCost
-from coserve.core.slo import AUTO_FLOOR, RISE_STEPS, BudgetControl, LatencyTargets
+from coserve.core.slo import AUTO_FLOOR, RISE_STEPS, BudgetControl, LatencyTargets, MinimumShare
 
 
 def learnt(floor: float, per_token: float, per_context: float) -> LatencyModel:
@@ -200,3 +200,21 @@ def test_the_budget_falls_at_once_and_is_back_after_a_few_steps(before: list[flo
     rise = [control.allow(wanted) for _ in range(RISE_STEPS)]
     assert rise == sorted(rise) and rise[0] < wanted and rise[-1] == pytest.approx(wanted)
     assert control.allow(wanted / 2) == wanted / 2
+
+
+@given(st.floats(0.01, 0.9), st.lists(st.tuples(st.floats(1e-3, 0.1), st.floats(0.0, 1.0)), max_size=60))
+def test_a_minimum_share_is_paid_whatever_training_had_before(
+    share: float, before: list[tuple[float, float]]
+) -> None:
+    """Steps of any length, of which training had any part; then 50 ms of inference a step and no target."""
+    minimum = MinimumShare(share)
+    for seconds, part in before:
+        minimum.account(seconds, part * seconds)
+    total = trained = 0.0
+    while total < 30.0:
+        budget = minimum.budget(0.05)
+        assert 0.0 <= budget <= 2.0 * 0.05 * share / (1.0 - share) + 1e-9
+        minimum.account(0.05 + budget, budget)
+        total, trained = total + 0.05 + budget, trained + budget
+    assert trained >= 0.9 * share * total
+    assert MinimumShare(0.0).budget(0.05) == 0.0
