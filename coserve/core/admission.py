@@ -23,8 +23,8 @@ class Admission:
 
     def __init__(self, scheduler: Scheduler, max_queued: int = 0) -> None:
         self.scheduler = scheduler
-        self._stretch = 1.0 + scheduler.least_training
         self.max_queued = max_queued
+        self._stretch = 1.0 / (1.0 - scheduler.limits.min_training_share)  # of steps
         self._expected: deque[tuple[Request, float, float]] = deque()  # let in, when expected, its own prompt
         self._ratios: deque[tuple[float, float]] = deque(maxlen=RATIOS)  # when, and how late
 

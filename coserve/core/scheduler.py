@@ -75,6 +75,7 @@ class Scheduler:
         self.prefix_hits = 0
         self.shares = FairShares()
         self.control = BudgetControl()
+        self.minimum = MinimumShare(limits.min_training_share)
         self.mean_output = 0.0  # tokens of the requests that ended lately
         self.left_waiting = False  # the last step had no room for somebody,
         self.out_of_memory = False  # and that for want of blocks
@@ -82,9 +83,6 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._num_with_targets = 0
         self._num_finished = 0
-        share = limits.min_training_share * PROBE_EVERY / (PROBE_EVERY - 1)  # those that probe have none
-        self.minimum = MinimumShare(limits.min_training_share)
-        self.least_training = share / (1.0 - share)  # seconds for each one of inference
         self._adapter_ready = adapter_ready
         self._adapter_released = adapter_released
         self._steps_with_inference = 0
