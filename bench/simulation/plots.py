@@ -30,6 +30,7 @@ def draw(path: Path, columns: Sequence[Column], title: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     size = (1.0 + 3.4 * len(columns), 9.0)
     figure, axes = plt.subplots(4, len(columns), figsize=size, squeeze=False, sharex="row", sharey="row")
@@ -45,12 +46,19 @@ def draw(path: Path, columns: Sequence[Column], title: str) -> None:
             _distribution(firsts, outcome.ttfts, colour, label)
             _over_time(queue, outcome, [s.running + s.waiting for s in outcome.samples], colour, label)
         _over_time(share, column.both, [s.share for s in column.both.samples], BOTH, "with training")
+        for axis in (gaps, firsts):
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
         share.set_ylim(0, 1.02)
-        queue.set_ylim(bottom=0)
+        queue.set_yscale("symlog", linthresh=1)  # linear up to one
+        queue.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         gaps.set_xlabel("between tokens, ms")
         firsts.set_xlabel("to the first token, ms")
         queue.set_xlabel("simulated seconds")
         share.set_xlabel("simulated seconds")
+    axes[3][0].set_ylim(bottom=0)
     labels = ("part of the tokens", "part of the requests", "training's share", "requests in hand")
     for row, label in enumerate(labels):
         axes[row][0].set_ylabel(label)
@@ -69,7 +77,6 @@ def _distribution(axis: Any, seconds: Sequence[float], colour: str, label: str) 
     axis.plot(
         [ordered[i] * 1e3 for i in picked], [(i + 1) / count for i in picked], color=colour, label=label
     )
-    axis.set_xscale("log")
     axis.grid(alpha=0.3)
 
 

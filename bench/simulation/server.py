@@ -183,6 +183,7 @@ class Simulator(SimulatedEngine):
         self._served: dict[str, Served] = {}
         self._done: list[Served] = []
         self.jobs = {job.name: job for job in jobs}
+        self._owed = {job.name: self._work(job) for job in jobs}
         self._open: dict[str, list[TrainingSequence]] = {}
         self._trained = {job.name: 0 for job in jobs}
         self._waits: list[float] = []
@@ -214,19 +215,19 @@ class Simulator(SimulatedEngine):
         self._waits.append(self.now - arrival.time)
         self.scheduler.add(request)
 
+    def _work(self, job: TrainingJob) -> tuple[TrainingPass, tuple[int, ...]]:
+        """What each of its microbatches owes, and the slabs that it holds by level."""
+        config, tokens = self.config, job.tokens
+        levels = MicrobatchActivations.level_bytes(config, config.num_layers, tokens, torch.bfloat16, 0)
+        loss = head_units("loss", split(0, tokens, ROWS)[::-1])
+        units = loss + layer_units(tokens, config.num_layers)
+        return TrainingPass(None, units, trains=True), tuple(-(-size // self._slab) for size in levels)
+
     def _begin(self, job: TrainingJob) -> None:
-        config = self.config
-        levels = MicrobatchActivations.level_bytes(config, config.num_layers, job.tokens, torch.bfloat16, 0)
-        loss = head_units("loss", split(0, job.tokens, ROWS)[::-1])
-        units = loss + layer_units(job.tokens, config.num_layers)
+        owed, slabs = self._owed[job.name]
         sequences = self._open[job.name] = [
             TrainingSequence(
-                f"{job.name}/{next(self._counter)}",
-                job.name,
-                index,
-                job.tokens,
-                (TrainingPass(None, units, trains=True),),
-                level_slabs=tuple(-(-size // self._slab) for size in levels),
+                f"{job.name}/{next(self._counter)}", job.name, index, job.tokens, (owed,), level_slabs=slabs
             )
             for index in range(job.microbatches)
         ]
