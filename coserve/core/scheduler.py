@@ -75,6 +75,7 @@ class Scheduler:
         self.prefix_hits = 0
         self.shares = FairShares()
         self.control = BudgetControl()
+        self._trained_since = 0.0  # seconds of the last step
         self.minimum = MinimumShare(limits.min_training_share)
         self.mean_output = 0.0  # tokens of the requests that ended lately
         self.left_waiting = False  # the last step had no room for somebody,
@@ -154,6 +155,7 @@ class Scheduler:
 
     def account(self, seconds: float, training: float) -> None:
         """A step took `seconds`, `training` of them for jobs, who are owed a part while they have work."""
+        self._trained_since = training
         if self.training.has_work:
             self.minimum.account(seconds, training)
 
@@ -178,11 +180,13 @@ class Scheduler:
         return min(budget, self._prompt_tokens(plan, now))
 
     def _prompt_tokens(self, plan: StepPlan, now: float) -> int:
-        """Prompt tokens of a step: so many that those who decode in it keep their target."""
-        return self.prompt_tokens(plan.inference_tokens, plan.context_tokens, now)
+        """Prompt tokens of a step: so many that those who decode in it keep their target, who have waited for
+        the training that followed their last token already."""
+        return self.prompt_tokens(plan.inference_tokens, plan.context_tokens, now, self._trained_since)
 
-    def prompt_tokens(self, tokens: int, context: int, now: float) -> int:
-        """Prompt tokens beside decoding rows of `tokens` that look at `context` keys."""
+    def prompt_tokens(self, tokens: int, context: int, now: float, spent: float = 0.0) -> int:
+        """Prompt tokens beside decoding rows of `tokens` that look at `context` keys; the last answers were
+        `spent` seconds ago."""
         alone = self.model.predict_inference(tokens, context)
         if alone == 0.0:
             return self.limits.max_num_batched_tokens
@@ -192,7 +196,7 @@ class Scheduler:
             (d.targets.prompt_limit(alone, late * d.targets.patience) for d in demands if d.decodes),
             default=self.targets.prompt_limit(alone, late * self.targets.patience),
         )
-        return max(LEAST_PROMPT_TOKENS, self.model.tokens_within(limit, tokens, context))
+        return max(LEAST_PROMPT_TOKENS, self.model.tokens_within(limit - spent, tokens, context))
 
     def _schedule_waiting(self, plan: StepPlan, budget: int, now: float) -> None:
         self.num_deferred, self.left_waiting, self.out_of_memory = 0, False, False
@@ -244,8 +248,10 @@ class Scheduler:
             probing = not self.model.trained or self._steps_with_inference % PROBE_EVERY == 0
             if probing or not self.training.has_work:
                 return
-            # Whoever can't begin in this step waits for all that comes before, training too.
-            wanted = 0.0 if self.left_waiting or plan.preempted else self.training_budget(alone, now)
+            # Whoever can't begin in this step, or had less of it after training, waits for no more of that.
+            held_back = self._trained_since > 0.0 and not all(span.samples for span in plan.inference)
+            retreats = self.left_waiting or plan.preempted or held_back
+            wanted = 0.0 if retreats else self.training_budget(alone, now)
             plan.training_budget = max(self.control.allow(wanted), self.minimum.budget(alone))
         elif self.waiting and not self.training.has_work:
             return

@@ -342,3 +342,22 @@ def test_a_burst_takes_training_off_the_device_in_the_next_step_and_it_comes_bac
     back = [plan.training_budget for plan in sim.plans[-30:] if plan.training_budget > 0.0]
     assert back[:RISE_STEPS] == sorted(back[:RISE_STEPS]) and len(set(back[:RISE_STEPS])) == RISE_STEPS
     assert max(back) == pytest.approx(max(budgets), rel=0.1)
+
+
+def test_a_prompt_beside_readers_who_waited_for_training_is_shorter_and_then_training_waits_for_it() -> None:
+    sim = Simulation(blocks=2000, max_tokens=512, tpot=30e-3)
+    for index, size in enumerate((8, 20, 40, 90)):
+        sim.request(f"warm-{index}", size, 12)
+    sim.run()
+    sim.job("job", [4000], slabs=4)
+    reader, gaps, answered = sim.request("reader", 8, 60), [], 0.0
+    while not reader.finished:
+        if reader.num_output_tokens == 30 and not any(r.sequence_id == "late" for r in sim.scheduler.running):
+            late = sim.request("late", 400, 2)
+        sim.step()
+        gaps.append(sim.answered - answered)
+        answered = sim.answered
+    parts = [p for p in sim.plans if any(s.request is late and not s.samples for s in p.inference)]
+    assert len(parts) > 1 and parts[0].inference_tokens < parts[1].inference_tokens
+    assert all(plan.training_budget == 0.0 for plan in parts[:1])
+    assert max(gaps[2:]) <= 30e-3 and sim.training_seconds > 0.0
