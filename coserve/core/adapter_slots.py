@@ -103,6 +103,16 @@ class AdapterSlots:
             return True
         return False
 
+    def is_idle(self, key: str) -> bool:
+        """It has rows, and nobody reads them."""
+        return key in self._slots and not self._slots[key].readers
+
+    def rename(self, key: str, name: str) -> None:
+        """The same rows under another key, one that has none."""
+        slot = self._slots.pop(key)
+        slot.key = name
+        self._slots[name] = slot
+
     def pin(self, key: str, pinned: bool) -> None:
         """Keep an adapter on the device whoever reads it, or no longer."""
         self._slots[key].pinned = pinned

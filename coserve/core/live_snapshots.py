@@ -71,17 +71,18 @@ class LiveSnapshots:
         if key not in self._slots and self._newest.get(snapshot.job_id) != key:
             self._forget(key)
 
-    def part(self, job_id: str) -> None:
+    def part(self, job_id: str) -> bool:
         """The job leaves the step of its newest snapshot, by the next one or by its end: whoever reads keeps
-        the rows, and the job has others."""
+        the rows. True when somebody does, and the job has others."""
         key = self._newest.pop(job_id, None)
         if key is None:
-            return
-        if key in self._slots:
-            self._slots.part(key)
-            self._held.setdefault(job_id, []).append(key)
-        else:
+            return False
+        if key not in self._slots:
             self._forget(key)
+            return False
+        self._slots.part(key)
+        self._held.setdefault(job_id, []).append(key)
+        return True
 
     def _forget(self, key: str) -> None:
         """Nobody reads this step any more, and nobody will."""

@@ -229,9 +229,10 @@ class EngineClient:
 
     # ------------------------------------------------------------------ calls
 
-    async def load_adapter(self, ref: m.AdapterRef, pinned: bool = False) -> None:
-        """Load an adapter's weights; raises the error that refused them."""
-        await self._call(lambda i: m.LoadAdapter(call_id=i, adapter=ref, pinned=pinned))
+    async def load_adapter(self, ref: m.AdapterRef, pinned: bool = False, job_id: str = "") -> None:
+        """Load an adapter's weights, or take over those that the job of this id has ended with; raises the
+        error that refused them."""
+        await self._call(lambda i: m.LoadAdapter(call_id=i, adapter=ref, pinned=pinned, job_id=job_id))
 
     async def unload_adapter(self, digest: str) -> None:
         """Free an adapter's weights once nobody uses them."""

@@ -293,6 +293,8 @@ class Engine:
     def _(self, message: m.LoadAdapter) -> None:
         ref = message.adapter
         self.adapters.know(ref.digest, ref.name, ref.path)
+        if message.job_id:
+            self.adapters.adopt(ref.digest, message.job_id)
         self.adapters.load(ref.digest, message.pinned, partial(self.outbox.reply, message.call_id))
 
     @handle.register

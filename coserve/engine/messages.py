@@ -56,11 +56,13 @@ class AbortRequests(Message):
 
 
 class LoadAdapter(Message):
-    """Bring an adapter's weights to the device; answered by a `Reply` with the same `call_id`."""
+    """Bring an adapter's weights to the device; answered by a `Reply` with the same `call_id`. With `job_id`
+    it is what that job has ended with, whose rows may still be there."""
 
     call_id: int
     adapter: AdapterRef
     pinned: bool = False
+    job_id: str = ""
 
 
 class UnloadAdapter(Message):

@@ -83,6 +83,16 @@ class AdapterTiers:
         known = self._known.setdefault(digest, KnownAdapter(name, path))
         known.path, known.unloaded = path, False
 
+    def adopt(self, digest: str, job_id: str) -> None:
+        """A job that has ended left its rows, if nobody took them since: they are the known adapter's now."""
+        if not self._slots.is_idle(job_id):
+            return
+        if digest in self._slots:
+            self._slots.unload(job_id)
+        else:
+            self._slots.rename(job_id, digest)
+            self.swaps["publish"] += 1
+
     def load(self, digest: str, pinned: bool, on_loaded: OnLoaded) -> None:
         """Bring a known adapter in; `on_loaded` hears None, or why it can't be had."""
         known = self._known[digest]

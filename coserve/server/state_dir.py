@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -102,20 +103,31 @@ def sync_directory(folder: Path) -> None:
         os.close(handle)
 
 
-def copy_directory(source: Path, target: Path, names: tuple[str, ...] | None = None) -> None:
+def copy_directory(
+    source: Path, target: Path, names: tuple[str, ...] | None = None, *, link: bool = False
+) -> None:
     """Copy plain files of `source` to `target`, which appears whole or not at all.
 
-    An existing `target` is replaced: only call this for a place that no row points to.
+    An existing `target` is replaced: only call this for a place that no row points to. With `link` the files
+    are shared where the file system can: for synced ones that nobody writes to any more.
     """
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for path in sorted(source.iterdir()):
         if path.is_file() and (names is None or path.name in names):
-            shutil.copyfile(path, temporary / path.name)
-            with (temporary / path.name).open("rb") as handle:
-                os.fsync(handle.fileno())
+            _bring(path, temporary / path.name, link)
     sync_directory(temporary)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(temporary, target)
     sync_directory(target.parent)
+
+
+def _bring(source: Path, target: Path, link: bool) -> None:
+    if link:
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
+    with target.open("rb") as handle:
+        os.fsync(handle.fileno())

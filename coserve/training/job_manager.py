@@ -398,8 +398,8 @@ class JobManager:
         job_id = job.spec.job_id
         self._drop_step(job)
         del self._jobs[job_id]
-        self._live.part(job_id)
-        self._free_rows(job.spec)
+        parted = self._live.part(job_id)
+        self._free_rows(job.spec, keep=status == "succeeded" and job.holds_result and not parted)
         result = job.result_path if status == "succeeded" else ""
         self._listener.status(job_id, status, error, result)
 
@@ -410,6 +410,7 @@ class JobManager:
         for key in keys:
             if key is None:
                 continue
+            self._slots.unload(key)  # what an earlier run of the job has left
             if self._slots.allocate(key, RunningJob.rank(spec), pinned=True) is None:
                 for other in taken:
                     self._slots.unload(other)
@@ -424,12 +425,18 @@ class JobManager:
         self._live.part(job_id)
         return self._slots.rows(job_id)
 
-    def _free_rows(self, spec: JobSpec) -> None:
+    def _free_rows(self, spec: JobSpec, *, keep: bool = False) -> None:
+        """The job's rows are free. With `keep` its adapter stays in them until they are wanted, or until the
+        version that it becomes takes them over."""
         for key in (spec.job_id, RunningJob.reference_key(spec)):
-            if key is not None:
+            if key is None:
+                continue
+            if keep and key == spec.job_id:
+                self._slots.pin(key, False)
+            else:
                 self._pool.clear(self._slots.rows(key))
                 self._slots.unload(key)
-                self._slots.release(key)
+            self._slots.release(key)
 
     def _drop_step(self, job: RunningJob) -> None:
         """Leave the optimizer step under way: its memory is free, its gradients are forgotten."""

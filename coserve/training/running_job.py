@@ -160,9 +160,17 @@ class RunningJob:
     @property
     def result_path(self) -> str:
         """The checkpoint that the job ends with: its best where it may stop early, else its last."""
-        best = self._evaluation_state.best_step if self.spec.training.early_stopping_patience else 0
-        found = checkpoint.whole(self.spec.checkpoint_dir, best) if best else None
+        found = checkpoint.whole(self.spec.checkpoint_dir, self._best) if self._best else None
         return str(found or checkpoint.place(self.spec.checkpoint_dir, self.step))
+
+    @property
+    def holds_result(self) -> bool:
+        """Its rows are what it ends with: those of its last step, where no earlier one was better."""
+        return self._best in (0, self.step)
+
+    @property
+    def _best(self) -> int:
+        return self._evaluation_state.best_step if self.spec.training.early_stopping_patience else 0
 
     # ------------------------------------------------------------------ what runs next
 

@@ -71,13 +71,12 @@ def started(model: Path, data: Path, folder: Path, step: int, **settings: object
 
 
 def is_clean(local: LocalEngine) -> bool:
-    """No rows, no blocks, no cached KV, no record of a snapshot."""
+    """No blocks, no cached KV, no record of a snapshot; no rows but those of a job that has succeeded."""
     engine = local.engine
     live = engine.live
     cached = engine.blocks.cache is not None and len(engine.blocks.cache)
-    return not (engine.slots.rows_in_use or cached or engine.blocks.num_kv_blocks) and not any(
-        (live._snapshots, live._newest, live._held)
-    )
+    left = (cached, engine.blocks.num_kv_blocks, live._snapshots, live._newest, live._held)
+    return set(engine.slots.keys) <= {JOB} and world.rows_are_idle(local) and not any(left)
 
 
 def test_a_request_keeps_its_step_while_the_job_goes_on(model, data, tmp_path, answers) -> None:

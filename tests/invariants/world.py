@@ -149,6 +149,12 @@ def progress(local: LocalEngine, job_id: str) -> list[tuple[int, float, float]]:
     return [(n.metrics.step, n.metrics.loss, n.metrics.grad_norm) for n in news]
 
 
+def rows_are_idle(local: LocalEngine) -> bool:
+    """Adapters on the device are there because nothing else wants their rows."""
+    slots = local.engine.slots
+    return all(slots.is_idle(key) for key in slots.keys)
+
+
 def pool_is_empty(local: LocalEngine) -> bool:
     """No slab, no adapter row in use beyond idle caches (I5)."""
     engine = local.engine

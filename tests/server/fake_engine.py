@@ -145,7 +145,7 @@ class FakeEngine:
 
     # ------------------------------------------------------------------ adapters and jobs
 
-    async def load_adapter(self, ref: m.AdapterRef, pinned: bool = False) -> None:
+    async def load_adapter(self, ref: m.AdapterRef, pinned: bool = False, job_id: str = "") -> None:
         if self.fail_load is not None:
             raise self.fail_load
         self.loaded[ref.digest] = ref

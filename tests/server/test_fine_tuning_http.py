@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
 from coserve.engine.messages import JobMessage
+from coserve.server.state_dir import copy_directory
 from tests.server.running import BASE, ServerThread, wait_for
 
 ROWS = [
@@ -97,6 +101,33 @@ def test_a_job_from_file_to_model(server: ServerThread) -> None:
         client.chat.completions.create(
             model=done.fine_tuned_model, messages=[{"role": "user", "content": "Hi"}]
         )
+
+
+def test_a_published_version_shares_its_checkpoint_s_files(server: ServerThread) -> None:
+    client = server.openai()
+    job = client.fine_tuning.jobs.create(
+        model=BASE, training_file=upload(client), extra_body={"adapter": "shared"}
+    )
+    until_over(client, job.id)
+    state = Path(server.config.state_dir)
+    version = state / "adapters" / "shared" / "1"
+    (checkpoint,) = (state / "jobs" / job.id / "checkpoints").iterdir()
+    for file in version.iterdir():
+        assert file.samefile(checkpoint / file.name)
+    shutil.rmtree(checkpoint)
+    assert (version / "adapter_model.safetensors").stat().st_size > 0
+
+
+def test_where_files_cannot_be_shared_they_are_copied(tmp_path: Path, monkeypatch) -> None:
+    def refused(*paths: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "a").write_bytes(b"abc")
+    copy_directory(tmp_path / "from", tmp_path / "to", link=True)
+    assert (tmp_path / "to" / "a").read_bytes() == b"abc"
+    assert not (tmp_path / "to" / "a").samefile(tmp_path / "from" / "a")
 
 
 def test_events_and_checkpoints(server: ServerThread, http: httpx.Client) -> None:

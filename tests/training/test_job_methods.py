@@ -47,7 +47,8 @@ def train(model: Path, spec: JobSpec) -> list[StepMetrics]:
     local = world.make_engine(model)
     world.submit(local, spec)
     world.finish(local, spec.job_id)
-    assert world.pool_is_empty(local) and len(local.engine.slots) == 0
+    assert world.pool_is_empty(local) and local.engine.slots.keys == [spec.job_id]
+    assert world.rows_are_idle(local)
     return told(local, spec.job_id)
 
 
@@ -142,7 +143,7 @@ def test_rows_are_taken_for_adapter_and_reference_or_for_none(model, pairs, pref
     world.finish(local, "ftjob-1")
     assert local.engine.slots.keys == ["ftjob-2", "ftjob-2/start"]
     world.finish(local, "ftjob-2")
-    assert len(local.engine.slots) == 0
+    assert local.engine.slots.keys == ["ftjob-2"] and world.rows_are_idle(local)
 
 
 def test_every_setting_of_the_loss_has_its_effect(model, data, tmp_path) -> None:

@@ -1,7 +1,8 @@
 """Adapters: loading, publishing, rolling back, removing; and which weights a `model` means.
 
 Every version lies as files of its own under the state directory, so nobody outside can change what was
-checked. Order of a publication: files durable, row committed, engine loaded, pointer swapped.
+checked; those of a job's checkpoint, which nobody writes to any more, are linked. Order of a publication:
+files durable, row committed, engine loaded, pointer swapped.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from coserve.errors import (
     Unavailable,
 )
 from coserve.log import line
-from coserve.lora.peft_files import CONFIG_FILE, TENSOR_FILE, AdapterInfo, read_adapter_info
+from coserve.lora.peft_files import CONFIG_FILE, TENSOR_FILE, read_adapter_info
 from coserve.lora.registry import AdapterRegistry, AdapterVersion, check_adapter_name
 from coserve.metrics import Metrics
 from coserve.models.config import ModelConfig
@@ -272,15 +273,18 @@ class Adapters:
     async def _publish(
         self, name: str, source: Path, *, root: str, origin: str, job_id: str = "", pinned: bool = False
     ) -> AdapterRow:
-        param = "lora_path" if origin == "load" else "file"
-        info = await asyncio.to_thread(
-            read_adapter_info, source, self._model_config, self._max_rank, param=param
-        )
+        if not job_id:  # from outside
+            param = "lora_path" if origin == "load" else "file"
+            await asyncio.to_thread(
+                read_adapter_info, source, self._model_config, self._max_rank, param=param
+            )
+        elif not source.is_dir():
+            raise NotFound("The checkpoint's files are gone.", param="checkpoint")
         number = await self._database.run(lambda db: adapter_store.next_version(db, name))
         folder = self._state.adapter(name, number)
-        await asyncio.to_thread(copy_directory, source, folder, _PEFT_FILES)
+        await asyncio.to_thread(copy_directory, source, folder, _PEFT_FILES, link=bool(job_id))
         try:
-            row = await self._row_of(name, number, folder, info, root, origin, job_id, pinned)
+            row = await self._row_of(name, number, folder, root, origin, job_id, pinned)
             if origin != "job":
                 await self._engine.load_adapter(ref(row.version), pinned)
             await self._database.run(lambda db: adapter_store.insert(db, row))
@@ -292,7 +296,8 @@ class Adapters:
         self._rows[name, number] = row
         self._registry.publish(row.version)
         self._count()
-        logger.info(line("adapter published", name=name, version=number, origin=origin, rank=info.rank))
+        rank = row.version.rank
+        logger.info(line("adapter published", name=name, version=number, origin=origin, rank=rank))
         return row
 
     async def _row_of(
@@ -300,7 +305,6 @@ class Adapters:
         name: str,
         number: int,
         folder: Path,
-        info: AdapterInfo,
         root: str,
         origin: str,
         job_id: str,
@@ -313,7 +317,7 @@ class Adapters:
             version=number,
             digest=copied.digest,
             path=str(folder),
-            rank=info.rank,
+            rank=copied.rank,
             created_at=int(time.time()),
             job_id=job_id,
             pinned=pinned,
@@ -323,7 +327,7 @@ class Adapters:
     async def _load_published(self, row: AdapterRow) -> None:
         """The row stands already: an engine that is away loads the version when it is asked for."""
         try:
-            await self._engine.load_adapter(ref(row.version), row.version.pinned)
+            await self._engine.load_adapter(ref(row.version), row.version.pinned, row.version.job_id)
         except CoserveError as error:
             logger.warning(
                 line("adapter will be loaded on demand", name=row.version.name, reason=error.message)
