@@ -62,7 +62,7 @@ class AdapterSlots:
         """Rows for an adapter that has none, with the keys evicted for it; None while all are in use."""
         evicted = []
         while len(self._slots) >= self.max_adapters or len(self._free_rows) < rank:
-            victim = next((s for s in self._slots.values() if not s.readers and not s.pinned), None)
+            victim = next((s for s in self._slots.values() if self._is_idle(s)), None)
             if victim is None:
                 return None
             self._remove(victim)
@@ -104,8 +104,12 @@ class AdapterSlots:
         return False
 
     def is_idle(self, key: str) -> bool:
-        """It has rows, and nobody reads them."""
-        return key in self._slots and not self._slots[key].readers
+        """It has rows that nobody reads, and that anybody else may have."""
+        return key in self._slots and self._is_idle(self._slots[key])
+
+    @staticmethod
+    def _is_idle(slot: AdapterSlot) -> bool:
+        return not (slot.readers or slot.pinned)
 
     def rename(self, key: str, name: str) -> None:
         """The same rows under another key, one that has none."""
