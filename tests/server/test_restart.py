@@ -194,3 +194,19 @@ def test_lora_modules_make_no_second_version_of_the_same_files(tmp_path: Path) -
 def test_the_server_imports_no_torch() -> None:
     code = "import sys, coserve.server.app, coserve.server.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_the_engine_learnt_is_handed_to_the_next_one_and_arrival_waits_are_a_metric(home: Home) -> None:
+    engine = home.start().engine
+    path = Path(engine.config.latency_file)
+    assert path.parent == home.state and not path.exists()
+    stats = m.EngineStats(latency_model='{"learnt": 1}', arrival_waits=[("training", 0.03), ("none", 0.0004)])
+    engine.on_stats(stats)
+    assert path.read_text() == '{"learnt": 1}'
+    engine.on_stats(m.EngineStats())
+    text = home.server.http().get("/metrics").text
+    assert 'coserve_arrival_wait_seconds_bucket{le="0.025",step="training"} 0.0' in text
+    assert 'coserve_arrival_wait_seconds_bucket{le="0.05",step="training"} 1.0' in text
+    assert 'coserve_arrival_wait_seconds_count{step="none"} 1.0' in text
+    assert home.restart().engine.config.latency_file == str(path)
+    assert path.read_text() == '{"learnt": 1}'
