@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coserve.core.request import Request, RequestStatus
-from coserve.core.slo import PROBE_EVERY, SAFETY
+from coserve.core.slo import PROBE_EVERY, SAFETY, MinimumShare
 from coserve.core.step_plan import StepPlan
 from coserve.core.training_queue import LEAD
 from coserve.core.training_sequence import TrainingSequence
@@ -238,6 +238,22 @@ def test_no_job_starves_beside_requests_whatever_its_priority(tpot: float) -> No
         share = weight / sum(weights.values())
         assert any(s.cursor for s in sequences[name])
         assert most[name] <= 2 * (TILE_SECONDS + UNIT_SECONDS) / (budget * share) + 2 * PROBE_EVERY, name
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3])
+def test_where_the_target_leaves_nothing_jobs_have_their_minimum_share_and_no_more(share: float) -> None:
+    sim = Simulation(blocks=4000, max_tokens=MAX_TOKENS, tpot=3e-3)
+    warm_up(sim)
+    sim.scheduler.minimum = MinimumShare(share)
+    for index in range(6):
+        sim.request(f"reader-{index}", 8, 100_000)
+    sim.job("job", [512] * 60, slabs=20)
+    for _ in range(50):
+        sim.step()
+    began, trained = sim.now, sim.training_seconds
+    for _ in range(500):
+        sim.step()
+    assert (sim.training_seconds - trained) / (sim.now - began) == pytest.approx(share, abs=0.03)
 
 
 def test_a_burst_of_twenty_times_the_load_takes_the_device_at_once_and_gives_it_back() -> None:
