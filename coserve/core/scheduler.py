@@ -136,6 +136,7 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan:
         """Plan the next step. Cursors move only in `commit`."""
         plan = StepPlan()
+        self.training.now = now
         budget = self._schedule_running(plan, self.limits.max_num_batched_tokens, now)
         if not plan.preempted:
             self._schedule_waiting(plan, budget, now)

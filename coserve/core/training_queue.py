@@ -6,6 +6,7 @@ A job that was idle comes back at the others' virtual time, so it can't claim wh
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_right
 from collections import Counter
@@ -18,6 +19,8 @@ from coserve.core.span import SpanKind, TrainingSpan
 from coserve.core.training_sequence import TILE, TrainingSequence
 
 EVICTIONS_TO_LOWEST = 2
+EVICTIONS_TO_WAIT = 5
+LEAST_AWAY, MOST_AWAY = 0.05, 60.0  # seconds
 LEAD = 0.02  # seconds of virtual time that a job may run ahead of one that waits for the next step
 MAX_IN_FLIGHT = 2  # microbatches of one job that hold activations: one goes forward, one backward
 
@@ -33,12 +36,15 @@ class JobQueue:
     share: float = 1.0
     weight: float = 1.0
     virtual_time: float = 0.0
+    keeps_gradients: bool = False  # after each microbatch, since a step was lost to requests
     sequences: list[TrainingSequence] = field(default_factory=list)
 
     @property
     def in_flight(self) -> list[TrainingSequence]:
-        """The first unfinished microbatches, as many as may hold activations."""
-        return [s for s in self.sequences if not s.done][:MAX_IN_FLIGHT]
+        """The first unfinished microbatches, as many as may hold activations: one where memory was taken from
+        them, so that what comes free serves the one that is done first."""
+        first = list(itertools.islice((s for s in self.sequences if not s.done), MAX_IN_FLIGHT))
+        return first[:1] if any(s.evictions for s in first) else first
 
     def unit_candidate(self) -> TrainingSequence | None:
         """The first microbatch in flight with a unit to run. Gradients are added in index order, so only the
@@ -103,6 +109,7 @@ class TrainingQueue:
         self._resting: list[TrainingSpan] = []
         self._rested_seconds = 0.0
         self._layer_seconds = 0.0
+        self.now = 0.0  # the scheduler's time of the step that is planned
         self.num_downgrades = 0
         self.num_evictions = 0
 
@@ -238,7 +245,8 @@ class TrainingQueue:
         """Take activation memory from training for inference (I5). Returns the microbatches that lost theirs.
 
         Forward work is the cheapest to lose, newest first. A backward pass has already added into its job's
-        gradients, so taking its memory restarts the job's whole optimizer step.
+        gradients, so taking its memory restarts the job's optimizer step: the whole of it once, and from then
+        on, as the job keeps what its gradients were after each microbatch, what isn't done of it.
         """
         holders = [s for s in self.sequences if s.extent is not None and not s.done]
         for sequence in reversed(holders):
@@ -247,12 +255,22 @@ class TrainingQueue:
         if not holders:
             return []
         job = self._jobs[holders[-1].job_id]
-        return [self._evict(s) for s in job.sequences]
+        lost = [s for s in job.sequences if not (job.keeps_gradients and s.done)]
+        job.keeps_gradients = True
+        return [self._evict(s) for s in lost]
+
+    def keeps_gradients(self, job_id: str) -> bool:
+        """Whether the job's gradients are to be kept after each of its microbatches."""
+        return job_id in self._jobs and self._jobs[job_id].keeps_gradients
 
     def _evict(self, sequence: TrainingSequence) -> TrainingSequence:
+        had = self.now - sequence.reserved_at if sequence.extent is not None else 0.0
         self.release(sequence)
         sequence.restart()
         sequence.evictions += 1
+        doublings = sequence.evictions - EVICTIONS_TO_WAIT
+        if doublings >= 0:
+            sequence.away_until = self.now + min(max(had, LEAST_AWAY) * 2.0**doublings, MOST_AWAY)
         self.num_evictions += 1
         return sequence
 
@@ -327,7 +345,7 @@ class TrainingQueue:
         sequence = job.forward_candidate()
         unplanned = sequence is not None and sequence.sequence_id not in plan.forward
         window = None
-        if sequence is not None and unplanned and self._reserve(sequence, kv_headroom):
+        if sequence is not None and unplanned and self._reserve(sequence, kv_headroom, plan.mixed):
             window = self._next_window(sequence, plan, max_tokens - plan.forward_tokens)
             if window is not None and (plan.empty or window[1] <= plan.left):
                 return window
@@ -383,11 +401,12 @@ class TrainingQueue:
         tokens = sequence.tokens_of(index, length)
         return self._model.predict_unit(sequence.unit_kind(index), tokens)
 
-    def _reserve(self, sequence: TrainingSequence, kv_headroom: int) -> bool:
+    def _reserve(self, sequence: TrainingSequence, kv_headroom: int, mixed: bool) -> bool:
         """Memory at the highest level that leaves the headroom, and what the others in flight need at least.
 
-        Memory that was taken away once is asked for again only with room to spare (no thrashing), and after
-        the second time at the lowest level.
+        Against thrashing memory that was taken away once is asked for again only with room to spare, after
+        the second time at the lowest level, and from the fifth on, beside requests, not before as long as it
+        was had the last time, twice that, four times ...
         """
         if sequence.extent is not None:
             return True
@@ -395,12 +414,14 @@ class TrainingQueue:
         headroom = kv_headroom * (1 + min(sequence.evictions, 3))
         if self._blocks.num_free < min(least + headroom, self._blocks.num_blocks):
             return False
+        if mixed and self.now < sequence.away_until:
+            return False
         most = 0
         if sequence.evictions < EVICTIONS_TO_LOWEST:
             spare = self._blocks.num_free - headroom - self._claims(sequence)
             most = min(spare, self._blocks.longest_run())
         sequence.level = max(0, bisect_right(sequence.level_slabs, most) - 1)
-        sequence.extent = self._blocks.reserve_extent(sequence.slabs)
+        sequence.extent, sequence.reserved_at = self._blocks.reserve_extent(sequence.slabs), self.now
         return sequence.extent is not None
 
     def _claims(self, besides: TrainingSequence) -> int:

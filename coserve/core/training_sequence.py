@@ -75,6 +75,8 @@ class TrainingSequence(Sequence):
         self.window_tokens = window_tokens
         self.extent: int | None = None
         self.evictions = 0
+        self.reserved_at = 0.0  # the scheduler's time
+        self.away_until = 0.0  # likewise; beside requests it stays without memory until then
 
     @property
     def num_tokens(self) -> int:

@@ -303,6 +303,8 @@ class JobManager:
         if sequence.done:
             self._backward_tokens += sequence.num_tokens if sequence.trains else 0
             self._queue.release(sequence)
+            if sequence.trains and self._queue.keeps_gradients(sequence.job_id):
+                self._jobs[sequence.job_id].keep_gradients()
 
     def _charge(self, job_id: str, seconds: float) -> None:
         self._queue.charge(job_id, seconds)

@@ -257,11 +257,18 @@ class RunningJob:
         self._run.run_units(sequence, length)
 
     def forget_activations(self, sequence_ids: set[str]) -> None:
-        """Memory was taken away. When all microbatches lost theirs, half-made gradients start over."""
+        """Memory was taken away. When no microbatch is done any more gradients start over; when all that
+        aren't done lost theirs, from what they were after the last one, if that was kept."""
         assert self._run is not None
         self._run.forget(sequence_ids)
         if sequence_ids == self.microbatches.keys():
             self._adapter.zero_gradients()
+        elif all(s.sequence_id in sequence_ids for s in self.sequences if not s.done):
+            self._adapter.restore_gradients()
+
+    def keep_gradients(self) -> None:
+        """A microbatch is done: requests that take the next one's memory don't take its work."""
+        self._adapter.keep_gradients()
 
     def _commit_step(self) -> StepMetrics:
         """Clip, update, write the compute rows."""

@@ -99,6 +99,7 @@ class TrainableAdapter:
         self.frozen = torch.zeros(frozen, dtype=torch.float32, device=device)
         self.parameters = torch.zeros(trained + sum(b_sizes), dtype=torch.float32, device=device)
         self.gradients = torch.zeros_like(self.parameters)
+        self._kept: torch.Tensor | None = None  # gradients after a microbatch of this step
         self.ranks_LM = torch.zeros(config.num_layers, len(config.linear_modules), dtype=torch.int32)
         self.modules: list[TrainableModule] = []
         parameters, gradients, frozen_a = (
@@ -149,7 +150,8 @@ class TrainableAdapter:
     @property
     def nbytes(self) -> int:
         """Bytes of masters and gradients."""
-        return self.parameters.nbytes + self.gradients.nbytes + self.frozen.nbytes
+        kept = 0 if self._kept is None else self._kept.nbytes
+        return self.parameters.nbytes + self.gradients.nbytes + self.frozen.nbytes + kept
 
     def spans(self) -> list[tuple[int, int, str]]:
         """(start, end, "A" or "B") of every trained tensor in the flat buffers, in their order."""
@@ -173,6 +175,16 @@ class TrainableAdapter:
     def zero_gradients(self) -> None:
         """Before the first backward unit of an optimizer step."""
         self.gradients.zero_()
+        self._kept = None
+
+    def keep_gradients(self) -> None:
+        """Remember the gradients as they are, for `restore_gradients`."""
+        self._kept = self.gradients.clone() if self._kept is None else self._kept.copy_(self.gradients)
+
+    def restore_gradients(self) -> None:
+        """As they were when they were kept last; nothing where they weren't in this optimizer step."""
+        if self._kept is not None:
+            self.gradients.copy_(self._kept)
 
     def layer_gradients(
         self, pool: LoraPool, rows: torch.Tensor, layer: int, dropout: Dropout | None = None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+from coserve.core.step_plan import StepPlan
 from coserve.engine import messages as m
 
 from . import world
@@ -151,3 +154,37 @@ def test_a_cancelled_job_leaves_nothing(model, data, tmp_path) -> None:
     reply = local.call(lambda i: m.ControlJob(call_id=i, job_id=spec.job_id, action="cancel"))
     assert reply.error is None and world.status_of(local, spec.job_id) == "cancelled"
     assert world.pool_is_empty(local) and len(local.engine.slots) == 0
+
+
+def test_gradients_kept_after_a_microbatch_are_the_same_bits(model, tmp_path) -> None:
+    """A backward that loses its memory for the second time takes no finished microbatch with it."""
+    data = world.make_data(tmp_path / "long", examples=48)
+    quiet = world.make_engine(model)
+    spec = world.make_job(data, tmp_path / "quiet", n_epochs=2, batch_size=48)
+    world.submit(quiet, spec)
+    world.finish(quiet, spec.job_id)
+    local = world.make_engine(model)
+    again = world.make_job(data, tmp_path / "again", n_epochs=2, batch_size=48)
+    world.submit(local, again)
+    engine = local.engine
+    engine.arrivals = itertools.cycle((False, True)).__next__  # a call or two a step
+    queue, at = engine.scheduler.training, [(0, 3), (1, 5), (2, 2), (1, 9)]
+    masters = engine.jobs.optimizer_bytes
+    lost: list[int] = []
+
+    def ended() -> bool:
+        going = next((s for s in queue.sequences if s.holds_gradients and not s.done), None)
+        if at and going is not None and going.index == at[0][0] and going.unit_cursor >= at[0][1]:
+            at.pop(0)
+            while going.extent is not None:
+                evicted = queue.evict_one()
+                engine.jobs.prepare(StepPlan(evicted=evicted))
+            lost.append(len(evicted))
+            assert engine.blocks.num_extent_slabs == 0
+        return world.status_of(local, again.job_id) in ("succeeded", "failed")
+
+    local.run_until(ended, 20_000)
+    assert not at and lost == [3, 2, 1, 2], "the last of them is of the next optimizer step"
+    assert engine.jobs.optimizer_bytes == 0 < masters
+    assert world.same_bits(world.final_adapter(again), world.final_adapter(spec))
+    assert world.pool_is_empty(local)
