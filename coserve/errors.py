@@ -6,6 +6,7 @@
     │   ├── ContextLengthExceeded
     │   └── DatasetError        every bad line of a data file, up to a limit
     ├── FailedPrecondition      the thing's state must change first
+    │   └── AdapterNotLive      no optimizer step yet, or no job any more
     ├── Unauthenticated / PermissionDenied
     ├── NotFound                ── ModelNotFound
     ├── Conflict                the name exists, or the thing is busy
@@ -91,6 +92,12 @@ class FailedPrecondition(CoserveError):
     """The thing exists but its state forbids the call (a job that has ended, an adapter in use)."""
 
     default_code = "failed_precondition"
+
+
+class AdapterNotLive(FailedPrecondition):
+    """The job's adapter can't answer while it trains: it has no step yet, or the job is over."""
+
+    default_code = "adapter_not_live"
 
 
 class Unauthenticated(CoserveError):

@@ -22,7 +22,15 @@ from coserve.core.live_snapshots import LiveSnapshots
 from coserve.core.step_plan import StepPlan
 from coserve.core.training_queue import TrainingQueue
 from coserve.core.training_sequence import TrainingSequence
-from coserve.errors import CoserveError, FailedPrecondition, InternalError, InvalidRequest, NotFound
+from coserve.errors import (
+    AdapterNotLive,
+    CoserveError,
+    FailedPrecondition,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    Unavailable,
+)
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.models.decoder import Decoder
 from coserve.training.divergence import Diverged, diverged
@@ -164,13 +172,15 @@ class JobManager:
     def read_live(self, job_id: str) -> str:
         """A request reads a job's adapter as of its last committed step: the key of that snapshot.
 
-        Raises FailedPrecondition when the job isn't in training or has no step yet, Unavailable when all rows
+        Raises AdapterNotLive before the job's first step, Unavailable while it has no rows and when all rows
         are in use.
         """
         job = self._jobs.get(job_id)
-        if job is None or job.step == 0:
-            lacks = "is not in training now" if job is None else "has not finished its first optimizer step"
-            raise FailedPrecondition(f"Job {job_id} {lacks}.", param="model", code="adapter_not_live")
+        if job is None:
+            reason = "is not in training now; it waits for its turn, or has just ended. Try again"
+            raise Unavailable(f"Job {job_id} {reason}.", param="model")
+        if job.step == 0:
+            raise AdapterNotLive(f"Job {job_id} has not finished its first optimizer step.", param="model")
         return self._live.take(job_id, job.step)
 
     def checkpoint_all(self) -> None:

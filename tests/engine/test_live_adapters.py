@@ -11,7 +11,9 @@ from msgspec.structs import replace
 from coserve.core.live_snapshots import MOST_HELD
 from coserve.core.step_plan import StepPlan
 from coserve.engine import messages as m
+from coserve.engine.client import error_from
 from coserve.engine.local import LocalEngine
+from coserve.errors import AdapterNotLive, CoserveError, Unavailable
 from coserve.training.job import JobSpec
 from tests.invariants import world
 
@@ -92,6 +94,26 @@ def test_a_request_keeps_its_step_while_the_job_goes_on(model, data, tmp_path, a
     assert local.tokens["two"] == answers[2]
     assert local.tokens["three"] == answers[3]
     assert is_clean(local)
+
+
+@pytest.mark.parametrize("modules", [("lm_head",), ("q_proj", "down_proj", "lm_head")])
+def test_adapters_on_the_head_and_of_mixed_ranks_move_whole(model, data, tmp_path, modules) -> None:
+    spec = make_job(data, tmp_path)
+    lora = replace(spec.lora, target_modules=modules, rank_pattern={"q_proj": 2} if modules[1:] else {})
+    local, reader = world.make_engine(model), world.make_engine(model)
+    world.submit(local, replace(spec, lora=lora))
+    expected: dict[str, list[int]] = {}
+    while world.status_of(local, JOB) != "succeeded":
+        for checkpoint in local.take(m.JobCheckpoint):
+            if checkpoint.step in (2, 3):
+                name = f"at-{checkpoint.step}"
+                local.add(name, PROMPT, LONG, live_job=JOB)
+                expected[name] = reader.generate(PROMPT, LONG, world.ref(Path(checkpoint.path)))
+        local.engine.step()
+    local.run_until(lambda: expected.keys() <= local.finished.keys(), 2000)
+    assert {name: local.tokens[name] for name in expected} == expected
+    assert expected["at-2"] != expected["at-3"] and is_clean(local)
+    assert len(local.engine.pool._heads) == 1, "that of the finished job, whose rows wait for its version"
 
 
 def test_reading_along_changes_no_bit_of_the_training(model, data, tmp_path) -> None:
@@ -195,17 +217,24 @@ def test_a_preempted_request_comes_back_on_its_step(model, data, tmp_path, answe
     assert is_clean(local)
 
 
-@pytest.mark.parametrize("job_id", [JOB, "ftjob-unknown"])
-def test_without_a_step_to_read_it_is_an_error_and_never_the_base(model, data, tmp_path, job_id) -> None:
+def refusal(local: LocalEngine, request_id: str) -> CoserveError:
+    """The error that the server makes of a refused request, which must have had no token."""
+    output = local.finished[request_id]
+    assert output.error is not None and local.tokens[request_id] == []
+    return error_from(output.error, output.error_code, output.error_param, output.retry_after)
+
+
+def test_without_a_step_to_read_it_is_an_error_and_never_the_base(model, data, tmp_path) -> None:
     local = world.make_engine(model)
     world.submit(local, make_job(data, tmp_path))
-    local.add("early", PROMPT, SHORT, live_job=job_id)
-    refused = local.finished["early"]
-    assert refused.error_code == "adapter_not_live" and local.tokens["early"] == []
-    assert ("first optimizer step" in refused.error) == (job_id == JOB)
+    local.add("early", PROMPT, SHORT, live_job=JOB)
+    early = refusal(local, "early")
+    assert type(early) is AdapterNotLive and early.param == "model"
+    assert "first optimizer step" in early.message
     world.finish(local, JOB)
-    local.add("late", PROMPT, SHORT, live_job=JOB)
-    assert "not in training" in local.finished["late"].error
+    for name, job_id in (("late", JOB), ("unknown", "ftjob-unknown")):
+        local.add(name, PROMPT, SHORT, live_job=job_id)
+        assert type(refusal(local, name)) is Unavailable and "not in training" in refusal(local, name).message
 
 
 def test_when_all_rows_are_in_use_training_goes_on_and_the_reader_is_told(model, data, tmp_path) -> None:
@@ -216,8 +245,8 @@ def test_when_all_rows_are_in_use_training_goes_on_and_the_reader_is_told(model,
         slots.acquire(f"other-{others}")
         others += 1
     local.add("a", PROMPT, SHORT, live_job=JOB)
-    assert local.finished["a"].error_code == "service_unavailable"
-    assert "adapter rows" in local.finished["a"].error and local.finished["a"].retry_after > 0
+    told = refusal(local, "a")
+    assert isinstance(told, Unavailable) and "adapter rows" in told.message and told.retry_after > 0
     world.finish(local, JOB)
 
 

@@ -8,7 +8,7 @@ import grpc
 import openai
 import pytest
 
-from coserve.errors import FailedPrecondition
+from coserve.errors import Unavailable
 from coserve.server.grpc_gen import inference_pb2 as pb
 from coserve.server.grpc_gen.inference_pb2_grpc import InferenceServiceStub
 from tests.server.running import BASE, ServerThread, wait_for
@@ -77,9 +77,10 @@ def test_a_job_that_ended_otherwise_says_so(live_server: ServerThread, job_id: s
 def test_what_the_engine_knows_better_comes_through(live_server: ServerThread, job_id: str) -> None:
     client, engine = live_server.openai(), live_server.engine
     live_server.call(engine.step(job_id, 1, 3))
-    engine.refusal = FailedPrecondition("Job is not in training now.", param="model", code="adapter_not_live")
+    engine.refusal = Unavailable("Job is not in training now.", param="model")
     try:
-        assert "not in training" in refusal(client, f"{job_id}:live").message
+        told = refusal(client, f"{job_id}:live")
+        assert told.status_code == 503 and "not in training" in told.message
     finally:
         engine.refusal = None
 

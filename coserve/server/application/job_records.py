@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from sqlite3 import Connection
 
-from coserve.errors import CoserveError, FailedPrecondition, InvalidRequest, NotFound, Unavailable
+from coserve.errors import AdapterNotLive, CoserveError, InvalidRequest, NotFound, Unavailable
 from coserve.metrics import Metrics
 from coserve.server import job_store
 from coserve.server.application import job_changes
@@ -53,7 +53,7 @@ class JobRecords:
     async def check_live(self, job_id: str) -> None:
         """Whether a job's adapter can answer while it trains, as far as its record tells.
 
-        Raises ModelNotFound, or FailedPrecondition before the job's first step and after its end.
+        Raises ModelNotFound, or AdapterNotLive before the job's first step and after its end.
         """
         try:
             job = await self.get(job_id)
@@ -67,7 +67,7 @@ class JobRecords:
             reason = f"has not finished its first optimizer step (it is {job.status})"
         else:
             return
-        raise FailedPrecondition(f"Job {job_id} {reason}.", param="model", code="adapter_not_live")
+        raise AdapterNotLive(f"Job {job_id} {reason}.", param="model")
 
     async def list(self, metadata: dict[str, str] | None = None) -> list[JobRecord]:
         """All jobs, newest first, with these metadata pairs."""
