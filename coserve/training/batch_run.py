@@ -39,6 +39,18 @@ class Trainee:
     rows: Sequence[int]
 
 
+def check_fits(slabs: int, tokens: int, kv: KVTensors) -> None:
+    """Raise FailedPrecondition when a microbatch of `tokens` tokens, which takes so many slabs at the least,
+    is more than the whole pool."""
+    if slabs > kv.num_blocks:
+        raise FailedPrecondition(
+            f"{tokens} tokens in training need {slabs * kv.slab_bytes} bytes of the pool, which has "
+            f"{kv.nbytes}; raise --kv-cache-memory-bytes or set max_length",
+            param="training.max_length",
+            code="out_of_memory",
+        )
+
+
 class BatchRun:
     """`samples` holds each microbatch's. `sequences` and `microbatches` go by f"{name}/{index}".
 
@@ -87,13 +99,7 @@ class BatchRun:
                 head_slabs=MicrobatchActivations.head_bytes(*self._shape(microbatch)) // kv.slab_bytes,
                 window_tokens=window_tokens,
             )
-            if sequence.level_slabs[0] > kv.num_blocks:
-                needed = sequence.level_slabs[0] * kv.slab_bytes
-                raise FailedPrecondition(
-                    f"{microbatch.num_tokens} tokens in training need {needed} bytes of the pool, which has "
-                    f"{kv.nbytes}; raise --kv-cache-memory-bytes or set max_length",
-                    code="out_of_memory",
-                )
+            check_fits(sequence.level_slabs[0], microbatch.num_tokens, kv)
             self.sequences.append(sequence)
             self.microbatches[sequence.sequence_id] = microbatch
         self.count = sum(objective.count(microbatch) for microbatch in self.microbatches.values())

@@ -135,6 +135,12 @@ class BatchPlan:
         self.total_steps = spec.max_steps or self.steps_per_epoch * spec.n_epochs
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example, or pair: no microbatch that holds it has fewer."""
+        whole = len(self._lengths) // self._group * self._group
+        return int(self._lengths[:whole].reshape(-1, self._group).sum(axis=1).max())
+
     def step(self, step: int) -> StepBatch:
         """Optimizer step `step`, counted from 1."""
         epoch, place = divmod(step - 1, self.steps_per_epoch)

@@ -332,6 +332,7 @@ class JobManager:
             try:
                 next_rows = partial(self._next_rows, spec.job_id)
                 job = RunningJob(spec, self._decoder, self._pool, rows, kept, next_rows)
+                job.check_memory(self._kv)
             except Exception as error:
                 self._free_rows(spec)
                 self._listener.status(spec.job_id, "failed", _as_error(spec.job_id, error))

@@ -17,7 +17,8 @@ from coserve.core.training_sequence import TrainingSequence
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.models.decoder import Decoder
 from coserve.training import checkpoint
-from coserve.training.batch_run import BatchRun, Trainee
+from coserve.training.activations import MicrobatchActivations
+from coserve.training.batch_run import BatchRun, Trainee, check_fits
 from coserve.training.batching import BatchPlan, StepBatch
 from coserve.training.dataset import TokenDataset
 from coserve.training.divergence import Diverged, LossWatch, diverged
@@ -173,6 +174,13 @@ class RunningJob:
         return self._evaluation_state.best_step if self.spec.training.early_stopping_patience else 0
 
     # ------------------------------------------------------------------ what runs next
+
+    def check_memory(self, kv: KVTensors) -> None:
+        """Raise FailedPrecondition when the longest example will never fit in the pool `kv`, not even where
+        every layer keeps the least: now, not at the step that it belongs to."""
+        decoder, tokens = self._decoder, self._plan.longest
+        shape = decoder.config, decoder.config.num_layers, tokens, decoder.dtype, self._adapter.lowest_layer
+        check_fits(kv.slabs_for(MicrobatchActivations.level_bytes(*shape)[0]), tokens, kv)
 
     def begin(self, kv: KVTensors) -> None:
         """Make the next microbatches: of the validation set where scores are due, else of the next step.

@@ -188,3 +188,43 @@ def test_gradients_kept_after_a_microbatch_are_the_same_bits(model, tmp_path) ->
     assert engine.jobs.optimizer_bytes == 0 < masters
     assert world.same_bits(world.final_adapter(again), world.final_adapter(spec))
     assert world.pool_is_empty(local)
+
+
+def test_after_pauses_cancels_aborts_and_preemptions_nothing_leaks(model, data, adapters, tmp_path) -> None:
+    """Whatever ends in the middle: when all have left, every slab and every row of an adapter is free."""
+    slab = world.make_engine(model).engine.kv.slab_bytes
+    local = world.make_engine(model, max_model_len=512, kv_cache_memory_bytes=200 * slab, max_loras=3)
+    engine, jobs = local.engine, [world.make_job(data, tmp_path, f"ftjob-{n}") for n in range(3)]
+    rows = engine.slots.rows_in_use
+
+    def control(number: int, action: str) -> None:
+        reply = local.call(lambda i: m.ControlJob(call_id=i, job_id=jobs[number].job_id, action=action))
+        assert reply.error is None, reply.error
+
+    for job in jobs:
+        world.submit(local, job)
+    long = world.SamplingParams(max_tokens=150, temperature=0.0, ignore_eos=True)
+    for number in range(24):
+        local.add(f"r{number}", [3 + number] * 60, long, adapters[number % 3] if number % 2 else None)
+        engine.step()
+    local.run_until(lambda: engine.scheduler.num_preemptions > 0, 2000)
+    control(0, "pause")
+    control(1, "cancel")
+    engine.handle(m.AbortRequests(request_ids=[f"r{number}" for number in range(0, 24, 3)]))
+    local.run_until(lambda: len(local.finished) == 24, 5000)
+    assert not any(s.job_id != jobs[2].job_id for s in engine.scheduler.training.sequences)
+    control(0, "resume")
+    local.run_until(lambda: len(world.progress(local, jobs[0].job_id)) > 0, 5000)
+    control(0, "cancel")
+    world.finish(local, jobs[2].job_id)
+    for adapter in adapters:
+        local.call(lambda i, ref=adapter: m.UnloadAdapter(call_id=i, digest=ref.digest))
+    assert world.pool_is_empty(local) and engine.blocks.num_extent_slabs == 0
+    assert engine.slots.keys == [jobs[2].job_id], "it waits for its version, for anybody to take its rows"
+    assert engine.slots.unload(jobs[2].job_id) and engine.slots.rows_in_use == rows == 0
+    owners = engine.stats.snapshot(0).memory_bytes
+    assert owners["adapters"] == owners["activations"] == owners["optimizer"] == 0
+    assert owners["kv"] == engine.blocks.num_idle * slab, "what is left is the prefix cache's"
+    assert owners["free"] + owners["kv"] == engine.kv.nbytes
+    free = engine.blocks.allocate(engine.blocks.num_blocks)
+    assert free is not None and len(set(free)) == engine.blocks.num_blocks, "every slab can be had"

@@ -10,6 +10,7 @@ import pytest
 from coserve.engine import messages as m
 from coserve.engine.local import LocalEngine
 from coserve.training.backward import MicrobatchBackward
+from coserve.training.dataset import TokenDataset
 from coserve.training.job import StepMetrics
 from coserve.training.microbatch import Microbatch
 from coserve.training.objectives import CrossEntropy, LossSums
@@ -155,6 +156,26 @@ def test_a_microbatch_that_never_fits_is_refused_with_the_way_out(model, data, t
     world.submit(local, world.make_job(data, tmp_path))
     failed = last_status(local, "ftjob-1")
     assert failed.status == "failed" and "--kv-cache-memory-bytes" in failed.message
+    assert (failed.error_code, failed.error_param) == ("out_of_memory", "training.max_length")
+
+
+def test_a_job_with_one_example_too_long_is_refused_before_it_starts(model, tmp_path) -> None:
+    """Whatever the step that it would come in; the message has what it needs and what there is."""
+    rows = [([3] * 20, [3] * 20)] * 30 + [([4] * 400, [4] * 400)]
+    TokenDataset.write(tmp_path / "data", rows)
+    spec = world.make_job(tmp_path / "data", tmp_path, batch_size=1, shuffle=False)
+    ample = world.make_engine(model)
+    world.submit(ample, spec)
+    queue = ample.engine.scheduler.training
+    ample.run_until(lambda: any(s.num_tokens == 400 for s in queue.sequences), 5000)
+    slabs, slab = queue.sequences[0].level_slabs[0], ample.engine.kv.slab_bytes
+    tight = world.make_engine(model, max_model_len=128, kv_cache_memory_bytes=(slabs - 1) * slab)
+    world.submit(tight, world.make_job(tmp_path / "data", tmp_path, "ftjob-2", batch_size=1, shuffle=False))
+    (told,) = [news for news in tight.sent if isinstance(news, m.JobStatus)]
+    assert told.status == "failed" and told.error_code == "out_of_memory"
+    assert f"400 tokens in training need {slabs * slab} bytes" in told.message
+    assert f"which has {(slabs - 1) * slab};" in told.message
+    assert "ftjob-2" not in tight.engine.slots and world.pool_is_empty(tight)
 
 
 def test_pause_and_resume(model, data, tmp_path) -> None:
