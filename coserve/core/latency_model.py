@@ -22,6 +22,8 @@ KEEP = 0.95  # of a stratum's sums at each of its observations, so it follows a 
 SOLVE_EVERY, EARLY = 8, 64
 RIDGE = 1e-6
 GUARD_STEPS = 128
+UNIT_KEEP, UNIT_RIDGE = 0.9, 0.01  # a width that is seldom seen may be of a busier time
+GRACE, STALL = 8, 3.0  # after so many calls, one counts at most so many times what was expected
 WASTE = 0.05  # of a narrow call's time per token beside a wide one's
 # Forward windows in a batch with requests, and apart; a layer's backward goes by its policy.
 UNIT_KINDS = ("forward", "apart", "score", "loss", "layer_a", "layer_b", "layer_c")
@@ -60,9 +62,12 @@ class StratifiedFit:
     the scale is y itself a stall counts little, being an error relative to its own length.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, keep: float = KEEP, first_ridge: float = RIDGE) -> None:
+        """`keep` is what a stratum keeps of its sums at each observation; `first_ridge` draws the first
+        feature's weight to 0 where the others explain what was seen as well."""
         self.count = 0
-        self._size = size
+        self._size, self._keep = size, keep
+        self._ridge = [first_ridge] + [RIDGE] * (size - 1)
         self._strata: dict[int, list[list[float]]] = {}
         self._weights = [0.0] * size
         self._unsolved = 0
@@ -90,8 +95,8 @@ class StratifiedFit:
         for i in range(size):
             row, scaled = sums[i], x[i] * weight
             for j in range(i + 1):
-                row[j] = row[j] * KEEP + scaled * x[j]
-            products[i] = products[i] * KEEP + scaled * y
+                row[j] = row[j] * self._keep + scaled * x[j]
+            products[i] = products[i] * self._keep + scaled * y
         self.count += 1
         self._unsolved += 1
 
@@ -129,7 +134,7 @@ class StratifiedFit:
         found: list[float] = []
         for i in range(size):
             row = [sum(sums[used[i]][used[j]] for sums in strata) for j in range(i + 1)]
-            row[i] += RIDGE * row[i] + 1e-9  # features that were never seen apart
+            row[i] += self._ridge[used[i]] * row[i] + 1e-9  # features that were never seen apart
             for j in range(i + 1):
                 above = factor[j] if j < i else row
                 row[j] -= sum(row[k] * above[k] for k in range(j))
@@ -152,13 +157,15 @@ class UnitCost:
         self.deviation = 0.0  # relative to the prediction
         self.count = 0
         self._price = 0.0
-        self._fit = StratifiedFit(2)
+        self._fit = StratifiedFit(2, UNIT_KEEP, UNIT_RIDGE)
 
     def update(self, seconds: float, tokens: int) -> None:
         """Take one measured call in."""
         rate = max(0.05, 1.0 / (self.count + 1))
         expected = self._mean(tokens)
         if expected > 0.0:
+            if self.count >= GRACE:
+                seconds = min(seconds, STALL * expected)
             self.deviation += rate * (abs(seconds / expected - 1.0) - self.deviation)
         self._price += rate * (seconds / tokens - self._price)
         self._fit.update(bisect(STRATA, tokens), [1.0, tokens / 64.0], seconds, tokens / 64.0)
