@@ -114,17 +114,19 @@ class BlockPool:
         return max(map(len, self._is_free.split(b"\0")))
 
     def reserve_extent(self, count: int) -> int | None:
-        """First slab of `count` neighbouring ones, found from the top; None when no such run is free."""
-        end = self.num_blocks
-        while end >= count:
-            end = self._is_free.rfind(b"\1", 0, end) + 1
-            start = self._is_free.rfind(b"\0", 0, end) + 1
-            if end - start >= count:
-                self._take(end - count, end)
-                self._extents[end - count] = count
-                self._above = min(self._above, end - count)
-                return end - count
-            end = start
+        """First slab of `count` neighbouring ones, found from the top; None when no such run is free. One
+        that the prefix cache knows nothing of is preferred."""
+        for candidates in (self._is_blank, self._is_free):
+            end = self.num_blocks
+            while end >= count:
+                end = candidates.rfind(b"\1", 0, end) + 1
+                start = candidates.rfind(b"\0", 0, end) + 1
+                if end - start >= count:
+                    self._take(end - count, end)
+                    self._extents[end - count] = count
+                    self._above = min(self._above, end - count)
+                    return end - count
+                end = start
         return None
 
     def shrink_extent(self, start: int, count: int) -> None:

@@ -18,6 +18,7 @@ from coserve.core.slo import UNIT_SECONDS, WIDEST
 from coserve.core.span import SpanKind, TrainingSpan
 from coserve.core.training_sequence import TILE, TrainingSequence
 
+CACHE_FLOOR = 8  # one slab in so many stays the prefix cache's, but for what training needs at the least
 EVICTIONS_TO_LOWEST = 2
 EVICTIONS_TO_WAIT = 5
 LEAST_AWAY, MOST_AWAY = 0.05, 60.0  # seconds
@@ -402,7 +403,8 @@ class TrainingQueue:
         return self._model.predict_unit(sequence.unit_kind(index), tokens)
 
     def _reserve(self, sequence: TrainingSequence, kv_headroom: int, mixed: bool) -> bool:
-        """Memory at the highest level that leaves the headroom, and what the others in flight need at least.
+        """Memory at the highest level that leaves the headroom, what the others in flight need at least, and
+        the prefix cache its floor.
 
         Against thrashing memory that was taken away once is asked for again only with room to spare, after
         the second time at the lowest level, and from the fifth on, beside requests, not before as long as it
@@ -418,7 +420,8 @@ class TrainingQueue:
             return False
         most = 0
         if sequence.evictions < EVICTIONS_TO_LOWEST:
-            spare = self._blocks.num_free - headroom - self._claims(sequence)
+            cached = min(self._blocks.num_idle, self._blocks.num_blocks // CACHE_FLOOR)
+            spare = self._blocks.num_free - headroom - cached - self._claims(sequence)
             most = min(spare, self._blocks.longest_run())
         sequence.level = max(0, bisect_right(sequence.level_slabs, most) - 1)
         sequence.extent, sequence.reserved_at = self._blocks.reserve_extent(sequence.slabs), self.now

@@ -54,6 +54,23 @@ def test_a_reservation_leaves_the_others_in_flight_their_least() -> None:
     assert second.done and third.done and sim.pool.num_free == 28
 
 
+def test_richer_levels_leave_the_prefix_cache_its_floor() -> None:
+    """Idle blocks above an eighth of the pool yield to them; the lowest level takes what it needs."""
+    for blocks, expected, hits in ((64, "AB", 32), (40, "BC", 32), (16, "CC", 32), (12, "CC", 16)):
+        sim = Simulation(blocks=blocks, headroom=4, prefix_caching=True)
+        sim.request("before", 33, 1)
+        sim.run()
+        assert sim.pool.num_idle == 8
+        (sequence,) = sim.job("job", [640], slabs=(8, 30, 40, 50, 60))
+        sim.step()
+        assert sequence.extent is not None and policies(sequence) == expected, blocks
+        sim.run()
+        after = sim.request("after", 33, 1)
+        sim.run()
+        assert after.num_cached_tokens >= hits
+    assert sim.pool.num_free == 12
+
+
 def test_requests_take_levels_before_work_and_the_newest_goes_first() -> None:
     sim = Simulation(blocks=52, max_tokens=64, headroom=4)
     first, second = sim.job("job", [64, 640], slabs=LEVELS)

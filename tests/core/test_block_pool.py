@@ -157,3 +157,14 @@ def test_extents_that_come_and_go_leave_nothing_behind() -> None:
         pool.release_extent(start)
     assert sorted(pool._free_heap) == list(range(8))
     assert pool.allocate(8) == list(range(8))
+
+
+def test_an_extent_goes_where_the_prefix_cache_knows_nothing() -> None:
+    cache = PrefixCache()
+    pool = BlockPool(16, cache)
+    blocks = pool.allocate(12) or []
+    for block in (10, 11):
+        cache.insert(block_key(root_key(None), [block]), block)
+    pool.release(blocks)
+    assert (pool.reserve_extent(6), len(cache), pool.num_idle) == (4, 2, 2)
+    assert (pool.reserve_extent(6), len(cache), pool.num_idle) == (10, 0, 0), "if it fits nowhere else"
