@@ -332,10 +332,13 @@ class TrainingQueue:
             return plan.empty or cost <= plan.left
         return cost <= plan.left + self.credit
 
-    @staticmethod
-    def _layers_within(seconds: float, layer_seconds: float) -> float:
-        """What the layers that run in so many seconds take; one runs in any case."""
-        return layer_seconds * max(1, int(seconds / layer_seconds)) if layer_seconds else 0.0
+    def _layers_within(self, seconds: float, layer_seconds: float) -> float:
+        """What the layers that run in so many seconds take, and one more where what was saved up pays for it;
+        one runs in any case."""
+        if not layer_seconds:
+            return 0.0
+        paid = min(int(seconds / layer_seconds) + 1, int((seconds + self.credit) / layer_seconds))
+        return layer_seconds * max(1, paid)
 
     def _next_span(
         self, job: JobQueue, plan: TrainingPlan, max_tokens: int, kv_headroom: int
