@@ -185,6 +185,7 @@ async def _start_parts(
     await context.adapters.restore()
     await context.jobs.reports.restore()
     _listen(context, state)
+    engine.on_stats(await engine.stats())  # gauges are right before the first step
     stack.push_async_callback(context.jobs.close)
     await context.adapters.load_pinned()
     for adapter, path in config.lora_modules:

@@ -214,4 +214,4 @@ class FakeEngine:
         self.jobs.pop(job_id, None)
 
     async def stats(self) -> m.EngineStats:
-        return m.EngineStats()
+        return m.EngineStats(memory_bytes={"weights": 5})

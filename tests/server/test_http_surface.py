@@ -166,6 +166,14 @@ def test_ignore_eos_and_stop_token_ids(http: httpx.Client) -> None:
 # ------------------------------------------------------------------ metrics
 
 
+def test_gauges_of_the_engine_are_there_before_its_first_step(tmp_path: Path) -> None:
+    server = ServerThread(tmp_path / "state")
+    try:
+        assert 'coserve_memory_bytes{owner="weights"} 5.0' in httpx.get(f"{server.url}/metrics").text
+    finally:
+        server.stop()
+
+
 def test_metrics(http: httpx.Client) -> None:
     http.post("/v1/chat/completions", json=CHAT)
     text = http.get("/metrics").text
