@@ -147,6 +147,7 @@ def test_a_job_trains_serves_and_exports_the_head(tmp_path: Path) -> None:
     assert torch.equal(local.engine.decoder.head.unpacked(), table)
     assert local.engine.decoder.embedding.table is local.engine.decoder.head
     local.run_until(lambda: not local.engine.has_work, 1000)
+    assert local.engine.slots.unload(spec.job_id), "its rows wait for its version alone"
     assert local.engine.pool.nbytes == empty, "the job's head is freed with its rows"
 
     folder = max(path for path in Path(spec.checkpoint_dir).iterdir() if path.is_dir())
