@@ -16,23 +16,12 @@ static vf rounded(vf x) {  // x as it would be after a store to T
   return load(buffer);
 }
 
-// Asks for a row that another core may have written.
-template <class T>
-static inline void fetch_row(const T* row, int64_t H) {
-  for (int64_t byte = 0; byte < H * (int64_t)sizeof(T); byte += 64) __builtin_prefetch((const char*)row + byte);
-}
-
 // Weights of x's own type multiply the rounded norm (Llama); fp32 weights beside bf16 come before it (Gemma).
 template <class T, class W>
 static void norm_rows(const T* x, int64_t x_stride, int64_t inner, const T* residual, const W* w, int64_t rows,
                       int64_t H, double eps, T* sum_out, T* y) {
-  auto row_at = [&](int64_t t) { return x + t / inner * x_stride + t % inner * H; };  // `inner` rows lie together
-  parallel_rows(rows, 4.0 * rows * H, [&](int64_t t) {
-    const T* row = row_at(t);
-    if (t + 1 < rows) {
-      fetch_row(row_at(t + 1), H);
-      if (residual) fetch_row(residual + (t + 1) * H, H);
-    }
+  parallel_rows(rows, 8.0 * rows * H, [&](int64_t t) {
+    const T* row = x + t / inner * x_stride + t % inner * H;  // `inner` rows lie together (heads of a token)
     vf sum{};
     if (residual) {
       for (int64_t i = 0; i < H; i += VL) {
@@ -70,7 +59,7 @@ static void rms_norm(int64_t dtype, const void* x, int64_t x_stride, int64_t inn
 template <class T, class W>
 static void norm_backward_rows(const T* dy, const T* x, const W* w, int64_t rows, int64_t H, double eps,
                                T* dx) {
-  parallel_rows(rows, 6.0 * rows * H, [&](int64_t t) {
+  parallel_rows(rows, 12.0 * rows * H, [&](int64_t t) {
     const T *xr = x + t * H, *dyr = dy + t * H;
     vf squares{}, products{};
     for (int64_t i = 0; i < H; i += VL) {

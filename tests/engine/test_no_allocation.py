@@ -15,6 +15,7 @@ from coserve.config import ALLOCATOR
 STEPS = 50
 PROGRAM = """
 import json, resource, sys, tempfile
+from itertools import cycle
 from pathlib import Path
 import torch
 from coserve.config import DEMO_MODEL_DIR, EngineConfig
@@ -60,15 +61,17 @@ def prefill():
 
 def train():
     local.engine.step()
+    found["optimizer steps"] += sum(isinstance(message, m.JobProgress) for message in local.sent)
     local.sent.clear()
 
 
-found = {}
+found = {"optimizer steps": 0}
 local.add("one", tokens(20), GREEDY)
 found["decode"] = measure(local.engine.step, 60)
 local.engine.handle(m.AbortRequests(request_ids=["one"]))
 found["prefill"] = measure(prefill, 20)
-local.engine.arrivals = lambda: True  # a unit a step
+turns = cycle([False, False, False, True])
+local.engine.arrivals = lambda: next(turns)  # some units a step
 with tempfile.TemporaryDirectory() as folder:
     TokenDataset.write(Path(folder) / "data", [(tokens(200), tokens(200))])
     training = TrainingSpec(
@@ -103,6 +106,10 @@ def test_a_warm_step_maps_no_memory(found, what) -> None:
     pages, faults = found[what]
     assert pages == 0
     assert faults <= 2 * STEPS
+
+
+def test_jobs_trained_meanwhile(found) -> None:
+    assert found["optimizer steps"] >= 4
 
 
 def test_nothing_heavy_is_imported_on_the_way(found) -> None:
