@@ -45,6 +45,11 @@ struct Paged {
   int64_t table_stride;
   const int32_t *query_start, *context_lens;
   int64_t window;  // keys that a query sees, its own among them; 0: all
+
+  int64_t position(int64_t sequence, int64_t token) const {
+    return context_lens[sequence] - (query_start[sequence + 1] - token);
+  }
+  int64_t first_seen(int64_t position) const { return window ? larger(0, position + 1 - window) : 0; }
 };
 
 // Tokens [token, end) of a sequence. A split tile's chunks are tasks of their own whose sums stand from `sums` on.
@@ -70,10 +75,10 @@ struct PagedRun {
   Tile load(const Place& place, int64_t kv_head) const {
     Tile t = make_tile(heads.D, heads.scale, heads.cap, on_pairs<T>(heads.D));
     heads.load_queries(t, place.token, place.end, kv_head);
-    int64_t position = cache.context_lens[place.sequence] - (cache.query_start[place.sequence + 1] - place.token);
+    int64_t position = cache.position(place.sequence, place.token);
     for (int64_t r = 0; r < t.rows; r++) {
       t.last[r] = position + r / heads.group;
-      t.first[r] = cache.window ? larger(0, t.last[r] + 1 - cache.window) : 0;
+      t.first[r] = cache.first_seen(t.last[r]);
     }
     return t;
   }
@@ -97,8 +102,8 @@ struct PagedRun {
   void first_keys(const Place& place, int64_t kv_head, int64_t chunk, Next<T>& next) const {
     next.count = 0;
     if ((place.end - place.token) * heads.group > FEW_ROWS) return;
-    int64_t position = cache.context_lens[place.sequence] - (cache.query_start[place.sequence + 1] - place.token);
-    int64_t seen = cache.window ? larger(0, position + 1 - cache.window) / KEY_BLOCK * KEY_BLOCK : 0;
+    int64_t position = cache.position(place.sequence, place.token);
+    int64_t seen = cache.first_seen(position) / KEY_BLOCK * KEY_BLOCK;
     int64_t key = larger(seen, (place.first_chunk + chunk) * CHUNK_KEYS);
     next.count = smaller(KEY_BLOCK, position + place.end - place.token - key);
     finder(place, kv_head)(key, next.count, next.at);
@@ -139,8 +144,8 @@ static int64_t plan(const PagedRun<T>& run, int64_t S, int64_t threads, Place* p
   for (int64_t s = 0; s < S; s++)
     for (int64_t token = cache.query_start[s]; token < cache.query_start[s + 1]; token += step) {
       int64_t end = smaller(cache.query_start[s + 1], token + step);
-      int64_t position = cache.context_lens[s] - (cache.query_start[s + 1] - token);
-      int64_t first = cache.window ? larger(0, position + 1 - cache.window) : 0, last = position + end - token - 1;
+      int64_t position = cache.position(s, token);
+      int64_t first = cache.first_seen(position), last = position + end - token - 1;
       int64_t first_chunk = first / CHUNK_KEYS, chunks = last / CHUNK_KEYS - first_chunk + 1;
       places[n] = {s, token, end, first_chunk, chunks, 0, false};
       total += tile_work(places[n++]);
