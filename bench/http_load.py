@@ -35,12 +35,15 @@ class Load:
         return f"{self.prompt_tokens} in, {self.output_tokens} out, {self.concurrency} at a time"
 
     def prompts(self, vocab: int, seed: int) -> list[list[int]]:
-        """One prompt of random ids a request; ids under 300 are bytes and control tokens, and left out."""
+        """One prompt of random ids a request."""
         draw = random.Random(seed)
-        return [
-            [draw.randrange(300, vocab - 300) for _ in range(self.prompt_tokens)]
-            for _ in range(self.requests)
-        ]
+        return [random_prompt(draw, self.prompt_tokens, vocab) for _ in range(self.requests)]
+
+
+def random_prompt(draw: random.Random, tokens: int, vocab: int) -> list[int]:
+    """Ids without those under 300, which are bytes and control tokens, and the last 300, among them the made
+    tokenizer's special ones."""
+    return [draw.randrange(300, vocab - 300) for _ in range(tokens)]
 
 
 def free_port() -> int:

@@ -17,7 +17,7 @@ from itertools import count
 from threading import Thread
 from typing import Any
 
-from http_load import chunk_times, completion, request_body
+from http_load import chunk_times, completion, random_prompt, request_body
 
 
 class Session:
@@ -26,10 +26,7 @@ class Session:
     def __init__(self, plan: dict[str, Any]) -> None:
         self._plan = plan
         draw, vocab = random.Random(plan["seed"]), plan["vocab"]
-        # Ids under 300 are bytes and control tokens, the last ones the made tokenizer's special ones.
-        self._prompts = [
-            [draw.randrange(300, vocab - 300) for _ in range(prompt)] for _, prompt, _ in plan["arrivals"]
-        ]
+        self._prompts = [random_prompt(draw, prompt, vocab) for _, prompt, _ in plan["arrivals"]]
         self.records: list[dict[str, Any]] = []
         self._next = count()
 
