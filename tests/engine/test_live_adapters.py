@@ -24,16 +24,6 @@ LONG = world.SamplingParams(max_tokens=150, temperature=1.0, seed=5, ignore_eos=
 SHORT = replace(LONG, max_tokens=8)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.make_data(tmp_path_factory.mktemp("data") / "train")
-
-
 def make_job(data: Path, folder: Path) -> JobSpec:
     """Six optimizer steps, a checkpoint of each."""
     settings = {"learning_rate": 5e-2, "lr_scheduler_type": "constant", "checkpoint_steps": 1}

@@ -16,16 +16,6 @@ from tests.invariants import world
 PROMPT = list(range(3, 60))
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.make_data(tmp_path_factory.mktemp("data") / "train")
-
-
 @pytest.fixture
 def trained(model: Path, data: Path, tmp_path: Path) -> Callable[..., tuple[LocalEngine, m.AdapterRef]]:
     """Makes an engine whose job has just succeeded, and the version it ends with."""

@@ -15,11 +15,6 @@ from tests.invariants import world
 PROMPT = list(range(3, 20))
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.make_model(tmp_path_factory.mktemp("learns") / "model")
-
-
 def test_a_restarted_engine_knows_its_costs(model: Path, tmp_path: Path) -> None:
     state = StateDir(tmp_path / "state")
     local = world.make_engine(model, latency_file=str(state.latency_model))

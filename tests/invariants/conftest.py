@@ -9,24 +9,14 @@ import pytest
 from coserve.engine import messages as m
 
 from . import world
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model's directory."""
-    return world.make_model(tmp_path_factory.mktemp("model"))
+from .fixtures import data as data
+from .fixtures import model as model
 
 
 @pytest.fixture(scope="session")
 def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose sums are long enough to be cut into several."""
     return world.make_model(tmp_path_factory.mktemp("wide"), hidden_size=320, intermediate_size=600)
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve training examples."""
-    return world.make_data(tmp_path_factory.mktemp("data") / "train")
 
 
 @pytest.fixture(scope="session")
