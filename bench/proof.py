@@ -140,7 +140,8 @@ class Proof:
 
     def traffic(self, load: float) -> Traffic:
         """The trace at a part of saturation, the same for every server."""
-        shaped = traces.at_rate(self.arrivals, load * self.request_rate, self.scale.seconds)
+        rate = load * self.request_rate
+        shaped = traces.sampled(self.arrivals, rate, self.scale.seconds, self.request_rate, SEED)
         return Traffic(shaped, self.scale.seconds, seed=SEED)
 
     def saturation(self, name: str, server: Server) -> float:

@@ -2,7 +2,7 @@
 
 Azure's LLM inference trace (Patel et al., "Splitwise", ISCA 2024), Mooncake's with prefix hashes (Qin et
 al., FAST 2025), ServeGen's clients (Xiang et al., arXiv 2505.09999), and Poisson or Gamma arrivals. All
-give `Arrival`s in order of time; `load`, `capped` and `at_rate` shape them.
+give `Arrival`s in order of time; `load`, `capped`, `at_rate` and `sampled` shape them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import csv
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ AZURE = SHARED / "azure-llm-2023-code" / "AzureLLMInferenceTrace_code.csv"
 MOONCAKE = SHARED / "mooncake-synthetic" / "synthetic_trace.jsonl"
 SERVEGEN = SHARED / "servegen-m-small"
 MOONCAKE_BLOCK = 512  # tokens of a prefix block with one hash
+GOLDEN = 0.618  # of a trace, no part of which comes back to where it was for long
 SERVEGEN_WINDOW, SERVEGEN_LENGTHS = 600.0, 21600  # seconds that a row of rates, a table of lengths stand for
 
 
@@ -151,6 +153,30 @@ def at_rate(arrivals: Sequence[Arrival], rate: float, seconds: float) -> list[Ar
     found = [replace(a, time=a.time + index * span) for index in rounds for a in arrivals][:wanted]
     stretch = seconds * wanted / (wanted + 1) / (found[-1].time or 1.0)
     return [replace(a, time=a.time * stretch) for a in found]
+
+
+def sampled(
+    arrivals: Sequence[Arrival], rate: float, seconds: float, most: float, seed: int = 0
+) -> list[Arrival]:
+    """`rate` times `seconds` of the trace's requests as a server with fewer users would see them: real time,
+    a random part of the requests. Drawn from the trace's first periods of `seconds`, laid over each
+    other until they have `most` times `seconds` requests, so a lower rate's requests are among a higher's.
+
+    Stretching time instead would make other bursts of the same trace at each rate.
+    """
+    if not arrivals:
+        raise TraceError("the trace is empty")
+    span = arrivals[-1].time * len(arrivals) / max(1, len(arrivals) - 1) or seconds
+    pool: list[Arrival] = []
+    period = 0
+    while len(pool) < most * seconds:
+        start = period * min(seconds, GOLDEN * span) % span  # never the same part twice in step
+        for around in range(math.ceil((start + seconds) / span)):
+            times = ((a, a.time + around * span - start) for a in arrivals)
+            pool += [replace(a, time=time) for a, time in times if 0.0 <= time < seconds]
+        period += 1
+    chosen = random.Random(f"sampled/{seed}").sample(pool, len(pool))[: max(1, round(rate * seconds))]
+    return sorted(chosen, key=lambda a: a.time)
 
 
 def load(name: str, seconds: float, seed: int = 0, prompt: int = 384, output: int = 96) -> list[Arrival]:

@@ -184,3 +184,13 @@ def test_samples_are_summed_over_labels() -> None:
     assert metrics("tokens_total") == 8.0 and metrics("tokens_total", 'kind="forward"') == 5.0
     assert metrics("steps_total") == 4.0 and metrics("absent") == 0.0
     assert metrics.buckets("error") == {0.1: 2.0, float("inf"): 7.0}
+
+
+def test_a_lower_load_asks_for_some_of_a_higher_ones_requests() -> None:
+    trace = [traces.Arrival(3.0 * index, index + 1, 1) for index in range(40)]  # 120 s, 20 requests a minute
+    half, all_of_it = (traces.sampled(trace, rate, 60.0, most=1.0) for rate in (0.5, 1.0))
+    assert (len(half), len(all_of_it)) == (30, 60)  # three periods over each other
+    assert set(half) < set(all_of_it)
+    assert all(0.0 <= a.time < 60.0 for a in all_of_it) and all_of_it == sorted(all_of_it, key=lambda a: a.time)
+    early = [a for a in traces.sampled(trace, 1 / 3, 60.0, most=1 / 3) if a.prompt_tokens <= 20]
+    assert [a.time for a in early] == [3.0 * (a.prompt_tokens - 1) for a in early]  # in real time
