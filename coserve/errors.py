@@ -41,6 +41,11 @@ class CoserveError(Exception):
         self.param = param
         self.code = code or self.default_code
 
+    @property
+    def kind(self) -> str:
+        """The word of its class, whatever its own code: how another process knows which class it is."""
+        return self.default_code
+
 
 class ConfigError(CoserveError):
     """Wrong command line, configuration or model directory; the program exits with 2."""

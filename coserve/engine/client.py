@@ -37,20 +37,20 @@ ENGINE_ENVIRONMENT = {
 }
 
 
-def error_from(
-    message: str, code: str | None, param: str | None = None, retry_after: float = 0.0
-) -> errors.CoserveError:
-    """The error of the tree that carries this code; `InternalError` for codes nobody knows."""
+def error_from(fault: m.Fault) -> errors.CoserveError:
+    """The error that the engine told of: its class by its kind, its code as it was."""
     pending: list[type[errors.CoserveError]] = [errors.CoserveError]
     while pending:
-        kind = pending.pop()
-        pending.extend(kind.__subclasses__())
-        if kind in (errors.CoserveError, errors.DatasetError) or kind.default_code != code:
+        found = pending.pop()
+        pending.extend(found.__subclasses__())
+        if found is errors.CoserveError or found.default_code != fault.kind:
             continue
-        if issubclass(kind, errors.RateLimited | errors.Unavailable):
-            return kind(message, param=param, retry_after=retry_after)
-        return kind(message, param=param)
-    return errors.InternalError(message, param=param, code=code)
+        if issubclass(found, errors.DatasetError):  # its lines stay where they were read
+            found = errors.InvalidRequest
+        if issubclass(found, errors.RateLimited | errors.Unavailable):
+            return found(fault.message, param=fault.param, code=fault.code, retry_after=fault.retry_after)
+        return found(fault.message, param=fault.param, code=fault.code)
+    return errors.InternalError(fault.message, param=fault.param, code=fault.code)
 
 
 async def _ignore_event(event: JobEvent) -> None:
@@ -214,9 +214,7 @@ class EngineClient:
                 output = await queue.get()
                 finished = output.finish_reason is not None
                 if output.error is not None:
-                    raise error_from(
-                        output.error, output.error_code, output.error_param, output.retry_after
-                    )
+                    raise error_from(output.error)
                 yield output
         finally:
             self._streams.pop(add.request_id, None)
@@ -262,7 +260,7 @@ class EngineClient:
         finally:
             self._calls.pop(call_id, None)
         if isinstance(answer, m.Reply) and answer.error is not None:
-            raise error_from(answer.error, answer.error_code, answer.error_param)
+            raise error_from(answer.error)
         return answer
 
     # ------------------------------------------------------------------ wire
@@ -293,10 +291,8 @@ class EngineClient:
             elif isinstance(message, m.EngineStats) and message.call_id == 0:
                 self.on_stats(message)
             elif isinstance(message, m.EngineStats | m.Reply):
-                if isinstance(message, m.Reply) and message.call_id == 0 and not started.done():
-                    started.set_exception(
-                        error_from(message.error or "", message.error_code, message.error_param)
-                    )
+                if isinstance(message, m.Reply) and message.error is not None and not started.done():
+                    started.set_exception(error_from(message.error))
                 future = self._calls.get(message.call_id)
                 if future is not None and not future.done():
                     future.set_result(message)
@@ -314,14 +310,9 @@ class EngineClient:
                 self._job_events.task_done()
 
     def _fail_all(self, reason: str) -> None:
+        fault = m.Fault.of(errors.Unavailable(reason))
         for request_id, queue in self._streams.items():
-            output = m.RequestOutput(
-                request_id=request_id,
-                finish_reason="error",
-                error=reason,
-                error_code=errors.Unavailable.default_code,
-            )
-            queue.put_nowait(output)
+            queue.put_nowait(m.RequestOutput(request_id=request_id, finish_reason="error", error=fault))
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(errors.Unavailable(reason))

@@ -27,7 +27,7 @@ from coserve.engine import messages as m
 from coserve.engine.device import memory_plan, resolve_device, resolve_dtype, resolve_threads
 from coserve.engine.outbox import Outbox
 from coserve.engine.stats import StatsKeeper
-from coserve.errors import CoserveError
+from coserve.errors import ContextLengthExceeded, CoserveError
 from coserve.kernels.dispatch import set_batch_invariant
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.lora.adapter_tiers import AdapterTiers
@@ -268,7 +268,7 @@ class Engine:
         try:
             if needed > self.blocks.num_blocks:
                 reason = "The prompt is larger than the server's KV cache."
-                raise CoserveError(reason, code="context_length_exceeded")
+                raise ContextLengthExceeded(reason, param="prompt")
             self.stats.arrived(message.arrival)
             self.admission.check(request, time.time())
         except CoserveError as error:

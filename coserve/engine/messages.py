@@ -10,6 +10,7 @@ import msgspec
 
 from coserve.core.sampling_params import SamplingParams
 from coserve.core.slo import LatencyTargets
+from coserve.errors import CoserveError, RateLimited, Unavailable
 from coserve.training.job import JobSpec, StepMetrics
 
 
@@ -116,6 +117,29 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]]
 
 
+class Fault(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An error of the tree: `kind` is its class's word, `code` its own, `retry_after` in seconds where it is one
+    that passes."""
+
+    message: str
+    kind: str
+    code: str
+    param: str | None = None
+    retry_after: float = 0.0
+
+    @classmethod
+    def of(cls, error: CoserveError) -> Fault:
+        """What is told of an error."""
+        passes = isinstance(error, RateLimited | Unavailable)
+        return cls(
+            message=error.message,
+            kind=error.kind,
+            code=error.code,
+            param=error.param,
+            retry_after=error.retry_after if passes else 0.0,
+        )
+
+
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one step gave one request.
 
@@ -129,10 +153,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: str | None = None
     stop_token_id: int | None = None
-    error: str | None = None
-    error_code: str | None = None
-    error_param: str | None = None
-    retry_after: float = 0.0  # seconds, where the error is one that passes
+    error: Fault | None = None
     cached_tokens: int = 0
     num_preemptions: int = 0
     scheduled_at: float | None = None  # time.time() of the first step with a token of it; first output only
@@ -146,12 +167,10 @@ class StepOutputs(Message):
 
 
 class Reply(Message):
-    """Answer to a call; `error` is None when it worked, `error_code` is the code of the error tree."""
+    """Answer to a call; `error` is None when it worked."""
 
     call_id: int
-    error: str | None = None
-    error_code: str | None = None
-    error_param: str | None = None
+    error: Fault | None = None
 
 
 class JobProgress(Message):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from coserve.engine import messages as m
-from coserve.errors import CoserveError, RateLimited, Unavailable
+from coserve.errors import CoserveError
 from coserve.training.job import StepMetrics
 
 
@@ -26,23 +26,11 @@ class Outbox:
 
     def reply(self, call_id: int, error: CoserveError | None) -> None:
         """The outcome of a call."""
-        if error is None:
-            self.send(m.Reply(call_id=call_id))
-        else:
-            self.send(
-                m.Reply(call_id=call_id, error=error.message, error_code=error.code, error_param=error.param)
-            )
+        self.send(m.Reply(call_id=call_id, error=None if error is None else m.Fault.of(error)))
 
     def refuse(self, request_id: str, error: CoserveError) -> None:
         """A request that can't be served."""
-        output = m.RequestOutput(
-            request_id=request_id,
-            finish_reason="error",
-            error=error.message,
-            error_code=error.code,
-            error_param=error.param,
-            retry_after=error.retry_after if isinstance(error, RateLimited | Unavailable) else 0.0,
-        )
+        output = m.RequestOutput(request_id=request_id, finish_reason="error", error=m.Fault.of(error))
         self.send(m.StepOutputs(outputs=[output]))
 
     # ------------------------------------------------------------------ JobListener

@@ -56,9 +56,7 @@ def start(config: EngineConfig, socket: zmq.Socket[bytes]) -> Engine | None:
             arrivals=lambda: bool(socket.poll(0)),
         )
     except CoserveError as error:
-        socket.send(
-            m.encode(m.Reply(call_id=0, error=error.message, error_code=error.code, error_param=error.param))
-        )
+        socket.send(m.encode(m.Reply(call_id=0, error=m.Fault.of(error))))
         return None
     ready = engine.describe()
     logger.info("%s on %s in %s; native kernels: %s", ready.model_name, ready.device, ready.dtype, isa())

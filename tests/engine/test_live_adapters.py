@@ -211,7 +211,7 @@ def refusal(local: LocalEngine, request_id: str) -> CoserveError:
     """The error that the server makes of a refused request, which must have had no token."""
     output = local.finished[request_id]
     assert output.error is not None and local.tokens[request_id] == []
-    return error_from(output.error, output.error_code, output.error_param, output.retry_after)
+    return error_from(output.error)
 
 
 def test_without_a_step_to_read_it_is_an_error_and_never_the_base(model, data, tmp_path) -> None:
@@ -246,7 +246,7 @@ def test_a_refused_request_holds_nothing(model, data, tmp_path) -> None:
         local.add(name, PROMPT, LONG, live_job=JOB)
         if name == "runs":
             local.engine.step()
-    assert local.finished["refused"].error_code == "queue_full"
+    assert local.finished["refused"].error.code == "queue_full"
     world.finish(local, JOB)
     local.run_until(lambda: {"runs", "waits"} <= local.finished.keys(), 5000)
     assert is_clean(local)

@@ -183,11 +183,11 @@ def test_pause_and_resume(model, data, tmp_path) -> None:
     spec = world.make_job(data, tmp_path)
     world.submit(local, spec)
     local.run_until(lambda: len(world.progress(local, spec.job_id)) == 2, 5000)
-    assert control(local, spec.job_id, "resume").error_code == "failed_precondition"
+    assert control(local, spec.job_id, "resume").error.code == "failed_precondition"
     assert control(local, spec.job_id, "pause").error is None
     assert last_status(local, spec.job_id).status == "paused"
     assert not local.engine.jobs.has_work and world.pool_is_empty(local)
-    assert control(local, spec.job_id, "pause").error_code == "failed_precondition"
+    assert control(local, spec.job_id, "pause").error.code == "failed_precondition"
     assert control(local, spec.job_id, "resume").error is None
     world.finish(local, spec.job_id)
     assert [step for step, _, _ in world.progress(local, spec.job_id)] == [1, 2, 3, 4, 5, 6]
@@ -195,10 +195,10 @@ def test_pause_and_resume(model, data, tmp_path) -> None:
 
 def test_unknown_and_doubled_jobs_are_refused(model, data, tmp_path) -> None:
     local = world.make_engine(model)
-    assert control(local, "ftjob-none", "cancel").error_code == "not_found"
+    assert control(local, "ftjob-none", "cancel").error.code == "not_found"
     spec = world.make_job(data, tmp_path)
     world.submit(local, spec)
-    assert "running already" in (local.call(lambda i: m.SubmitJob(call_id=i, spec=spec)).error or "")
+    assert "running already" in local.call(lambda i: m.SubmitJob(call_id=i, spec=spec)).error.message
 
 
 def test_missing_data_fails_the_job_and_frees_its_rows(model, tmp_path) -> None:
@@ -239,7 +239,7 @@ def test_a_job_that_waits_for_rows_can_be_paused_and_cancelled(model, data, tmp_
     for name in ("ftjob-1", "ftjob-2", "ftjob-3"):
         world.submit(local, world.make_job(data, tmp_path, name, n_epochs=1))
     assert control(local, "ftjob-2", "pause").error is None
-    assert control(local, "ftjob-2", "pause").error_code == "failed_precondition"
+    assert control(local, "ftjob-2", "pause").error.code == "failed_precondition"
     assert control(local, "ftjob-3", "cancel").error is None
     world.finish(local, "ftjob-1")
     assert last_status(local, "ftjob-2").status == "paused"
