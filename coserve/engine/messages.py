@@ -118,8 +118,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """An error of the tree: `kind` is its class's word, `code` its own, `retry_after` in seconds where it is one
-    that passes."""
+    """An error of the tree: `kind` is its class's word, `code` its own, `retry_after` in seconds where it
+    is one that passes."""
 
     message: str
     kind: str

@@ -33,7 +33,8 @@ class Key:
 
     `classes` are the latency classes that it may use, the first being its own; empty: all of them, its own
     being "default". `weight` is its share beside other keys. `max_concurrent_requests` and
-    `tokens_per_minute` are limits, 0 being none.
+    `tokens_per_minute` are limits, 0 being none. `min_priority` is the least number (the first turn) that its
+    requests and jobs may ask for; None: any.
     """
 
     sha256: bytes
@@ -43,6 +44,7 @@ class Key:
     max_concurrent_requests: int = 0
     tokens_per_minute: int = 0
     max_jobs: int = 0
+    min_priority: int | None = None
 
     @property
     def tenant(self) -> str:
@@ -91,6 +93,16 @@ class Authenticator:
     def weight(self, tenant: str) -> float:
         """The share of who holds a key, 1 for one that isn't known any more."""
         return next((key.weight for key in self._keys if key.tenant == tenant), 1.0)
+
+    @staticmethod
+    def check_priority(key: Key | None, priority: int) -> None:
+        """Raise PermissionDenied for a `priority` that goes before what `key` (None: open server) allows."""
+        least = key.min_priority if key is not None else None
+        if least is not None and priority < least:
+            raise PermissionDenied(
+                f"priority is {priority}; this API key may not go below {least} (a lower number goes first).",
+                param="priority",
+            )
 
     @staticmethod
     def require(key: Key | None, right: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from coserve.errors import InvalidRequest
 
+PRIORITIES = (-(2**31), 2**31 - 1)
 _SHOWN = 60
 _MAX_INTEGER = 2**53  # what JSON readers agree on; larger only where a field says so
 

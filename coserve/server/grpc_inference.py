@@ -43,7 +43,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         service = context.tiers.read(fields, key)
         target = context.adapters.resolve(fields.string("model"))
         request = parse_sampling(
-            Fields({**sampling.body, "priority": fields.raw("priority")}, "sampling_params."),
+            sampling,
             vocab_size=context.base.vocab_size,
             defaults=context.defaults,
             logprobs=sampling.integer("logprobs", None, 0, MAX_LOGPROBS),

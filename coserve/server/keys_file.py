@@ -10,13 +10,13 @@ from pathlib import Path
 
 from coserve.core.slo import LatencyTargets
 from coserve.errors import ConfigError, InvalidRequest
-from coserve.server.auth import ROLES, USE, Key, digest
-from coserve.server.fields import Fields
+from coserve.server.auth import ADMIN, ROLES, USE, Key, digest
+from coserve.server.fields import PRIORITIES, Fields
 from coserve.server.service_tiers import AUTO, DEFAULT, LatencyClass, ServiceTiers
 
 _KEY_FIELDS = frozenset(
     ("key", "sha256", "role", "name", "classes", "weight")
-    + ("max_concurrent_requests", "tokens_per_minute", "max_jobs")
+    + ("max_concurrent_requests", "tokens_per_minute", "max_jobs", "min_priority")
 )
 _CLASS_FIELDS = frozenset(("name", "ttft_ms", "tpot_ms", "priority"))
 _CLASS_NAME = re.compile(r"[\w.-]{1,64}")
@@ -89,7 +89,9 @@ def _key(entry: Fields, known_classes: tuple[str, ...]) -> Key:
             raise entry.fail("classes", f"names {name!r}; there are {', '.join(known_classes)}.")
     weight = entry.number("weight", 1.0, 1e-3, 1e3) or 1.0
     limits = ("max_concurrent_requests", "tokens_per_minute", "max_jobs")
-    return Key(_digest(entry), role, classes, weight, *(entry.integer(name, 0, 1) or 0 for name in limits))
+    numbers = [entry.integer(name, 0, 1) or 0 for name in limits]
+    least = entry.integer("min_priority", None if role == ADMIN else 0, *PRIORITIES)
+    return Key(_digest(entry), role, classes, weight, *numbers, min_priority=least)
 
 
 def _digest(entry: Fields) -> bytes:

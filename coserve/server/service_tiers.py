@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from coserve.core.slo import SAFETY, LatencyTargets
 from coserve.errors import PermissionDenied
-from coserve.server.auth import Key
-from coserve.server.fields import Fields
+from coserve.server.auth import Authenticator, Key
+from coserve.server.fields import PRIORITIES, Fields
 
 AUTO = "auto"
 DEFAULT = "default"
@@ -25,10 +25,12 @@ class LatencyClass:
 
 @dataclass(frozen=True)
 class Service:
-    """How one request is served: from its key's share (None: an open server) and in its class."""
+    """How one request is served: from its key's share (None: an open server), in its class, and at which
+    `priority`: its own and its class's."""
 
     key: Key | None
     latency_class: LatencyClass
+    priority: int = 0
 
 
 class ServiceTiers:
@@ -55,14 +57,22 @@ class ServiceTiers:
         return tuple(self._classes.values())
 
     def read(self, fields: Fields, key: Key | None) -> Service:
-        """The class that a request's `service_tier` names; without one, or with "auto", the key's own.
+        """The class that a request's `service_tier` names, its key's own without one or with "auto"; and its
+        `priority`.
 
-        Raises InvalidRequest for a class that doesn't exist, PermissionDenied for one the key may not use.
+        Raises InvalidRequest for a class that doesn't exist, PermissionDenied for a class or a priority that
+        the key may not use.
         """
+        found = self._class(fields, key)
+        priority = fields.integer("priority", 0, *PRIORITIES) or 0
+        Authenticator.check_priority(key, priority)
+        return Service(key, found, priority + found.priority)
+
+    def _class(self, fields: Fields, key: Key | None) -> LatencyClass:
         allowed = key.classes if key is not None and key.classes else self.names
         wanted = fields.string("service_tier", AUTO, 64)
         if wanted is None or wanted == AUTO:
-            return Service(key, self._classes[allowed[0]])
+            return self._classes[allowed[0]]
         found = self._classes.get(wanted)
         if found is None:
             names = ", ".join((AUTO, *allowed))
@@ -72,7 +82,7 @@ class ServiceTiers:
                 f"This API key may not use the service tier {wanted!r}; it may use {', '.join(allowed)}.",
                 param="service_tier",
             )
-        return Service(key, found)
+        return found
 
     def own_targets(self, latency_class: LatencyClass) -> LatencyTargets | None:
         """What the engine has to be told of a class; None where it has these targets anyway."""

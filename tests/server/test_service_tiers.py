@@ -23,7 +23,7 @@ from coserve.errors import (
     RateLimited,
     TargetOutOfReach,
 )
-from coserve.server.auth import Key
+from coserve.server.auth import Authenticator, Key
 from coserve.server.fields import Fields
 from coserve.server.grpc_gen import (
     fine_tuning_pb2,
@@ -72,6 +72,11 @@ key = "tuner"
 role = "tune"
 weight = 2.5
 max_jobs = 2
+
+[[keys]]
+key = "ahead"
+role = "tune"
+min_priority = -3
 
 [[keys]]
 key = "boss"
@@ -138,6 +143,44 @@ def test_the_class_that_served_is_told_and_reaches_the_engine(
 def test_a_class_and_a_priority_of_ones_own_add_up(server: ServerThread) -> None:
     ask(server, "all", service_tier="live", extra_body={"priority": 5})
     assert server.engine.requests[0].priority == 3
+
+
+def test_a_key_asks_for_no_turn_before_its_own(server: ServerThread, tmp_path: Path) -> None:
+    with pytest.raises(openai.PermissionDeniedError, match="may not go below 0") as refusal:
+        ask(server, "all", extra_body={"priority": -1})
+    assert refusal.value.param == "priority"
+    with pytest.raises(openai.PermissionDeniedError, match="may not go below -3"):
+        ask(server, "ahead", extra_body={"priority": -4})
+    assert server.engine.requests == []
+    for key, priority in (("all", 0), ("ahead", -3), ("boss", -1000)):
+        ask(server, key, extra_body={"priority": priority})
+    assert [add.priority for add in server.engine.requests] == [0, -3, -1000]
+    with server.http("ahead") as http:
+        file = http.post(
+            "/v1/files", files={"file": ("a.jsonl", b'{"text": "a b c"}')}, data={"purpose": "fine-tune"}
+        ).json()
+        body = {"model": BASE, "training_file": file["id"], "priority": -4}
+        answer = http.post("/v1/fine_tuning/jobs", json=body)
+        assert answer.status_code == 403 and answer.json()["error"]["param"] == "priority"
+    with server.channel() as channel:
+        request = inference_pb2.GenerateRequest(prompt="Hi", priority=-1)
+        call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(
+            request, metadata=[("authorization", "Bearer all")]
+        )
+        with pytest.raises(grpc.RpcError) as denied:
+            list(call)
+        assert denied.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        assert "may not go below 0" in denied.value.details()
+
+
+def test_keys_of_the_flags_have_no_bound_and_a_bad_one_is_named(tmp_path: Path) -> None:
+    key = Authenticator.from_config(["plain"], ["boss"]).key("Bearer plain")
+    Authenticator.check_priority(key, -(2**31))
+    Authenticator.check_priority(None, -(2**31))
+    path = tmp_path / "keys.json"
+    path.write_text('{"keys": [{"key": "a", "min_priority": "first"}]}')
+    with pytest.raises(ConfigError, match="min_priority must be an integer"):
+        read_keys_file(str(path), DEFAULT)
 
 
 def test_an_unknown_class_is_refused_with_those_there_are(server: ServerThread) -> None:

@@ -280,7 +280,7 @@ class Generator:
             sampling=sample.sampling,
             adapter=generation.target.adapter,
             live_job=generation.target.live_job,
-            priority=generation.request.priority + latency_class.priority,
+            priority=service.priority,
             targets=self._tiers.own_targets(latency_class),
             tenant=service.key.tenant if service.key is not None else "",
             weight=service.key.weight if service.key is not None else 1.0,

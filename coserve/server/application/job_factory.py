@@ -16,6 +16,7 @@ from coserve.server.application.files import Files
 from coserve.server.application.job_request import JobRequest, parse_job_request
 from coserve.server.application.lora_request import lora_of, parse_lora
 from coserve.server.application.models import BaseModel
+from coserve.server.auth import Authenticator, Key
 from coserve.server.job_store import JobRecord
 from coserve.server.state_dir import StateDir, copy_directory
 from coserve.training.job import LoraSpec
@@ -40,12 +41,14 @@ class JobFactory:
         self._adapters = adapters
         self._max_rank = max_rank
 
-    async def make(self, body: object) -> JobRecord:
-        """A record in `validating_files`; the adapter it starts from is copied into the job's folder.
+    async def make(self, body: object, key: Key | None = None) -> JobRecord:
+        """A record in `validating_files`, of `key`'s; the adapter it starts from is copied into the job's
+        folder.
 
-        Raises InvalidRequest, NotFound (file, model, adapter).
+        Raises InvalidRequest, NotFound (file, model, adapter), PermissionDenied (priority).
         """
         request = parse_job_request(body, self._base.max_model_len)
+        Authenticator.check_priority(key, request.priority)
         if request.adapter:
             self._adapters.check_name(request.adapter, "adapter")
         init_from, source = self._source(request)
@@ -53,7 +56,7 @@ class JobFactory:
         await self._files.get(request.training_file, param="training_file")
         if request.validation_file:
             await self._files.get(request.validation_file, param="validation_file")
-        job = self._record(request, lora, init_from)
+        job = self._record(request, lora, init_from, key.tenant if key is not None else "")
         if source is not None:
             await asyncio.to_thread(copy_directory, source, self._state.job(job.id) / "init")
         return job
@@ -84,7 +87,7 @@ class JobFactory:
             found = (name, Path(adapter.path))
         return found
 
-    def _record(self, request: JobRequest, lora: LoraSpec, init_from: str) -> JobRecord:
+    def _record(self, request: JobRequest, lora: LoraSpec, init_from: str, tenant: str) -> JobRecord:
         identity = uuid.uuid4().hex[:24]
         base, suffix = (re.sub(r"[^A-Za-z0-9._-]+", "-", word) for word in (self._base.name, request.suffix))
         return JobRecord(
@@ -104,6 +107,7 @@ class JobFactory:
             init_from=init_from,
             metadata=request.metadata,
             priority=request.priority,
+            tenant=tenant,
             idempotency_key=request.idempotency_key,
             request_digest=request.digest,
             created_at=int(time.time()),

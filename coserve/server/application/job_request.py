@@ -11,7 +11,7 @@ import secrets
 from dataclasses import dataclass
 
 from coserve.server.application.training_request import parse_auto, parse_training
-from coserve.server.fields import Fields, shown
+from coserve.server.fields import PRIORITIES, Fields, shown
 from coserve.training.job import TrainingSpec
 from coserve.training.methods import METHODS
 
@@ -69,7 +69,7 @@ def parse_job_request(body: object, max_model_len: int) -> JobRequest:
         seed=seed if seed is not None else secrets.randbelow(MAX_SEED),
         init_from=fields.string("init_from") or "",
         metadata=_metadata(fields),
-        priority=fields.integer("priority", 0, -(2**31), 2**31 - 1) or 0,
+        priority=fields.integer("priority", 0, *PRIORITIES) or 0,
         idempotency_key=fields.string("idempotency_key", "", 255) or "",
         digest=hashlib.sha256(json.dumps(fields.body, sort_keys=True, default=str).encode()).hexdigest(),
     )

@@ -12,8 +12,6 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import Any
 
-import msgspec
-
 from coserve.engine.client import EngineClient
 from coserve.errors import (
     Conflict,
@@ -103,13 +101,12 @@ class Jobs:
     async def create(self, body: object, key: Key | None = None) -> JobRecord:
         """Check a request, note the job as one of `key`'s, and begin to prepare it.
 
-        Raises InvalidRequest, NotFound (file or adapter), Conflict (idempotency key used otherwise), and
-        RateLimited when the key has as many jobs as it may.
+        Raises InvalidRequest, NotFound (file or adapter), Conflict (idempotency key used otherwise),
+        PermissionDenied for a priority that the key may not have, and RateLimited when it has as many jobs as
+        it may.
         """
         self._lifecycle.check_open()
-        job = await self._factory.make(body)
-        if key is not None:
-            job = msgspec.structs.replace(job, tenant=key.tenant)
+        job = await self._factory.make(body, key)
         created = job_changes.event_of(job, "message", "Created fine-tuning job: " + job.id)
         status = job_changes.status_event(job)
 

@@ -89,7 +89,6 @@ class SamplingRequest:
     stop: tuple[str, ...]
     include_stop: bool
     skip_special_tokens: bool
-    priority: int
 
     def sampling_for(self, index: int, max_tokens: int) -> SamplingParams:
         """Settings of sample `index` with its token limit resolved."""
@@ -235,7 +234,6 @@ def parse_sampling(
         stop=_stops(fields),
         include_stop=fields.boolean("include_stop_str_in_output"),
         skip_special_tokens=fields.boolean("skip_special_tokens", True),
-        priority=fields.integer("priority", 0, -(2**31), 2**31 - 1) or 0,
     )
 
 
