@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from coserve.class_metrics import DEFAULT_CLASS, ClassMetrics
 from coserve.core.slo import LatencyTargets
 from coserve.engine.messages import EngineStats, StepTiming
 
@@ -90,9 +91,11 @@ class Metrics:
         max_model_len: int,
         max_loras: int,
         cache_config: Mapping[str, object] | None = None,
-        targets: LatencyTargets | None = None,
+        targets: Mapping[str, LatencyTargets] | None = None,
     ) -> None:
+        """`targets` are those of the latency classes, by name."""
         self.registry = CollectorRegistry()
+        self._classes = ClassMetrics(self.registry, targets or {DEFAULT_CLASS: LatencyTargets()})
         self._labels = {"model_name": model_name, "engine": _ENGINE}
         self._tokens = token_buckets(max_model_len)
         self._lora = _LoraInfo(model_name, max_loras)
@@ -100,7 +103,7 @@ class Metrics:
         self._make_engine_gauges(cache_config or {})
         self._make_request_metrics()
         self._make_finetuning()
-        self._make_own(targets or LatencyTargets())
+        self._make_own()
 
     # ------------------------------------------------------------------ making
 
@@ -206,7 +209,7 @@ class Metrics:
             "coserve_finetune_share", "Fine-tuning's share of the step's time, 0-1.", registry=registry
         )
 
-    def _make_own(self, targets: LatencyTargets) -> None:
+    def _make_own(self) -> None:
         registry = self.registry
         self._step_seconds = Histogram(
             "coserve_step_seconds", "Duration of a step.", ("kind",), buckets=_STEP, registry=registry
@@ -247,18 +250,6 @@ class Metrics:
             buckets=_PUBLISH,
             registry=registry,
         )
-        slo = Gauge(
-            "coserve_slo_target_seconds",
-            "Latency targets of the default class (0: automatic).",
-            ("kind",),
-            registry=registry,
-        )
-        slo.labels("ttft").set(targets.ttft)
-        slo.labels("tpot").set(targets.tpot)
-        missed = Counter(
-            "coserve_slo_missed", "Requests over their class's target.", ("kind",), registry=registry
-        )
-        self._missed = {kind: missed.labels(kind) for kind in ("ttft", "tpot")}
         self._rejected = Counter(
             "coserve_requests_rejected", "Requests refused, by reason.", ("reason",), registry=registry
         )
@@ -272,11 +263,10 @@ class Metrics:
         self._max_tokens.observe(max_tokens)
         self._n.observe(n)
 
-    def first_token(self, seconds: float, targets: LatencyTargets) -> None:
-        """Time from a sample's arrival to its first token, and its class's targets."""
+    def first_token(self, seconds: float, latency_class: str) -> None:
+        """Time from a sample's arrival to its first token, and its class."""
         self._ttft.observe(seconds)
-        if 0.0 < targets.ttft < seconds:
-            self._missed["ttft"].inc()
+        self._classes.first_token(latency_class, seconds)
 
     def tokens(self, count: int, gap: float | None) -> None:
         """`count` tokens arrived, `gap` seconds after those before (None: the first)."""
@@ -289,13 +279,13 @@ class Metrics:
         self,
         reason: str,
         times: RequestTimes,
-        targets: LatencyTargets,
+        latency_class: str,
         prompt: int,
         generated: int,
         cached: int,
         preemptions: int,
     ) -> None:
-        """One sample ended: its reason once, its sizes, its times, and its class's targets."""
+        """One sample ended: its reason once, its sizes, its times, and its class."""
         self._success[reason if reason in self._success else "error"].inc()
         self._generated.observe(generated)
         self._max_generated.observe(generated)
@@ -309,13 +299,19 @@ class Metrics:
             self._inference.observe(max(0.0, end - times.scheduled))
             if times.first_token is not None:
                 self._prefill.observe(max(0.0, times.first_token - times.scheduled))
+        per_token: float | None = None
         if times.first_token is not None:
             decode = max(0.0, end - times.first_token)
             self._decode.observe(decode)
             if generated > 1:
-                self._tpot.observe(decode / (generated - 1))
-                if 0.0 < targets.tpot < decode / (generated - 1):
-                    self._missed["tpot"].inc()
+                per_token = decode / (generated - 1)
+                self._tpot.observe(per_token)
+        waited = max(0.0, (times.first_token or time.time()) - times.arrival)
+        self._classes.ended(latency_class, reason, waited, times.first_token is not None, per_token)
+
+    def refused(self, latency_class: str) -> None:
+        """The engine refused a sample for its target, or for the queue's length."""
+        self._classes.refused(latency_class)
 
     def rejected(self, reason: str) -> None:
         """Count a refused request; `reason` is a code of the error tree."""

@@ -209,7 +209,7 @@ def _make_parts(
     name, max_rank = engine.config.served_model_name, engine.config.max_lora_rank
     lifecycle = Lifecycle(engine)
     base = base_model(name, config.engine.model or name, info.max_model_len, info.vocab_size)
-    metrics, quotas = _metrics(engine.config, tiers.default, info, name), Quotas()
+    metrics, quotas = _metrics(engine.config, tiers, info, name), Quotas()
     generator = Generator(
         engine,
         tokenizer,
@@ -296,7 +296,7 @@ def _listen(context: Context, state: StateDir) -> None:
     engine.on_restart = on_restart
 
 
-def _metrics(config: EngineConfig, targets: LatencyTargets, info: EngineReady, name: str) -> Metrics:
+def _metrics(config: EngineConfig, tiers: ServiceTiers, info: EngineReady, name: str) -> Metrics:
     cache = {
         "block_size": info.block_size,
         "num_gpu_blocks": info.num_blocks,
@@ -304,6 +304,7 @@ def _metrics(config: EngineConfig, targets: LatencyTargets, info: EngineReady, n
         "enable_prefix_caching": config.enable_prefix_caching,
         "gpu_memory_utilization": config.gpu_memory_utilization,
     }
+    targets = {latency_class.name: latency_class.targets for latency_class in tiers.classes}
     return Metrics(name, info.max_model_len, config.max_loras, cache, targets)
 
 

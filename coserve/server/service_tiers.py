@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from coserve.class_metrics import DEFAULT_CLASS
 from coserve.core.slo import SAFETY, LatencyTargets
 from coserve.errors import PermissionDenied
 from coserve.server.auth import Authenticator, Key
 from coserve.server.fields import PRIORITIES, Fields
 
 AUTO = "auto"
-DEFAULT = "default"
+DEFAULT = DEFAULT_CLASS
 
 
 @dataclass(frozen=True)

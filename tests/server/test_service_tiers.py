@@ -230,6 +230,10 @@ def test_misses_are_counted_against_the_request_s_class(server: ServerThread) ->
     list(stream)
     assert wait_for(lambda: missed()["tpot"] == before["tpot"] + 1)
     assert missed()["ttft"] == before["ttft"]
+    with server.http("boss") as http:
+        metrics = http.get("/metrics").text
+    assert 'coserve_class_missed_total{kind="tpot",latency_class="live"} 1.0' in metrics
+    assert 'coserve_class_requests_total{latency_class="live",outcome="missed"} 1.0' in metrics
 
 
 # ---------------------------------------------------------------------- refusals
@@ -246,6 +250,7 @@ def test_a_target_out_of_reach_is_429_at_once(server: ServerThread) -> None:
     with server.http("boss") as http:
         metrics = http.get("/metrics").text
     assert 'coserve_requests_rejected_total{reason="ttft_target_out_of_reach"} 2.0' in metrics
+    assert 'coserve_class_requests_total{latency_class="default",outcome="refused"} 2.0' in metrics
 
 
 def test_refusals_over_grpc_say_when_to_come_again(server: ServerThread) -> None:

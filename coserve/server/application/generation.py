@@ -239,7 +239,7 @@ class Generator:
     async def _sample(self, generation: Generation, sample: Sample) -> AsyncIterator[Delta]:
         times = RequestTimes(arrival=time.time())
         service, request = generation.service, generation.request
-        targets = service.latency_class.targets
+        latency_class = service.latency_class.name
         text = _TextStream(self._tokenizer, request)
         generated = cached = preemptions = 0
         reason, admitted, refused = "abort", False, False
@@ -268,9 +268,13 @@ class Generator:
             reason = "error"
             raise
         finally:
-            if not refused:
+            if refused:
+                self._metrics.refused(latency_class)
+            else:
                 prompt = len(sample.prompt_token_ids)
-                self._metrics.request_ended(reason, times, targets, prompt, generated, cached, preemptions)
+                self._metrics.request_ended(
+                    reason, times, latency_class, prompt, generated, cached, preemptions
+                )
 
     def _message(self, generation: Generation, sample: Sample, times: RequestTimes) -> AddRequest:
         service, latency_class = generation.service, generation.service.latency_class
@@ -296,7 +300,7 @@ class Generator:
         gap = None if times.last_token is None else now - times.last_token
         if times.first_token is None:
             times.first_token = now
-            self._metrics.first_token(now - times.arrival, service.latency_class.targets)
+            self._metrics.first_token(now - times.arrival, service.latency_class.name)
         times.last_token = now
         self._metrics.tokens(len(output.token_ids), gap)
         self._quotas.spend(service.key, len(output.token_ids))
