@@ -85,16 +85,16 @@ class Admission:
         owed += sum(r.forward_owed - r.num_expected_cached for r in ahead)
         rows = [r for r in scheduler.running if r.forward_owed <= 1]
         context = sum(r.num_tokens for r in rows)
-        most = max(1, scheduler.limits.max_num_batched_tokens - len(rows))
-        part = min(most, scheduler.prompt_tokens(len(rows), context, now)) if rows else most
+        most = min(scheduler.limits.max_num_batched_tokens, model.most_to_try)
+        part = max(1, min(most - len(rows), scheduler.prompt_tokens(len(rows), context, now)))
         parts, rest = divmod(owed, part)
         total = parts * model.predict_inference(len(rows) + part, context + part)
         total += model.predict_inference(len(rows) + rest, context + rest) if rest else 0.0
         idle_steps = self._slot_steps(len(ahead)) - parts
         if idle_steps > 0.0:
             total += idle_steps * model.predict_inference(len(rows), context)
-        steps, rest = divmod(own, scheduler.limits.max_num_batched_tokens)
-        alone = steps * model.predict_inference(scheduler.limits.max_num_batched_tokens, own)
+        steps, rest = divmod(own, most)
+        alone = steps * model.predict_inference(most, own)
         return total * self._stretch, (alone + model.predict_inference(rest, own)) * self._stretch
 
     def least_targets(self) -> LatencyTargets | None:

@@ -9,6 +9,7 @@ each kind, with the mean deviation as a guard. All times are seconds; the model 
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect
 from collections import deque
 from operator import mul
@@ -18,6 +19,7 @@ import msgspec
 KNEES = (16, 64, 256)  # tokens of a step
 STRATA = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 TOKEN_STEP = 8  # of a prompt's part
+UNTRIED = 256  # tokens of a step while nothing is known of what one takes
 KEEP = 0.95  # of a stratum's sums at each of its observations, so it follows a machine that drifts
 SOLVE_EVERY, EARLY = 8, 64
 RIDGE = 1e-6
@@ -84,6 +86,11 @@ class StratifiedFit:
     def strata(self) -> int:
         """How many sizes were seen."""
         return len(self._strata)
+
+    @property
+    def largest(self) -> int:
+        """The highest stratum that was seen; 0 before any."""
+        return max(self._strata, default=0)
 
     def update(self, stratum: int, x: list[float], y: float, scale: float) -> None:
         """One observation: features `x`, measured `y` > 0; its error counts relative to `scale`."""
@@ -245,6 +252,15 @@ class LatencyModel:
     def trained(self) -> bool:
         """Enough steps were seen for predictions to mean something."""
         return self._inference.count >= 8
+
+    @property
+    def most_to_try(self) -> int:
+        """Tokens of a step whose time may be known: twice the widest that was measured. The first ones have
+        few, on a machine that may be slower than any."""
+        widest = self._inference.largest
+        if not self.trained or widest == 0:
+            return UNTRIED
+        return sys.maxsize if widest == len(STRATA) else max(UNTRIED, 2 * STRATA[widest - 1])
 
     def predict_inference(self, tokens: int, context_tokens: int) -> float:
         """Seconds of a step with this much inference and no training; 0 while unknown."""

@@ -187,17 +187,17 @@ class Scheduler:
 
     def prompt_tokens(self, tokens: int, context: int, now: float, spent: float = 0.0) -> int:
         """Prompt tokens beside decoding rows of `tokens` that look at `context` keys; the last answers were
-        `spent` seconds ago."""
-        alone = self.model.predict_inference(tokens, context)
+        `spent` seconds ago. No more than the model may know the time of."""
+        alone, most = self.model.predict_inference(tokens, context), self.model.most_to_try
         if alone == 0.0:
-            return self.limits.max_num_batched_tokens
+            return min(most, self.limits.max_num_batched_tokens)
         demands = self.demands(now)
         late = max((d.wait / d.targets.patience for d in demands if d.wait is not None), default=0.0)
         limit = min(
             (d.targets.prompt_limit(alone, late * d.targets.patience) for d in demands if d.decodes),
             default=self.targets.prompt_limit(alone, late * self.targets.patience),
         )
-        return max(LEAST_PROMPT_TOKENS, self.model.tokens_within(limit - spent, tokens, context))
+        return max(LEAST_PROMPT_TOKENS, min(most, self.model.tokens_within(limit - spent, tokens, context)))
 
     def _schedule_waiting(self, plan: StepPlan, budget: int, now: float) -> None:
         self.num_deferred, self.left_waiting, self.out_of_memory = 0, False, False
