@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from coserve.config import EngineConfig
+from coserve.engine.memory_limit import memory_limit
 from coserve.errors import ConfigError
 from coserve.models.config import ModelConfig
 from coserve.worker.kv_tensors import slab_bytes
@@ -88,7 +89,7 @@ def memory_plan(
         free, total = torch.cuda.mem_get_info(device)
         pool = int(free - total * (1.0 - config.gpu_memory_utilization))
     elif pool == 0:
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        available = min(memory_limit(), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         pool = min(CPU_POOL_DEFAULT, int(available * config.gpu_memory_utilization / 2))
     blocks = max(0, pool) // slab
     needed = -(-max_model_len // config.block_size)

@@ -25,6 +25,7 @@ from coserve.core.step_plan import StepPlan
 from coserve.engine import latency_file
 from coserve.engine import messages as m
 from coserve.engine.device import memory_plan, resolve_device, resolve_dtype, resolve_threads
+from coserve.engine.memory_limit import memory_for_jobs
 from coserve.engine.outbox import Outbox
 from coserve.engine.stats import StatsKeeper
 from coserve.errors import ContextLengthExceeded, CoserveError
@@ -101,6 +102,8 @@ class Engine:
         self.streams: Streams = CudaStreams() if on_gpu else InOrder()
         graphs = CudaGraphs() if on_gpu else None
         self.runner = ModelRunner(self.decoder, self.kv, self.pool, self.slots, graphs)
+        # What the host holds of adapters comes and goes; a job keeps what it has until it ends.
+        self.job_memory = memory_for_jobs(device, self.kv.arena.nbytes + self.pool.nbytes)
         self.jobs = JobManager(
             self.decoder,
             self.pool,
@@ -111,6 +114,7 @@ class Engine:
             self.outbox,
             self.live,
             self.streams,
+            self.job_memory,
         )
         self.stats = StatsKeeper(self)
 
@@ -339,4 +343,5 @@ class Engine:
             block_size=self.config.block_size,
             device=str(self.kv.device),
             dtype=str(self.kv.dtype).removeprefix("torch."),
+            job_memory_bytes=self.job_memory,
         )

@@ -108,10 +108,10 @@ class TouchedPages:
         return self._counts[chunk]
 
 
-def resident_bytes() -> tuple[int, int]:
-    """Memory of this process that is in RAM, and how much of it is pages of files; zeros where the system
-    has no /proc."""
-    statm = Path("/proc/self/statm")
+def resident_bytes(pid: int | None = None) -> tuple[int, int]:
+    """Memory of a process, this one unless named, that is in RAM, and how much of it is pages of files; zeros
+    where the system has no /proc."""
+    statm = Path(f"/proc/{pid or 'self'}/statm")
     if not statm.exists():
         return 0, 0
     _, resident, files, *_ = map(int, statm.read_text().split())

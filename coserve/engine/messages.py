@@ -200,7 +200,8 @@ class JobMessage(Message):
 
 
 class JobStatus(Message):
-    """A job's state in the engine changed: "running", "paused", "succeeded", "failed", "cancelled".
+    """A job's state in the engine changed: "queued", "running", "paused", "succeeded", "failed", "cancelled".
+    `message` says what failed, or what a queued job waits for.
 
     "succeeded" comes after the `JobCheckpoint` of the last step, with the directory of the checkpoint to be
     published.
@@ -225,6 +226,7 @@ class EngineReady(Message):
     block_size: int
     device: str
     dtype: str
+    job_memory_bytes: int | None = None  # that jobs may hold outside the pool; None: no bound is known
 
 
 class StepTiming(msgspec.Struct, frozen=True, array_like=True):

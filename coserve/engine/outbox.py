@@ -47,6 +47,10 @@ class Outbox:
         """Something to know about a job."""
         self.send(m.JobMessage(job_id=job_id, level=level, text=text))
 
+    def waits(self, job_id: str, reason: str) -> None:
+        """A job can't start yet."""
+        self.send(m.JobStatus(job_id=job_id, status="queued", message=reason))
+
     def status(
         self, job_id: str, status: str, error: CoserveError | None = None, result_path: str = ""
     ) -> None:

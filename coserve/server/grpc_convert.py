@@ -93,6 +93,7 @@ def job_message(job: JobRecord) -> fine_tuning_pb2.Job:
         share=job.share,
         loss=job.loss,
         valid_loss=job.valid_loss,
+        status_reason=job.status_reason,
     )
 
 

@@ -26,7 +26,8 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     """All that is known of a job.
 
     `publish_as` is the name its adapter gets, `auto` the settings that the data will decide, `step_seconds`
-    how long a step takes, averaged over the latest; `request_digest` tells a repeat of an idempotent request
+    how long a step takes, averaged over the latest, `status_reason` what a queued job waits for;
+    `request_digest` tells a repeat of an idempotent request
     from another one under the same key, `tenant` whose job it is.
     """
 
@@ -63,6 +64,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     share: float = 0.0
     loss: float | None = None
     valid_loss: float | None = None
+    status_reason: str = ""
     error: JobError | None = None
     result_files: list[str] = []
 

@@ -136,6 +136,12 @@ class BatchPlan:
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the examples' lengths, order and packs."""
+        packs = sum(array.nbytes for array in self._packs or ())
+        return self._lengths.nbytes + self._order[1].nbytes + packs
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest example, or pair: no microbatch that holds it has fewer."""
         whole = len(self._lengths) // self._group * self._group

@@ -35,6 +35,7 @@ from coserve.lora.adapter_pool import AdapterPool
 from coserve.models.decoder import Decoder
 from coserve.training.divergence import Diverged, diverged
 from coserve.training.job import JobSpec, StepMetrics
+from coserve.training.job_places import JobPlaces, Lack
 from coserve.training.microbatch import Microbatch
 from coserve.training.running_job import RunningJob
 from coserve.worker.kv_tensors import KVTensors
@@ -63,6 +64,9 @@ class JobListener(Protocol):
     def message(self, job_id: str, level: str, text: str) -> None:
         """Something to know about a job; `level` is "info" or "warn"."""
 
+    def waits(self, job_id: str, reason: str) -> None:
+        """A job can't start yet."""
+
     def status(
         self, job_id: str, status: str, error: CoserveError | None = None, result_path: str = ""
     ) -> None:
@@ -83,14 +87,18 @@ class JobManager:
         listener: JobListener,
         live: LiveSnapshots,
         streams: Streams | None = None,
+        memory: int | None = None,
     ) -> None:
+        """`memory` are the bytes that jobs may hold outside the pool; None: no bound."""
         self.step_seconds = 0.0
-        self._decoder, self._pool, self._slots, self._kv = decoder, pool, slots, kv
+        self._decoder, self._pool, self._kv = decoder, pool, kv
+        self._places = JobPlaces(decoder.config, pool, slots, live, memory)
         self._queue, self._model, self._listener, self._live = queue, model, listener, live
         self._streams = streams or InOrder()
         self._beside: Call | None = None
         self._jobs: dict[str, RunningJob] = {}
         self._pending: list[JobSpec] = []
+        self._lacks: dict[str, str] = {}  # what those were told that they wait for
         self._forward_tokens = 0
         self._backward_tokens = 0
 
@@ -113,7 +121,7 @@ class JobManager:
 
     @property
     def workspace_bytes(self) -> int:
-        """What the microbatches under way hold outside the pool."""
+        """What jobs hold outside the pool beside that: plans of their data, and microbatches under way."""
         return sum(job.workspace_bytes for job in self._jobs.values())
 
     def take_token_counts(self) -> tuple[int, int]:
@@ -125,7 +133,7 @@ class JobManager:
     # ------------------------------------------------------------------ calls
 
     def submit(self, spec: JobSpec) -> None:
-        """Take a job on; it starts when adapter rows are free. InvalidRequest: it runs already."""
+        """Take a job on; it starts when adapter rows and memory are free. InvalidRequest: it runs already."""
         if spec.job_id in self._jobs or any(p.job_id == spec.job_id for p in self._pending):
             raise InvalidRequest(f"job {spec.job_id} is running already", param="job_id")
         self._pending.append(spec)
@@ -156,16 +164,17 @@ class JobManager:
             raise FailedPrecondition(f"job {job_id} can't {action} in its state", param="job_id")
 
     def _control_pending(self, job_id: str, action: str) -> None:
-        """A job that still waits for adapter rows."""
+        """A job that still waits for its place."""
         index = next(i for i, spec in enumerate(self._pending) if spec.job_id == job_id)
         if action == "cancel":
-            del self._pending[index]
+            self._forget_pending(self._pending[index])
             self._listener.status(job_id, "cancelled")
             return
         paused = action == "pause"
         if self._pending[index].paused == paused:
             raise FailedPrecondition(f"job {job_id} can't {action} in its state", param="job_id")
         self._pending[index] = replace(self._pending[index], paused=paused)
+        self._lacks.pop(job_id, None)
         self._listener.status(job_id, "paused" if paused else "queued")
         self._start_pending()
 
@@ -323,30 +332,54 @@ class JobManager:
             job.device_seconds += seconds
 
     def _start_pending(self) -> None:
+        """In the order of their coming; who can't start now keeps those behind waiting too."""
         for spec in [spec for spec in self._pending if not spec.paused]:
-            if not self._take_rows(spec):
-                return
-            self._pending.remove(spec)
-            reference = RunningJob.reference_key(spec)
-            rows, kept = self._slots.rows(spec.job_id), self._slots.rows(reference) if reference else None
             try:
-                next_rows = partial(self._next_rows, spec.job_id)
-                job = RunningJob(spec, self._decoder, self._pool, rows, kept, next_rows)
-                job.check_memory(self._kv)
-            except Exception as error:
-                self._free_rows(spec)
-                self._listener.status(spec.job_id, "failed", _as_error(spec.job_id, error))
+                lack = self._places.take(spec)
+            except CoserveError as error:
+                self._forget_pending(spec)
+                self._listener.status(spec.job_id, "failed", error)
                 continue
-            self._jobs[spec.job_id] = job
-            for metrics in job.restored_events:
-                self._listener.progress(spec.job_id, metrics)
-            if job.restored_path is not None:
-                self._tell_checkpoint(job, job.restored_path)
-            if job.finished:
-                self._end(job, "succeeded")
-            else:
-                self._listener.status(spec.job_id, "running")
-                self._begin(job)
+            if lack is not None:
+                self._tell_lack(spec.job_id, lack)
+                if lack.passes:
+                    return
+                continue
+            self._forget_pending(spec)
+            self._start(spec)
+
+    def _tell_lack(self, job_id: str, lack: Lack) -> None:
+        """Why a job waits, once for each kind of reason."""
+        if self._lacks.get(job_id) != lack.kind:
+            self._lacks[job_id] = lack.kind
+            self._listener.waits(job_id, lack.reason)
+
+    def _forget_pending(self, spec: JobSpec) -> None:
+        self._pending.remove(spec)
+        self._places.forget(spec.job_id)
+        self._lacks.pop(spec.job_id, None)
+
+    def _start(self, spec: JobSpec) -> None:
+        """A job that has its place."""
+        rows, kept = self._places.rows(spec)
+        try:
+            next_rows = partial(self._places.next_rows, spec.job_id)
+            job = RunningJob(spec, self._decoder, self._pool, rows, kept, next_rows)
+            job.check_memory(self._kv)
+        except Exception as error:
+            self._places.free(spec)
+            self._listener.status(spec.job_id, "failed", _as_error(spec.job_id, error))
+            return
+        self._jobs[spec.job_id] = job
+        for metrics in job.restored_events:
+            self._listener.progress(spec.job_id, metrics)
+        if job.restored_path is not None:
+            self._tell_checkpoint(job, job.restored_path)
+        if job.finished:
+            self._end(job, "succeeded")
+        else:
+            self._listener.status(spec.job_id, "running")
+            self._begin(job)
 
     def _begin(self, job: RunningJob) -> None:
         try:
@@ -412,44 +445,9 @@ class JobManager:
         self._drop_step(job)
         del self._jobs[job_id]
         parted = self._live.part(job_id)
-        self._free_rows(job.spec, keep=status == "succeeded" and job.holds_result and not parted)
+        self._places.free(job.spec, keep=status == "succeeded" and job.holds_result and not parted)
         result = job.result_path if status == "succeeded" else ""
         self._listener.status(job_id, status, error, result)
-
-    def _take_rows(self, spec: JobSpec) -> bool:
-        """Rows for the job's adapter, and for a frozen copy of its start if it needs one; all or none."""
-        keys = [spec.job_id, RunningJob.reference_key(spec)]
-        taken: list[str] = []
-        for key in keys:
-            if key is None:
-                continue
-            self._slots.unload(key)  # what an earlier run of the job has left
-            if self._slots.allocate(key, RunningJob.rank(spec), pinned=True) is None:
-                for other in taken:
-                    self._slots.unload(other)
-                return False
-            taken.append(key)
-        for key in taken:
-            self._slots.acquire(key)
-        return True
-
-    def _next_rows(self, job_id: str) -> list[int]:
-        """Where a job's next weights go: requests that read the last ones keep theirs."""
-        self._live.part(job_id)
-        return self._slots.rows(job_id)
-
-    def _free_rows(self, spec: JobSpec, *, keep: bool = False) -> None:
-        """The job's rows are free. With `keep` its adapter stays in them until they are wanted, or until the
-        version that it becomes takes them over."""
-        for key in (spec.job_id, RunningJob.reference_key(spec)):
-            if key is None:
-                continue
-            if keep and key == spec.job_id:
-                self._slots.pin(key, False)
-            else:
-                self._pool.clear(self._slots.rows(key))
-                self._slots.unload(key)
-            self._slots.release(key)
 
     def _drop_step(self, job: RunningJob) -> None:
         """Leave the optimizer step under way: its memory is free, its gradients are forgotten."""

@@ -19,9 +19,8 @@ from coserve.kernels.chunk_squares import chunk_squares
 from coserve.kernels.sgd import sgd_
 from coserve.training.divergence import Diverged
 from coserve.training.job import TrainingSpec
+from coserve.training.job_memory import QUANTIZED_FROM
 from coserve.training.trainable_adapter import TrainableAdapter
-
-QUANTIZED_FROM = 4096  # elements: smaller tensors keep fp32 moments, as in bitsandbytes
 
 Span = tuple[int, int, float]  # start, end, factor of the learning rate
 
@@ -177,6 +176,10 @@ class AdamW8bit(Optimizer):
                 **rule,
             )
             place = own.stop
+
+    @property
+    def nbytes(self) -> int:
+        return self._moments.nbytes + self._exp_avg.nbytes + self._exp_avg_sq.nbytes
 
     def state(self) -> dict[str, torch.Tensor]:
         moments = self._moments

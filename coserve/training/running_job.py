@@ -136,8 +136,8 @@ class RunningJob:
 
     @property
     def workspace_bytes(self) -> int:
-        """What the microbatches under way hold beside their activations."""
-        return self._run.workspace_bytes if self._run is not None else 0
+        """What the plan of its data holds, and the microbatches under way beside their activations."""
+        return self._plan.nbytes + (self._run.workspace_bytes if self._run is not None else 0)
 
     @property
     def kept(self) -> str:

@@ -58,7 +58,7 @@ def moved(job: JobRecord, status: str) -> Transition:
     """The job in another status; nothing happens when it has it already."""
     if status == job.status:
         return job, []
-    after = change(job, status=status)
+    after = change(job, status=status, status_reason="")
     if status == "running" and job.started_at is None:
         after = change(after, started_at=int(time.time()))
     if status == "paused":
@@ -66,6 +66,14 @@ def moved(job: JobRecord, status: str) -> Transition:
     if status in job_store.TERMINAL:
         after = change(after, finished_at=int(time.time()), estimated_finish=None, share=0.0)
     return after, [status_event(after)]
+
+
+def waiting(job: JobRecord, reason: str) -> Transition:
+    """The job in the queue, and why it can't start yet."""
+    if job.status_reason == reason:
+        return job, []
+    after = change(job, status="queued", status_reason=reason, share=0.0, estimated_finish=None)
+    return after, [event_of(after, "message", reason)]
 
 
 def after_validation(

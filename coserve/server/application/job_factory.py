@@ -6,9 +6,10 @@ import asyncio
 import re
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
-from coserve.errors import CoserveError, InvalidRequest
+from coserve.errors import CoserveError, FailedPrecondition, InvalidRequest
 from coserve.lora.peft_files import read_adapter_info
 from coserve.models.config import ModelConfig
 from coserve.server.application.adapters import Adapters
@@ -20,6 +21,7 @@ from coserve.server.auth import Authenticator, Key
 from coserve.server.job_store import JobRecord
 from coserve.server.state_dir import StateDir, copy_directory
 from coserve.training.job import LoraSpec
+from coserve.training.job_memory import job_memory, too_large
 
 
 class JobFactory:
@@ -33,19 +35,23 @@ class JobFactory:
         files: Files,
         adapters: Adapters,
         max_rank: int,
+        memory: Callable[[], int | None],
     ) -> None:
+        """`memory()`: bytes that a job may hold in the engine outside its pool; None while unknown."""
         self._base = base
         self._model_config = model_config
         self._state = state
         self._files = files
         self._adapters = adapters
         self._max_rank = max_rank
+        self._memory = memory
 
     async def make(self, body: object, key: Key | None = None) -> JobRecord:
         """A record in `validating_files`, of `key`'s; the adapter it starts from is copied into the job's
         folder.
 
-        Raises InvalidRequest, NotFound (file, model, adapter), PermissionDenied (priority).
+        Raises InvalidRequest, NotFound (file, model, adapter), PermissionDenied (priority), and
+        FailedPrecondition where its state can never fit in memory.
         """
         request = parse_job_request(body, self._base.max_model_len)
         Authenticator.check_priority(key, request.priority)
@@ -53,6 +59,7 @@ class JobFactory:
             self._adapters.check_name(request.adapter, "adapter")
         init_from, source = self._source(request)
         lora = await self._lora(request, source)
+        self._check_memory(request, lora)
         await self._files.get(request.training_file, param="training_file")
         if request.validation_file:
             await self._files.get(request.validation_file, param="validation_file")
@@ -60,6 +67,11 @@ class JobFactory:
         if source is not None:
             await asyncio.to_thread(copy_directory, source, self._state.job(job.id) / "init")
         return job
+
+    def _check_memory(self, request: JobRequest, lora: LoraSpec) -> None:
+        need, left = job_memory(lora, request.training, self._model_config).total, self._memory()
+        if left is not None and need > left:
+            raise FailedPrecondition(too_large(need, left), param="lora.r", code="out_of_memory")
 
     async def _lora(self, request: JobRequest, source: Path | None) -> LoraSpec:
         """The adapter's settings; one that goes on with another adapter keeps its shape."""

@@ -155,6 +155,8 @@ class JobReports:
         elif event.status == "failed":
             error = JobError(event.error_code or "internal_error", event.message, event.error_param)
             await self._records.update(job.id, lambda now: job_changes.failed(now, error))
+        elif event.status == "queued" and event.message:
+            await self._records.update(job.id, lambda now: job_changes.waiting(now, event.message))
         else:
             await self._records.update(job.id, lambda now: job_changes.moved(now, event.status))
         logger.info(line("job status", id=job.id, status=event.status))

@@ -78,7 +78,15 @@ class Jobs:
         self._files = files
         self._adapters = adapters
         self._lifecycle = lifecycle
-        self._factory = JobFactory(base, model_config, state, files, adapters, max_rank)
+        self._factory = JobFactory(
+            base,
+            model_config,
+            state,
+            files,
+            adapters,
+            max_rank,
+            memory=lambda: engine.info.job_memory_bytes if engine.info is not None else None,
+        )
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._releases: set[asyncio.Task[None]] = set()
         self._submitted: set[str] = set()

@@ -96,6 +96,7 @@ def job_body(job: JobRecord, model: ModelConfig) -> dict[str, Any]:
         "fine_tuned_model": job.fine_tuned_model,
         "organization_id": "coserve",
         "status": job.status,
+        "status_reason": job.status_reason or None,
         "error": {"code": error.code, "message": error.message, "param": error.param} if error else None,
         "hyperparameters": hyperparameters(job),
         "method": {"type": job.method, job.method: {"hyperparameters": hyperparameters(job)}},
