@@ -1,4 +1,4 @@
-"""Adapters: loading, publishing, rolling back, removing; and which weights a `model` means.
+"""Adapters: loading, publishing, rolling back, removing. What their names mean is in `adapter_names`.
 
 Every version lies as files of its own under the state directory, so nobody outside can change what was
 checked; those of a job's checkpoint, which nobody writes to any more, are linked. Order of a publication:
@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from coserve.engine.client import EngineClient
-from coserve.engine.messages import AdapterRef
 from coserve.errors import (
     ConfigError,
     CoserveError,
@@ -29,25 +28,25 @@ from coserve.errors import (
 )
 from coserve.log import line
 from coserve.lora.peft_files import CONFIG_FILE, TENSOR_FILE, read_adapter_info
-from coserve.lora.registry import AdapterRegistry, AdapterVersion, check_adapter_name
+from coserve.lora.registry import AdapterVersion
 from coserve.metrics import Metrics
 from coserve.models.config import ModelConfig
 from coserve.server import adapter_store
 from coserve.server.adapter_store import AdapterRow
+from coserve.server.application.adapter_names import AdapterNames, ref
 from coserve.server.application.archives import extract
 from coserve.server.application.generation import Generator
-from coserve.server.application.models import BaseModel, Target, unknown_model
+from coserve.server.application.models import BaseModel
 from coserve.server.database import Database
 from coserve.server.state_dir import StateDir, copy_directory
 
 logger = logging.getLogger(__name__)
 
-LIVE = ":live"  # after a job's id: its adapter while it trains
 _PEFT_FILES = (CONFIG_FILE, TENSOR_FILE, "README.md")
 
 
-class Adapters:
-    """The adapters of one server."""
+class Adapters(AdapterNames):
+    """The adapters of one server: what their names mean, and every change of it."""
 
     def __init__(
         self,
@@ -63,24 +62,18 @@ class Adapters:
         roots: Sequence[str],
         serves_live: bool = False,
     ) -> None:
-        self._base = base
+        super().__init__(base, metrics, serves_live)
         self._model_config = model_config
         self._engine = engine
         self._database = database
         self._state = state
         self._generator = generator
-        self._metrics = metrics
         self._max_rank = max_rank
         self._roots = [Path(root).expanduser().resolve() for root in roots]
-        self._serves_live = serves_live
-        self._registry = AdapterRegistry({base.name})
-        self._rows: dict[tuple[str, int], AdapterRow] = {}
-        self._checkpoints: dict[str, AdapterRef] = {}
-        self._tiers: dict[str, str] = {}
         self._lock = asyncio.Lock()
         self._removals: set[asyncio.Task[None]] = set()
 
-    # ------------------------------------------------------------------ reading
+    # ------------------------------------------------------------------ starting
 
     async def restore(self) -> None:
         """Read the rows, and discard version folders that no row points to (publications cut short)."""
@@ -120,74 +113,7 @@ class Adapters:
                 f"--lora-modules {name}={path}: {error.message}", param="lora_modules"
             ) from None
 
-    def resolve(self, model: str | None) -> Target:
-        """What a request's `model` runs on; ModelNotFound for a name nobody knows, never the base instead."""
-        if model is None or model == self._base.name:
-            return Target(self._base.name, None)
-        if model in self._checkpoints:
-            return Target(model, self._checkpoints[model])
-        if model.startswith("ftjob-") and model.endswith(LIVE):
-            if not self._serves_live:
-                raise FailedPrecondition(
-                    "This server answers with no adapter in training; start it with --enable-live-adapters.",
-                    param="model",
-                    code="live_adapters_disabled",
-                )
-            return Target(model, None, model.removesuffix(LIVE))
-        return Target(model, ref(self._registry.resolve(model)))
-
-    def newest(self) -> list[AdapterRow]:
-        """The current version of every name, with its origin."""
-        return [self._rows[version.name, version.version] for version in self._registry.current()]
-
-    def get(self, name: str, version: int = 0) -> AdapterRow:
-        """A version by name (or "name@3") and number, 0 for the current one; ModelNotFound."""
-        plain, at, number = name.partition("@")
-        if at:
-            if not number.isascii() or not number.isdigit() or version:
-                raise unknown_model(name)
-            version = int(number)
-        try:
-            found = self._registry.get(plain, version)
-        except NotFound:
-            raise unknown_model(name if not version or at else f"{name}@{version}") from None
-        return self._rows[found.name, found.version]
-
-    def all_versions(self) -> list[AdapterRow]:
-        """Every version in service."""
-        return [self._rows[version.name, version.version] for version in self._registry.all_versions()]
-
-    def tier(self, digest: str) -> str:
-        """Where a version's weights are: "device", "host" or "disk"."""
-        return self._tiers.get(digest, "disk")
-
-    def take_tiers(self, tiers: dict[str, str]) -> None:
-        """The engine's latest word on where weights are."""
-        self._tiers = tiers
-        self._count()
-
-    def _count(self) -> None:
-        found = [self.tier(version.digest) for version in self._registry.all_versions()]
-        self._metrics.adapters({tier: found.count(tier) for tier in set(found)})
-
-    def check_name(self, name: str, param: str) -> None:
-        """Raise InvalidRequest for a name that can't be an adapter's."""
-        check_adapter_name(name, {self._base.name}, param=param)
-        if name.startswith(("ftjob-", "ftckpt-")) or name.endswith(LIVE):
-            raise InvalidRequest(f"{param} must not look like a job or a checkpoint.", param=param)
-
-    def knows(self, name: str) -> bool:
-        """True when the name is an adapter in service."""
-        with contextlib.suppress(NotFound):
-            return bool(self._registry.get(name))
-        return False
-
     # ------------------------------------------------------------------ checkpoints
-
-    def add_checkpoint(self, names: Sequence[str], reference: AdapterRef) -> None:
-        """Let a checkpoint answer by its own names."""
-        for name in names:
-            self._checkpoints[name] = reference
 
     async def drop_checkpoint(self, names: Sequence[str]) -> None:
         """Forget a checkpoint's names and free its weights."""
@@ -245,11 +171,6 @@ class Adapters:
                 self._registry.publish(row.version, make_current=row is current)
         self._count()
         return self._rows[name, current.version.version]
-
-    def _in_service(self, version: AdapterVersion) -> bool:
-        with contextlib.suppress(NotFound):
-            return bool(self._registry.get(version.name, version.version))
-        return False
 
     async def upload(self, name: str, archive: Path, limit: int) -> AdapterRow:
         """Make a version of an uploaded tar or zip."""
@@ -406,8 +327,3 @@ class Adapters:
         await asyncio.to_thread(shutil.rmtree, folder, True)
         with contextlib.suppress(OSError):
             folder.parent.rmdir()
-
-
-def ref(version: AdapterVersion) -> AdapterRef:
-    """How the engine is told of a version."""
-    return AdapterRef(name=version.name, version=version.version, digest=version.digest, path=version.path)

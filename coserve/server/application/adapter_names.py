@@ -1,0 +1,105 @@
+"""Which weights a `model` means: the base, an adapter's version, a checkpoint, or a job in training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+from coserve.engine.messages import AdapterRef
+from coserve.errors import FailedPrecondition, InvalidRequest, NotFound
+from coserve.lora.registry import AdapterRegistry, AdapterVersion, check_adapter_name
+from coserve.metrics import Metrics
+from coserve.server.adapter_store import AdapterRow
+from coserve.server.application.models import BaseModel, Target, unknown_model
+
+LIVE = ":live"  # after a job's id: its adapter while it trains
+
+
+class AdapterNames:
+    """The versions in service, the checkpoints that answer, and the tier each one's weights are in."""
+
+    def __init__(self, base: BaseModel, metrics: Metrics, serves_live: bool) -> None:
+        self._base = base
+        self._metrics = metrics
+        self._serves_live = serves_live
+        self._registry = AdapterRegistry({base.name})
+        self._rows: dict[tuple[str, int], AdapterRow] = {}
+        self._checkpoints: dict[str, AdapterRef] = {}
+        self._tiers: dict[str, str] = {}
+
+    def resolve(self, model: str | None) -> Target:
+        """What a request's `model` runs on; ModelNotFound for a name nobody knows, never the base instead."""
+        if model is None or model == self._base.name:
+            return Target(self._base.name, None)
+        if model in self._checkpoints:
+            return Target(model, self._checkpoints[model])
+        if model.startswith("ftjob-") and model.endswith(LIVE):
+            if not self._serves_live:
+                raise FailedPrecondition(
+                    "This server answers with no adapter in training; start it with --enable-live-adapters.",
+                    param="model",
+                    code="live_adapters_disabled",
+                )
+            return Target(model, None, model.removesuffix(LIVE))
+        return Target(model, ref(self._registry.resolve(model)))
+
+    def newest(self) -> list[AdapterRow]:
+        """The current version of every name, with its origin."""
+        return [self._rows[version.name, version.version] for version in self._registry.current()]
+
+    def get(self, name: str, version: int = 0) -> AdapterRow:
+        """A version by name (or "name@3") and number, 0 for the current one; ModelNotFound."""
+        plain, at, number = name.partition("@")
+        if at:
+            if not number.isascii() or not number.isdigit() or version:
+                raise unknown_model(name)
+            version = int(number)
+        try:
+            found = self._registry.get(plain, version)
+        except NotFound:
+            raise unknown_model(name if not version or at else f"{name}@{version}") from None
+        return self._rows[found.name, found.version]
+
+    def all_versions(self) -> list[AdapterRow]:
+        """Every version in service."""
+        return [self._rows[version.name, version.version] for version in self._registry.all_versions()]
+
+    def tier(self, digest: str) -> str:
+        """Where a version's weights are: "device", "host" or "disk"."""
+        return self._tiers.get(digest, "disk")
+
+    def take_tiers(self, tiers: dict[str, str]) -> None:
+        """The engine's latest word on where weights are."""
+        self._tiers = tiers
+        self._count()
+
+    def _count(self) -> None:
+        found = [self.tier(version.digest) for version in self._registry.all_versions()]
+        self._metrics.adapters({tier: found.count(tier) for tier in set(found)})
+
+    def check_name(self, name: str, param: str) -> None:
+        """Raise InvalidRequest for a name that can't be an adapter's."""
+        check_adapter_name(name, {self._base.name}, param=param)
+        if name.startswith(("ftjob-", "ftckpt-")) or name.endswith(LIVE):
+            raise InvalidRequest(f"{param} must not look like a job or a checkpoint.", param=param)
+
+    def knows(self, name: str) -> bool:
+        """True when the name is an adapter in service."""
+        with contextlib.suppress(NotFound):
+            return bool(self._registry.get(name))
+        return False
+
+    def add_checkpoint(self, names: Sequence[str], reference: AdapterRef) -> None:
+        """Let a checkpoint answer by its own names."""
+        for name in names:
+            self._checkpoints[name] = reference
+
+    def _in_service(self, version: AdapterVersion) -> bool:
+        with contextlib.suppress(NotFound):
+            return bool(self._registry.get(version.name, version.version))
+        return False
+
+
+def ref(version: AdapterVersion) -> AdapterRef:
+    """How the engine is told of a version."""
+    return AdapterRef(name=version.name, version=version.version, digest=version.digest, path=version.path)
