@@ -12,9 +12,7 @@ import time
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple, Protocol
-
-from msgspec.structs import replace
+from typing import NamedTuple
 
 from coserve.core.adapter_slots import AdapterSlots
 from coserve.core.latency_model import LatencyModel
@@ -34,9 +32,11 @@ from coserve.errors import (
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.models.decoder import Decoder
 from coserve.training.divergence import Diverged, diverged
-from coserve.training.job import JobSpec, StepMetrics
-from coserve.training.job_places import JobPlaces, Lack
+from coserve.training.job import JobSpec
+from coserve.training.job_listener import JobListener
+from coserve.training.job_places import JobPlaces
 from coserve.training.microbatch import Microbatch
+from coserve.training.pending_jobs import PendingJobs
 from coserve.training.running_job import RunningJob
 from coserve.worker.kv_tensors import KVTensors
 from coserve.worker.streams import InOrder, Streams
@@ -50,27 +50,6 @@ class Call(NamedTuple):
     sequence: TrainingSequence
     length: int
     error: Exception | None = None
-
-
-class JobListener(Protocol):
-    """Who hears of the jobs' news."""
-
-    def progress(self, job_id: str, metrics: StepMetrics) -> None:
-        """An optimizer step was committed (or is told again after a restart)."""
-
-    def checkpoint(self, job_id: str, step: int, path: str, train_loss: float, kept: list[int]) -> None:
-        """A checkpoint is on disk; those of the steps `kept` are all there are now."""
-
-    def message(self, job_id: str, level: str, text: str) -> None:
-        """Something to know about a job; `level` is "info" or "warn"."""
-
-    def waits(self, job_id: str, reason: str) -> None:
-        """A job can't start yet."""
-
-    def status(
-        self, job_id: str, status: str, error: CoserveError | None = None, result_path: str = ""
-    ) -> None:
-        """A job changed its state; one that succeeded ends with the checkpoint at `result_path`."""
 
 
 class JobManager:
@@ -93,12 +72,11 @@ class JobManager:
         self.step_seconds = 0.0
         self._decoder, self._pool, self._kv = decoder, pool, kv
         self._places = JobPlaces(decoder.config, pool, slots, live, memory)
+        self._pending = PendingJobs(self._places, listener)
         self._queue, self._model, self._listener, self._live = queue, model, listener, live
         self._streams = streams or InOrder()
         self._beside: Call | None = None
         self._jobs: dict[str, RunningJob] = {}
-        self._pending: list[JobSpec] = []
-        self._lacks: dict[str, str] = {}  # what those were told that they wait for
         self._forward_tokens = 0
         self._backward_tokens = 0
 
@@ -134,17 +112,16 @@ class JobManager:
 
     def submit(self, spec: JobSpec) -> None:
         """Take a job on; it starts when adapter rows and memory are free. InvalidRequest: it runs already."""
-        if spec.job_id in self._jobs or any(p.job_id == spec.job_id for p in self._pending):
+        if spec.job_id in self._jobs or spec.job_id in self._pending:
             raise InvalidRequest(f"job {spec.job_id} is running already", param="job_id")
-        self._pending.append(spec)
-        if spec.paused:
-            self._listener.status(spec.job_id, "paused")
+        self._pending.add(spec)
         self._start_pending()
 
     def control(self, job_id: str, action: str) -> None:
         """Pause, resume or cancel. Raises NotFound, or FailedPrecondition where the state forbids it."""
-        if any(spec.job_id == job_id for spec in self._pending):
-            self._control_pending(job_id, action)
+        if job_id in self._pending:
+            self._pending.control(job_id, action)
+            self._start_pending()
             return
         job = self._jobs.get(job_id)
         if job is None:
@@ -162,21 +139,6 @@ class JobManager:
             self._begin(job)
         else:
             raise FailedPrecondition(f"job {job_id} can't {action} in its state", param="job_id")
-
-    def _control_pending(self, job_id: str, action: str) -> None:
-        """A job that still waits for its place."""
-        index = next(i for i, spec in enumerate(self._pending) if spec.job_id == job_id)
-        if action == "cancel":
-            self._forget_pending(self._pending[index])
-            self._listener.status(job_id, "cancelled")
-            return
-        paused = action == "pause"
-        if self._pending[index].paused == paused:
-            raise FailedPrecondition(f"job {job_id} can't {action} in its state", param="job_id")
-        self._pending[index] = replace(self._pending[index], paused=paused)
-        self._lacks.pop(job_id, None)
-        self._listener.status(job_id, "paused" if paused else "queued")
-        self._start_pending()
 
     def read_live(self, job_id: str) -> str:
         """A request reads a job's adapter as of its last committed step: the key of that snapshot.
@@ -332,32 +294,8 @@ class JobManager:
             job.device_seconds += seconds
 
     def _start_pending(self) -> None:
-        """In the order of their coming; who can't start now keeps those behind waiting too."""
-        for spec in [spec for spec in self._pending if not spec.paused]:
-            try:
-                lack = self._places.take(spec)
-            except CoserveError as error:
-                self._forget_pending(spec)
-                self._listener.status(spec.job_id, "failed", error)
-                continue
-            if lack is not None:
-                self._tell_lack(spec.job_id, lack)
-                if lack.passes:
-                    return
-                continue
-            self._forget_pending(spec)
+        for spec in self._pending.ready():
             self._start(spec)
-
-    def _tell_lack(self, job_id: str, lack: Lack) -> None:
-        """Why a job waits, once for each kind of reason."""
-        if self._lacks.get(job_id) != lack.kind:
-            self._lacks[job_id] = lack.kind
-            self._listener.waits(job_id, lack.reason)
-
-    def _forget_pending(self, spec: JobSpec) -> None:
-        self._pending.remove(spec)
-        self._places.forget(spec.job_id)
-        self._lacks.pop(spec.job_id, None)
 
     def _start(self, spec: JobSpec) -> None:
         """A job that has its place."""
