@@ -314,9 +314,9 @@ def test_a_prompt_beside_decoding_requests_comes_in_parts_that_they_can_wait_for
 
 def test_a_prompt_that_nobody_decodes_beside_comes_whole() -> None:
     sim = Simulation(blocks=400, max_tokens=512)
-    for size in (8, 40, 90, 256):
-        sim.request(f"earlier {size}", size, 2)
-    sim.run()
+    for size in (8, 40, 256):
+        sim.request(f"earlier {size}", size, 4)
+        sim.run()
     sim.request("long", 400, 4)
     assert [span.length for span in sim.step().inference] == [400]
 
