@@ -191,6 +191,7 @@ def test_a_lower_load_asks_for_some_of_a_higher_ones_requests() -> None:
     half, all_of_it = (traces.sampled(trace, rate, 60.0, most=1.0) for rate in (0.5, 1.0))
     assert (len(half), len(all_of_it)) == (30, 60)  # three periods over each other
     assert set(half) < set(all_of_it)
-    assert all(0.0 <= a.time < 60.0 for a in all_of_it) and all_of_it == sorted(all_of_it, key=lambda a: a.time)
+    assert all(0.0 <= a.time < 60.0 for a in all_of_it)
+    assert all_of_it == sorted(all_of_it, key=lambda a: a.time)
     early = [a for a in traces.sampled(trace, 1 / 3, 60.0, most=1 / 3) if a.prompt_tokens <= 20]
     assert [a.time for a in early] == [3.0 * (a.prompt_tokens - 1) for a in early]  # in real time
