@@ -15,6 +15,8 @@ from coserve.errors import QueueFull, TargetOutOfReach
 
 PRESSED, MOST_PRESSED = 0.5, 5.0  # seconds after a refusal without training beside requests
 RATIOS, LATELY = 64, 30.0  # first tokens by which predictions are judged, of so many seconds
+LATE = 0.95  # of them, whose lateness is reckoned with
+MOST_RETRY = 60.0  # seconds that anybody is told to stay away
 KNOWN_AFTER = 64  # steps with inference; the first ones are slower than those that follow
 
 
@@ -26,6 +28,7 @@ class Admission:
         self.max_queued = max_queued
         self._stretch = 1.0 / (1.0 - scheduler.limits.min_training_share)  # of steps
         self._expected: deque[tuple[Request, float, float]] = deque()  # let in, when expected, its own prompt
+        self._next_turn = 0.0  # when the next that is refused may come again
         self._ratios: deque[tuple[float, float]] = deque(maxlen=RATIOS)  # when, and how late
 
     def check(self, request: Request, now: float) -> None:
@@ -36,7 +39,7 @@ class Admission:
         """
         scheduler = self.scheduler
         if self.max_queued:
-            self._check_queue()
+            self._check_queue(now)
         target = (request.targets or scheduler.targets).ttft
         if target == 0.0 or not scheduler.has_requests:
             return
@@ -50,14 +53,25 @@ class Admission:
             )
             raise TargetOutOfReach(
                 f"The first token would come after about {queued + own:.2g} s; its target is {target:.3g} s.",
-                retry_after=late,
+                retry_after=self._turn(late, own, now),
             )
         if total > target / 4:
             self._expected.append((request, waited + total, own))
 
+    def _turn(self, late: float, own: float, now: float) -> float:
+        """Seconds after which one that is refused now may come again. After `late` the queue has room for
+        one; those who were refused before have their turns first, each taking what its prompt takes of the
+        device, or its output of the places."""
+        scheduler = self.scheduler
+        rows, context = len(scheduler.running), sum(r.num_tokens for r in scheduler.running)
+        output = scheduler.outputs.mean * scheduler.model.predict_inference(rows, context)
+        turn = max(now + late, self._next_turn)
+        self._next_turn = min(now + MOST_RETRY, turn + max(own, output / scheduler.limits.max_num_seqs))
+        return turn - now
+
     def _guard(self, now: float) -> float:
-        """By how much first tokens have lately come later than predicted (90th percentile), as a factor. A
-        stall is forgotten after a while: those it keeps out could never show that it is over."""
+        """By how much first tokens have lately come later than predicted (`LATE` of them less), as a factor.
+        A stall is forgotten after a while: those it keeps out could never show that it is over."""
         while self._expected:
             request, expected, own = self._expected[0]
             if request.scheduled_at is not None:
@@ -69,7 +83,7 @@ class Admission:
         while self._ratios and self._ratios[0][0] < now - LATELY:
             self._ratios.popleft()
         ordered = sorted(ratio for _, ratio in self._ratios)
-        return max(1.0 / SAFETY, ordered[int(0.9 * len(ordered))] if ordered else 0.0)
+        return max(1.0 / SAFETY, ordered[int(LATE * len(ordered))] if ordered else 0.0)
 
     def predict(self, request: Request, now: float) -> tuple[float, float]:
         """Seconds until the request's first token as things stand, without the training that would give way,
@@ -107,15 +121,16 @@ class Admission:
             ttft=first / SAFETY, tpot=scheduler.model.predict_inference(1, LEAST_PROMPT_TOKENS) / SAFETY
         )
 
-    def _check_queue(self) -> None:
+    def _check_queue(self, now: float) -> None:
         scheduler = self.scheduler
         slots = scheduler.limits.max_num_seqs - len(scheduler.running)
         queued = len(scheduler.waiting) - (0 if scheduler.left_waiting else slots)
         if queued >= self.max_queued:
             rows, context = len(scheduler.running), sum(r.num_tokens for r in scheduler.running)
+            step = scheduler.model.predict_inference(rows, context)
             raise QueueFull(
                 f"{queued} requests wait already, and --max-num-queued-reqs is {self.max_queued}.",
-                retry_after=self._slot_steps(queued) * scheduler.model.predict_inference(rows, context),
+                retry_after=self._turn(self._slot_steps(0) * step, 0.0, now),
             )
 
     def _slot_steps(self, ahead: int) -> float:
@@ -126,4 +141,4 @@ class Admission:
         missing = len(scheduler.running) + ahead + 1 - places
         if missing <= 0:
             return 0.0
-        return missing * max(1.0, scheduler.mean_output) / max(1, len(scheduler.running))
+        return missing * max(1.0, scheduler.outputs.mean) / max(1, len(scheduler.running))

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from coserve.core.block_pool import BlockPool
+from coserve.core.deadlines import tokens_in_time
 from coserve.core.fair_shares import FairShares
 from coserve.core.latency_model import LatencyModel
+from coserve.core.outputs import Outputs
 from coserve.core.prefix_cache import block_key, root_key
 from coserve.core.request import Request, RequestStatus
 from coserve.core.slo import (
@@ -77,13 +79,12 @@ class Scheduler:
         self.control = BudgetControl()
         self._trained_since = 0.0  # seconds of the last step
         self.minimum = MinimumShare(limits.min_training_share)
-        self.mean_output = 0.0  # tokens of the requests that ended lately
+        self.outputs = Outputs()
         self.left_waiting = False  # the last step had no room for somebody,
         self.out_of_memory = False  # and that for want of blocks
         self.pressed_until = 0.0  # seconds of `now`; requests were refused for their targets
         self._requests: dict[str, Request] = {}
         self._num_with_targets = 0
-        self._num_finished = 0
         self._adapter_ready = adapter_ready
         self._adapter_released = adapter_released
         self._steps_with_inference = 0
@@ -122,8 +123,7 @@ class Scheduler:
         request.status = RequestStatus.FINISHED
         self._num_with_targets -= request.targets is not None
         self.shares.leave(request)
-        self._num_finished += 1
-        self.mean_output += (request.num_output_tokens - self.mean_output) / min(self._num_finished, 64)
+        self.outputs.end()
         del self._requests[request.sequence_id]
 
     @property
@@ -150,6 +150,7 @@ class Scheduler:
             request = span.request
             if not request.finished:
                 request.cursor = span.start + span.length
+                self.outputs.tokens += span.samples
                 self._remember_blocks(request, span.start)
                 if self.shares.contended and span.kind is SpanKind.DECODE:
                     self.shares.charge(request, 1)
@@ -202,6 +203,8 @@ class Scheduler:
     def _schedule_waiting(self, plan: StepPlan, budget: int, now: float) -> None:
         self.num_deferred, self.left_waiting, self.out_of_memory = 0, False, False
         in_turn = self.shares.in_turn(self.waiting) if self.shares.contended else list(self.waiting)
+        for span in plan.inference if in_turn else ():
+            budget = min(budget, tokens_in_time(span, plan, self.model, self.targets, now))
         for request in in_turn:
             if budget == 0 or len(self.running) >= self.limits.max_num_seqs:
                 self.left_waiting = True
@@ -223,8 +226,9 @@ class Scheduler:
             request.status = RequestStatus.RUNNING
             if request.scheduled_at is None:
                 request.scheduled_at = now
-            budget -= length
-            plan.inference.append(self._span(request, length))
+            span = self._span(request, length)
+            plan.inference.append(span)
+            budget = min(budget - length, tokens_in_time(span, plan, self.model, self.targets, now))
 
     def _has_room(self, request: Request) -> bool:
         """Room for all its tokens and a block for each that runs. Who comes in with less soon takes memory
