@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from coserve.errors import InvalidRequest, NotFound
 from coserve.lora.peft_config import PeftConfig
+from coserve.lora.safetensors_file import write_tensors
 from coserve.lora.safetensors_header import BadSafetensors, TensorEntry, read_header
 from coserve.models.config import HEAD_MODULE
 
@@ -255,23 +255,26 @@ def make_config(
     }
 
 
-def write_adapter(directory: Path, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+def write_adapter(directory: Path, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
     """Both files, synced to disk, into `directory`, which whoever puts it together renames when it is whole.
+    Returns the sha256 (hex) of each.
 
     `tensors` maps PEFT's keys (`tensor_key`) to numpy arrays or torch tensors; they are written in fp32.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {key: _as_numpy(tensor) for key, tensor in tensors.items()}, directory / TENSOR_FILE, {"format": "pt"}
-    )
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    for path in (directory / TENSOR_FILE, directory / CONFIG_FILE, directory):
+    arrays = {key: _as_numpy(tensor) for key, tensor in tensors.items()}
+    sums = {TENSOR_FILE: write_tensors(directory / TENSOR_FILE, arrays, {"format": "pt"})}
+    text = json.dumps(config, indent=2, sort_keys=True).encode()
+    sums[CONFIG_FILE] = hashlib.sha256(text).hexdigest()
+    (directory / CONFIG_FILE).write_bytes(text)
+    for path in (directory / CONFIG_FILE, directory):
         _sync(path)
+    return sums
 
 
 def _as_numpy(tensor: Any) -> np.ndarray:
     array = tensor.detach().cpu().numpy() if hasattr(tensor, "detach") else tensor
-    return np.ascontiguousarray(array, dtype=np.float32)
+    return np.asarray(array, dtype=np.float32)
 
 
 def _sync(path: Path) -> None:
