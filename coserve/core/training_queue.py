@@ -38,6 +38,7 @@ class JobQueue:
     weight: float = 1.0
     virtual_time: float = 0.0
     keeps_gradients: bool = False  # after each microbatch, since a step was lost to requests
+    owes_update: bool = False
     sequences: list[TrainingSequence] = field(default_factory=list)
 
     @property
@@ -124,8 +125,13 @@ class TrainingQueue:
 
     @property
     def has_work(self) -> bool:
-        """Some job owes tokens."""
-        return any(not s.done for s in self.sequences)
+        """Some job owes tokens, or an update."""
+        return any(job.owes_update or any(not s.done for s in job.sequences) for job in self._jobs.values())
+
+    def owe_update(self, job_id: str, owes: bool) -> None:
+        """All units of a job's optimizer step have run, but what comes of them has not, or has now."""
+        if job_id in self._jobs:
+            self._jobs[job_id].owes_update = owes
 
     def submit(
         self,
@@ -361,7 +367,10 @@ class TrainingQueue:
                 seconds = plan.left if plan.mixed else None
                 length = self.call_length(sequence, index, len(sequence.units), seconds)
                 span = TrainingSpan(SpanKind.TRAIN_BACKWARD, sequence, index, length)
-                return span, self.call_seconds(sequence, index, length), False
+                cost = self.call_seconds(sequence, index, length)
+                if plan.mixed and sequence.resting is not None and planned is None:
+                    cost = min(cost, max(plan.left, sequence.resting.piece))
+                return span, cost, False
         return window
 
     def _next_window(
@@ -401,9 +410,12 @@ class TrainingQueue:
         return max(TILE, self._model.unhurried_unit_tokens(kind, UNIT_SECONDS * layers, WIDEST))
 
     def call_seconds(self, sequence: TrainingSequence, index: int, length: int) -> float:
-        """How long so many units from `index` on should take as one call; 0 while unknown."""
+        """How long so many units from `index` on should take as one call; 0 while unknown. Of a call that
+        rests, what is left of it: a piece at least."""
         tokens = sequence.tokens_of(index, length)
-        return self._model.predict_unit(sequence.unit_kind(index), tokens)
+        seconds = self._model.predict_unit(sequence.unit_kind(index), tokens)
+        rests = sequence.resting if index == sequence.unit_cursor else None
+        return seconds if rests is None else max(seconds - rests.seconds, rests.piece)
 
     def _reserve(self, sequence: TrainingSequence, kv_headroom: int, mixed: bool) -> bool:
         """Memory at the highest level that leaves the headroom, what the others in flight need at least, and

@@ -39,6 +39,16 @@ class TrainingPass:
     trains: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class RestingCall:
+    """A call of the next `length` units that stopped between two pieces: the `seconds` it took so far, and
+    the longest of its pieces."""
+
+    length: int
+    seconds: float
+    piece: float
+
+
 class TrainingSequence(Sequence):
     """A microbatch of a job's optimizer step or evaluation.
 
@@ -68,6 +78,7 @@ class TrainingSequence(Sequence):
         self.passes = passes
         self.pass_index = 0
         self.unit_cursor = 0
+        self.resting: RestingCall | None = None
         self.level_slabs = level_slabs
         self.level = 0
         self.head_slabs = head_slabs
@@ -109,7 +120,10 @@ class TrainingSequence(Sequence):
         return self.trains and self.unit_cursor > 0
 
     def call_length(self, index: int, most_units: int, most_tokens: int) -> int:
-        """How many units from `index` on, at least one, run as one call of at most `most_tokens`."""
+        """How many units from `index` on, at least one, run as one call of at most `most_tokens`. A call that
+        rests goes on as it began."""
+        if self.resting is not None and index == self.unit_cursor:
+            return self.resting.length
         units, tokens = self.units, 0
         last = min(index + most_units, len(units))
         for place in range(index, last):
@@ -125,6 +139,7 @@ class TrainingSequence(Sequence):
 
     def pay_units(self, length: int) -> None:
         """So many units have run; after a pass's last one the next pass begins."""
+        self.resting = None
         self.unit_cursor += length
         if self.unit_cursor == len(self.units) and self.pass_index + 1 < len(self.passes):
             self.pass_index += 1
@@ -184,5 +199,6 @@ class TrainingSequence(Sequence):
         """Its activations are gone: the pass under way is owed again. What earlier passes scored stays."""
         self.cursor = 0
         self.unit_cursor = 0
+        self.resting = None
         self.extent = None
         self.has_head = True

@@ -35,6 +35,7 @@ from coserve.lora.adapter_tiers import AdapterTiers
 from coserve.models.config import ModelConfig
 from coserve.models.loader import load_model
 from coserve.training.job_manager import JobManager
+from coserve.training.unit_calls import Stop
 from coserve.worker.cuda_graph import CudaGraphs
 from coserve.worker.kv_tensors import KVTensors
 from coserve.worker.model_runner import ModelRunner, StepResult
@@ -127,6 +128,8 @@ class Engine:
         self._take_in_adapters()
         plan = self.scheduler.schedule(time.time())
         self.jobs.prepare(plan)
+        deadline = started + plan.inference_alone + plan.training_budget
+        arrivals = None if plan.inference else self.arrivals
         if not plan.empty:
             is_shared = self.jobs.begin_beside(plan)
             result = self.runner.run(plan, self.jobs.microbatches)
@@ -136,27 +139,24 @@ class Engine:
             if not is_shared and (plan.apart or not plan.training_forward):
                 self.model.observe_inference(plan.inference_tokens, plan.context_tokens, forward)
             # Answers are on their way: what is left of the budget belongs to training's own units.
-            deadline = started + plan.inference_alone + plan.training_budget
             if plan.apart:
                 self._forward_apart(plan, deadline)
             else:
                 self.jobs.commit_forward(plan, plan.inference_alone, forward)
-            self.jobs.run_backward(plan, deadline, arrivals=None if plan.inference else self.arrivals)
-        self.jobs.advance()
+            self.jobs.run_backward(plan, deadline, arrivals)
+        self.jobs.advance(deadline, arrivals)
         seconds = time.perf_counter() - started
         self.scheduler.account(seconds, self.jobs.step_seconds)
         self.stats.step_done(plan, seconds, forward)
 
     def _forward_apart(self, plan: StepPlan, deadline: float) -> None:
-        """Windows in a batch of their own: beside requests while the next layer ends by the deadline, else
+        """Windows in a batch of their own: beside requests while the next piece ends by the deadline, else
         until one arrives."""
-        began = last = time.perf_counter()
+        began, rests = time.perf_counter(), Stop(deadline, None if plan.inference else self.arrivals)
 
         def stop() -> bool:
-            nonlocal last
             self.streams.wait()
-            layer, last = time.perf_counter() - last, time.perf_counter()
-            return last + layer > deadline if plan.inference else self.arrivals()
+            return rests()
 
         layers = self.runner.run_apart(plan, self.jobs.microbatches, stop)
         seconds = time.perf_counter() - began

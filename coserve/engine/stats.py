@@ -44,7 +44,7 @@ class StatsKeeper:
         """A step has ended, whose batch with requests took `forward` seconds; sends a snapshot when one is
         due."""
         training_seconds = self._engine.jobs.step_seconds
-        if not plan.empty:
+        if not plan.empty or training_seconds > 0.0:
             share = min(1.0, training_seconds / seconds) if seconds > 0 else 0.0
             self._share += (share - self._share) / SHARE_HALF_LIFE
             self._last_step = (plan.kind, time.time())

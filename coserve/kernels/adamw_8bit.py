@@ -92,6 +92,10 @@ class QuantizedMoments:
             torch.zeros(count, device=device),
         )
 
+    def blocks(self, first: int, last: int) -> QuantizedMoments:
+        """Views of the blocks [first, last)."""
+        return QuantizedMoments(*(tensor[first:last] for tensor in vars(self).values()))
+
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and the blocks' places."""

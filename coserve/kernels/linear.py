@@ -22,6 +22,8 @@ PANEL = 16  # rows of the weight
 PAIR_STEP = 32  # columns of a bf16 weight that a panel's depth is filled up to
 HUGE_PAGE = 2 << 20
 CONVERTED_AT_ONCE = 4 << 20  # elements
+PART = 1 << 30  # products of a piece of one multiplication: some milliseconds of two cores
+LEAST_ROWS = 32  # of a piece: narrower ones read the weight too often
 
 
 class PackedLinear:
@@ -134,6 +136,43 @@ class PackedLinear:
             return triton_or_reference(dy_TN, _input_gradient_reference)(dy_TN, self.unpacked())
         return dy_TN @ self.unpacked()
 
+    def column_parts(self, rows: int) -> list[slice]:
+        """Parts of y's columns that `forward_columns` makes one by one, in some milliseconds each; all of
+        them where the weight isn't packed, as a part might have other bits there."""
+        products = max(rows, 1) * self.in_features
+        step = self.out_features if self._pack is None else max(PART // products // PANEL, 1) * PANEL
+        return [slice(first, first + step) for first in range(0, self.out_features, step)]
+
+    def row_parts(self, rows: int) -> list[slice]:
+        """Parts of dy's rows for `backward_input`, likewise, that don't read the weight too often."""
+        size = self.out_features * self.in_features
+        step = max(rows, 1) if self._pack is None else max(PART // size, LEAST_ROWS)
+        return [slice(first, first + step) for first in range(0, rows, step)]
+
+    def forward_columns(self, x_TK: torch.Tensor, y_TN: torch.Tensor, columns: slice) -> None:
+        """One of the `column_parts` of `y` [T, N], contiguous, with the bits of `forward`."""
+        if self._pack is None or not native_for(x_TK):
+            y_TN[:, columns] = self.forward(x_TK)[:, columns]
+            return
+        self._check(x_TK, "x", self.in_features)
+        fits = y_TN.shape == (len(x_TK), self.out_features) and y_TN.dtype is self.dtype
+        require(fits and y_TN.is_contiguous(), f"y is not contiguous {self.dtype} [T, {self.out_features}]")
+        first, count = columns.start, min(columns.stop, self.out_features) - columns.start
+        pack, item = self._pack[_pack_elements(first, self.in_features, self.dtype) :], y_TN.element_size()
+        bias = 0 if self.bias is None else self.bias[first:].data_ptr()
+        assert dispatch.native is not None
+        dispatch.native.linear(
+            DTYPE_CODES[self.dtype], False, x_TK.data_ptr(), x_TK.stride(0), len(x_TK), pack.data_ptr(),
+            count, self.in_features, bias, y_TN.data_ptr() + first * item, self.out_features,
+        )  # fmt: skip
+
+    def _check(self, x: torch.Tensor, name: str, into: int) -> None:
+        if x.shape[1] != into or x.dtype is not self.dtype or (x.stride(1) != 1 and into > 1):
+            raise ValueError(
+                f"{name} is {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()}, "
+                f"expected {self.dtype} [T, {into}] with contiguous rows"
+            )
+
     def _multiply(
         self,
         x: torch.Tensor,
@@ -145,12 +184,8 @@ class PackedLinear:
     ) -> torch.Tensor:
         pack = self._pack
         assert pack is not None and dispatch.native is not None
-        M, width = x.shape
-        if width != into or x.dtype is not self.dtype or (x.stride(1) != 1 and into > 1):
-            raise ValueError(
-                f"{name} is {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()}, "
-                f"expected {self.dtype} [T, {into}] with contiguous rows"
-            )
+        M = len(x)
+        self._check(x, name, into)
         if y is None:
             y = torch.empty((M, out), dtype=self.dtype)
         else:

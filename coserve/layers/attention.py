@@ -19,6 +19,7 @@ from coserve.layers.activations import BlockShape, LayerActivations
 from coserve.layers.batch import BackwardWindow, ForwardBatch, TrainingWindow
 from coserve.layers.linear import AdaptedLinear
 from coserve.layers.norm import RMSNorm
+from coserve.layers.pieces import Pieces
 
 
 @dataclass(frozen=True)
@@ -151,10 +152,10 @@ class Attention:
 
     def backward(
         self, dy_WH: torch.Tensor, x_WH: torch.Tensor, saved: LayerActivations, window: BackwardWindow
-    ) -> torch.Tensor | None:
-        """Gradient w.r.t. the normed input `x` [W, H]; None where nobody needs it. `saved` is complete, and
-        the window's own. Its keys have got all their gradients when its own queries are done, since later
-        windows went before."""
+    ) -> Pieces[torch.Tensor | None]:
+        """Gradient w.r.t. the normed input `x` [W, H]; None where nobody needs it. In pieces. `saved` is
+        complete, and the window's own. Its keys have got all their gradients when its own queries are done,
+        since later windows went before."""
         stream = window.stream
         assert saved.attn_out_TH is not None and saved.lse_TN is not None
         width, m = window.end - window.start, self.heads + self.kv_heads
@@ -163,6 +164,7 @@ class Attention:
             self.out.backward_adapter(dy_WH, lambda: o_WH, lora, start)
             return None
         do_WH = self.out.backward(dy_WH, lambda: o_WH, lora, start)
+        yield
         shape = (width, self.heads, self.dim)
         dq_WND = window_attention_backward(
             do_WH.view(shape),
@@ -178,6 +180,7 @@ class Attention:
             window.dv_TND,
             self.soft_cap,
         )
+        yield
         dqkv_WMD = dq_WND.new_empty(width, m + self.kv_heads, self.dim)
         dqkv_WMD[:, : self.heads] = dq_WND
         dqkv_WMD[:, self.heads : m] = window.dk_TND[stream]

@@ -24,6 +24,7 @@ from coserve.kernels.lora import (
     lora_forward_,
 )
 from coserve.layers.batch import HeadAdapter
+from coserve.layers.pieces import Pieces
 
 
 class HeadRun(NamedTuple):
@@ -40,7 +41,28 @@ class LMHead(PackedLinear):
 
     def forward(self, h_SH: torch.Tensor, runs: Sequence[HeadRun] = ()) -> torch.Tensor:
         """[S, V] of normed hidden states [S, H], in their dtype."""
-        logits_SV = super().forward(h_SH)
+        return self._add_adapters(super().forward(h_SH), h_SH, runs)
+
+    def forward_pieces(self, h_SH: torch.Tensor, runs: Sequence[HeadRun] = ()) -> Pieces[torch.Tensor]:
+        """As `forward`, to the same bits, a part of the vocabulary at a time."""
+        logits_SV = h_SH.new_empty(len(h_SH), self.out_features)
+        for columns in self.column_parts(len(h_SH)):
+            self.forward_columns(h_SH, logits_SV, columns)
+            yield
+        return self._add_adapters(logits_SV, h_SH, runs)
+
+    def backward_pieces(self, dlogits_CV: torch.Tensor) -> Pieces[torch.Tensor]:
+        """As `backward_input`, to the same bits, some rows at a time."""
+        parts = []
+        for rows in self.row_parts(len(dlogits_CV)):
+            parts.append(self.backward_input(dlogits_CV[rows]))
+            yield
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @staticmethod
+    def _add_adapters(
+        logits_SV: torch.Tensor, h_SH: torch.Tensor, runs: Sequence[HeadRun]
+    ) -> torch.Tensor:
         for run in runs:
             rows, (a_RK, b_RN) = slice(run.start, run.end), run.adapter
             rank, own = len(a_RK), {"dtype": torch.int32, "device": a_RK.device}

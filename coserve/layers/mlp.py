@@ -9,6 +9,7 @@ from coserve.kernels.swiglu import Activation, swiglu, swiglu_backward
 from coserve.layers.activations import LayerActivations
 from coserve.layers.batch import BackwardWindow, ForwardBatch
 from coserve.layers.linear import AdaptedLinear
+from coserve.layers.pieces import Pieces
 
 
 class MLP:
@@ -50,13 +51,14 @@ class MLP:
         saved: LayerActivations,
         window: BackwardWindow,
         needs_input: bool = True,
-    ) -> torch.Tensor | None:
+    ) -> Pieces[torch.Tensor | None]:
         """Gradient w.r.t. the normed input `x` [W, H], None unless `needs_input`; `saved` is complete, and
-        the window's own."""
+        the window's own. In pieces."""
         gate_up_W2I = saved.gate_up_T2I
         assert gate_up_W2I is not None
         lora, start = window.lora, window.start
         dact_WI = self.down.backward(dy_WH, lambda: swiglu(gate_up_W2I, self.act), lora, start)
+        yield
         dgate_up_W2I = swiglu_backward(dact_WI, gate_up_W2I, self.act)
         if not needs_input:
             self.gate_up.backward_adapter(dgate_up_W2I, lambda: x_WH, lora, start)

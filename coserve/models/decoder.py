@@ -20,7 +20,10 @@ from coserve.layers.embedding import Embedding
 from coserve.layers.lm_head import HeadRun, LMHead
 from coserve.layers.mlp import MLP
 from coserve.layers.norm import RMSNorm
+from coserve.layers.pieces import Pieces, whole
 from coserve.models.config import ModelConfig
+
+PIECES = 2  # of a layer's forward
 
 
 class DecoderLayer:
@@ -42,11 +45,13 @@ class DecoderLayer:
         self.attn_post_norm = attn_post_norm
         self.mlp_post_norm = mlp_post_norm
 
-    def forward(self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int) -> torch.Tensor:
-        """[T, H] of [T, H]; training rows leave behind what their backward needs."""
+    def forward(self, x_TH: torch.Tensor, batch: ForwardBatch, layer: int) -> Pieces[torch.Tensor]:
+        """[T, H] of [T, H]; training rows leave behind what their backward needs. In pieces: attention, MLP.
+        What training keeps may change hands between them, as neither reads there what the other wrote."""
         for window in batch.windows:
             window.saved.layer(layer).keep(window.stream, x_in_TH=x_TH[window.batch_rows])
         normed_TH, x_mid_TH, h_MPTR = self._attend(x_TH, batch, layer)
+        yield
         y_TH = self.mlp.forward(normed_TH, batch, layer, h_MPTR)
         if self.mlp_post_norm is not None:
             for window in batch.windows:
@@ -78,37 +83,44 @@ class DecoderLayer:
             window.saved.layer(layer).keep(window.stream, x_mid_TH=x_mid_TH[window.batch_rows])
         return normed_TH, x_mid_TH, h_MPTR
 
-    def _complete(self, window: BackwardWindow) -> tuple[LayerActivations, torch.Tensor]:
+    def _complete(self, window: BackwardWindow) -> Pieces[tuple[LayerActivations, torch.Tensor]]:
         """The window's own activations with what the policy dropped computed again by the forward's own
-        parts, and the MLP's normed input [W, H]."""
+        parts, and the MLP's normed input [W, H]. In pieces."""
         saved = window.saved.rows(window.stream)
         assert saved.x_in_TH is not None
         batch = window.forward_batch(saved)
         if saved.x_mid_TH is None:
             normed_WH, _, h_MPTR = self._attend(saved.x_in_TH, batch, window.layer)
+            yield
         else:
             normed_WH, h_MPTR = _normed(self.mlp_norm, saved.x_mid_TH), None
         if saved.gate_up_T2I is None:
             self.mlp.forward_gate_up(normed_WH, batch, window.layer, h_MPTR)
+            yield
         if self.mlp_post_norm is not None and saved.mlp_raw_TH is None:
             assert saved.gate_up_T2I is not None
             saved.mlp_raw_TH = self.mlp.forward_down(saved.gate_up_T2I, batch, window.layer)
         return saved, normed_WH
 
-    def backward(self, dy_WH: torch.Tensor, window: BackwardWindow) -> torch.Tensor | None:
+    def backward(self, dy_WH: torch.Tensor, window: BackwardWindow) -> Pieces[torch.Tensor | None]:
         """Gradient w.r.t. the window's input [W, H] of that w.r.t. its output, None in the lowest adapted
-        layer; adds the adapters' gradients and those of the keys and values it saw."""
-        saved, normed_WH = self._complete(window)
+        layer; adds the adapters' gradients and those of the keys and values it saw. In pieces; nothing that
+        the window reads may change hands while it rests."""
+        saved, normed_WH = yield from self._complete(window)
         x_in_WH, x_mid_WH = saved.x_in_TH, saved.x_mid_TH
         assert x_in_WH is not None and x_mid_WH is not None
         ends_here = window.lowest and not self.attention.is_adapted(window.lora)
         dmlp_WH = _norm_gradient(self.mlp_post_norm, dy_WH, saved.mlp_raw_TH)
-        dnormed_WH = self.mlp.backward(dmlp_WH, normed_WH, saved, window, needs_input=not ends_here)
+        dnormed_WH = yield from self.mlp.backward(
+            dmlp_WH, normed_WH, saved, window, needs_input=not ends_here
+        )
         if dnormed_WH is None:
             return None
+        yield
         dx_mid_WH = _norm_gradient(self.mlp_norm, dnormed_WH, x_mid_WH).add_(dy_WH)
         dattended_WH = _norm_gradient(self.attn_post_norm, dx_mid_WH, saved.attn_raw_TH)
-        dnormed_WH = self.attention.backward(dattended_WH, _normed(self.attn_norm, x_in_WH), saved, window)
+        x_WH = _normed(self.attn_norm, x_in_WH)
+        dnormed_WH = yield from self.attention.backward(dattended_WH, x_WH, saved, window)
         if dnormed_WH is None:
             return None
         return _norm_gradient(self.attn_norm, dnormed_WH, x_in_WH).add_(dx_mid_WH)
@@ -166,19 +178,21 @@ class Decoder:
         """[T, H] of int64 token ids."""
         return self.embedding.forward(token_ids_T)
 
-    def forward_layers(
-        self, x_TH: torch.Tensor, batch: ForwardBatch, first: int = 0, last: int | None = None
-    ) -> torch.Tensor:
-        """Layers [first, last) over the batch's rows. After the last layer the training windows keep their
-        output, which the loss starts from."""
-        last = len(self.layers) if last is None else last
-        for layer in range(first, last):
-            x_TH = self.layers[layer].forward(x_TH, batch, layer)
-        if last == len(self.layers):
-            for window in batch.windows:
-                if window.x_out_TH is not None:
-                    window.x_out_TH[window.stream] = x_TH[window.batch_rows]
+    def forward_pieces(self, x_TH: torch.Tensor, batch: ForwardBatch) -> Pieces[torch.Tensor]:
+        """All layers over the batch's rows, in `PIECES` a layer. After the last one the training windows keep
+        their output, which the loss starts from."""
+        for number, layer in enumerate(self.layers):
+            if number:
+                yield
+            x_TH = yield from layer.forward(x_TH, batch, number)
+        for window in batch.windows:
+            if window.x_out_TH is not None:
+                window.x_out_TH[window.stream] = x_TH[window.batch_rows]
         return x_TH
+
+    def forward_layers(self, x_TH: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        """As `forward_pieces`, at once."""
+        return whole(self.forward_pieces(x_TH, batch))
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Embedding and all layers: [T, H] before the final norm."""
@@ -188,9 +202,11 @@ class Decoder:
         """What the head reads; rows stand alone, so only those that need logits have to be given."""
         return self.norm.forward(x_TH)
 
-    def head_forward(self, x_CH: torch.Tensor, runs: Sequence[HeadRun] = ()) -> torch.Tensor:
-        """Logits [C, V], capped where the model caps them, in its dtype, of the last layer's output."""
-        logits_CV, cap = self.head.forward(self.final_norm(x_CH), runs), self.config.logit_cap
+    def head_forward(self, x_CH: torch.Tensor, runs: Sequence[HeadRun] = ()) -> Pieces[torch.Tensor]:
+        """Logits [C, V], capped where the model caps them, in its dtype, of the last layer's output. In
+        pieces."""
+        logits_CV = yield from self.head.forward_pieces(self.final_norm(x_CH), runs)
+        cap = self.config.logit_cap
         return soft_cap_(logits_CV, cap) if cap else logits_CV
 
     def head_backward(
@@ -200,10 +216,11 @@ class Decoder:
         gradient: ModuleGradient | None = None,
         token_offset: int = 0,
         needs_input: bool = True,
-    ) -> torch.Tensor | None:
+    ) -> Pieces[torch.Tensor | None]:
         """Gradient w.r.t. the last layer's output `x` [C, H] of that w.r.t. the logits before the cap, None
-        unless `needs_input`; adds that of the head's adapter, see `LMHead.add_gradient`."""
-        dh_CH = self.head.backward_input(dlogits_CV) if needs_input else None
+        unless `needs_input`; adds that of the head's adapter, see `LMHead.add_gradient`. In pieces, the
+        adapter's in the last."""
+        dh_CH = (yield from self.head.backward_pieces(dlogits_CV)) if needs_input else None
         if gradient is not None:
             self.head.add_gradient(dlogits_CV, self.final_norm(x_CH), gradient, token_offset, dh_CH)
         return None if dh_CH is None else self.norm.backward(dh_CH, x_CH)

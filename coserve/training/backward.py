@@ -10,7 +10,7 @@ multiples of 64 give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -18,11 +18,13 @@ from coserve.core.training_sequence import TILE, TrainingUnit
 from coserve.kernels.dropout import Dropout
 from coserve.kernels.lora import LoraSegments, ModuleGradient
 from coserve.layers.batch import BackwardWindow, HeadAdapter, LoraBatch, LoraPool
+from coserve.layers.pieces import Pieces
 from coserve.models.decoder import Decoder
 from coserve.training.loss import head_units, loss_chunk, score_chunk
 from coserve.training.microbatch import Microbatch
 from coserve.training.objectives import ROWS, Chunk, CrossEntropy, Objective
 from coserve.training.trainable_adapter import TrainableAdapter
+from coserve.training.unit_calls import UnitCalls
 
 
 def window_bounds(num_tokens: int, window_tokens: int) -> list[tuple[int, int]]:
@@ -70,11 +72,11 @@ def _chunks(
     return [chunk for chunk in chunks if chunk.ahead], list(chunks)
 
 
-class MicrobatchBackward:
+class MicrobatchBackward(UnitCalls):
     """Runs a microbatch's units. The adapter's gradients are added to, in microbatch order of the caller.
 
     `rows` are the pool rows that the forward used; `grad_scale` is 1 / (`objective.count` of the whole
-    optimizer step). `cursor` is the next unit's index.
+    optimizer step).
     """
 
     def __init__(
@@ -89,13 +91,13 @@ class MicrobatchBackward:
         window_tokens: int = 0,
         objective: Objective | None = None,
     ) -> None:
+        super().__init__()
         self.decoder = decoder
         self.microbatch = microbatch
         self.adapter = adapter
         self.pool = pool
         self.objective = objective or CrossEntropy()
         self.grad_scale = grad_scale
-        self.cursor = 0
         device = microbatch.token_ids_T.device
         self._pool_rows = rows
         self._rows = torch.tensor(list(rows), dtype=torch.int32, device=device)
@@ -117,9 +119,7 @@ class MicrobatchBackward:
         """The microbatch's gradients are complete."""
         return self.cursor == len(self.units)
 
-    def run_next(self, length: int = 1) -> None:
-        """Run the next `length` units as one call. IndexError when fewer are left, ValueError where they
-        don't join."""
+    def _pieces(self, length: int) -> Iterator[None]:
         units = self.units[self.cursor : self.cursor + length]
         if not units or len(units) < length:
             raise IndexError(f"{len(units)} units of the microbatch are left, not {length}")
@@ -130,12 +130,12 @@ class MicrobatchBackward:
             chunk = _joined(self._ahead[self.cursor : self.cursor + length])
             g = self._head_gradient(chunk)
             head, dropout = (None, None) if g is None else (HeadAdapter(g.a_RK, g.b_RN), g.dropout)
-            score_chunk(self.decoder, self.microbatch, chunk, head=head, dropout=dropout)
+            yield from score_chunk(self.decoder, self.microbatch, chunk, head=head, dropout=dropout)
         elif self.cursor < self._num_head_units:
             if self.cursor == ahead:
                 self.microbatch.saved.dh_TH.zero_()
             chunk = _joined(self._chunks[self.cursor - ahead : self.cursor - ahead + length])
-            loss_chunk(
+            yield from loss_chunk(
                 self.decoder,
                 self.microbatch,
                 chunk,
@@ -146,15 +146,14 @@ class MicrobatchBackward:
             )
         else:
             depth, window = divmod(self.cursor - self._num_head_units, len(self._windows))
-            self._run_windows(self.decoder.config.num_layers - 1 - depth, window, length)
-        self.cursor += length
+            yield from self._run_windows(self.decoder.config.num_layers - 1 - depth, window, length)
 
     def _head_gradient(self, chunk: Chunk) -> ModuleGradient | None:
         microbatch = self.microbatch
         rows = microbatch.trained_rows[chunk.start : chunk.end]
         return self.adapter.head_gradient(self.pool, self._pool_rows, microbatch.dropout_of(rows))
 
-    def _run_windows(self, layer: int, window: int, length: int) -> None:
+    def _run_windows(self, layer: int, window: int, length: int) -> Pieces[None]:
         microbatch, saved = self.microbatch, self.microbatch.saved
         if window == 0:
             saved.dk_TND.zero_()
@@ -174,7 +173,7 @@ class MicrobatchBackward:
             self._forward_lora(end - start, dropout),
             lowest=layer == self.adapter.lowest_layer,
         )
-        dx_WH = self.decoder.layers[layer].backward(saved.dh_TH[start:end], work)
+        dx_WH = yield from self.decoder.layers[layer].backward(saved.dh_TH[start:end], work)
         if dx_WH is not None:
             saved.dh_TH[start:end] = dx_WH
 

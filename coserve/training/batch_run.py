@@ -11,7 +11,7 @@ one nothing but scores is computed, and only keys, values and the last output ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from coserve.training.loss import MicrobatchScoring, score_units
 from coserve.training.microbatch import LoraDropout, Microbatch, Sample
 from coserve.training.objectives import LossSums, Objective
 from coserve.training.trainable_adapter import TrainableAdapter
+from coserve.training.unit_calls import never
 from coserve.worker.kv_tensors import KVTensors
 
 
@@ -136,21 +137,26 @@ class BatchRun:
         microbatch = self.microbatches[sequence_id]
         microbatch.activations = MicrobatchActivations(extent, *self._shape(microbatch), level)
 
-    def run_units(self, sequence: TrainingSequence, length: int) -> None:
-        """Run the next `length` units of the pass under way as one call; the memory is given up after the
-        last pass's last. The caller then moves the cursor (`pay_units`)."""
+    def run_units(
+        self, sequence: TrainingSequence, length: int, stop: Callable[[], bool] = never
+    ) -> bool:
+        """Run the next `length` units of the pass under way as one call, or go on with it; whether it is done
+        (see `UnitCalls`). The caller then moves the cursor (`pay_units`). The memory is given up after the
+        last pass's last."""
         key = sequence.sequence_id
         runner = self._runners.get(key)
         if runner is None:
             runner = self._runners[key] = self._runner(sequence)
-        runner.run_next(length)
+        if not runner.run_next(length, stop):
+            return False
         if runner.done:
             del self._runners[key]
             if sequence.pass_index == len(sequence.passes) - 1:
                 self.microbatches[key].activations = None
+        return True
 
     def forget(self, sequence_ids: set[str]) -> None:
-        """Memory was taken away: the passes under way start over."""
+        """Memory was taken away: the passes under way start over, and calls that rest are dropped."""
         for sequence_id in sequence_ids:
             self.microbatches[sequence_id].activations = None
             self._runners.pop(sequence_id, None)

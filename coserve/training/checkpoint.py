@@ -17,16 +17,19 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load_file
 
 from coserve.errors import FailedPrecondition
 from coserve.lora.peft_files import CONFIG_FILE, TENSOR_FILE, write_adapter
+from coserve.lora.safetensors_file import write_tensors
 from coserve.training.early_stopping import EvaluationState
 from coserve.training.job import JobSpec, LoraSpec, StepMetrics, TrainingSpec
 from coserve.training.optimizer import Optimizer
@@ -73,7 +76,7 @@ def _chosen(settings: LoraSpec | TrainingSpec) -> dict[str, Any]:
     return {name: value for name, value in values if value != getattr(default, name)}
 
 
-def write(
+def writing(
     directory: str | Path,
     step: int,
     adapter: TrainableAdapter,
@@ -81,13 +84,35 @@ def write(
     events: Sequence[StepMetrics],
     spec: JobSpec,
     evaluation: EvaluationState,
-) -> Path:
-    """Make the state after optimizer step `step` durable, and forget all but the newest `KEPT` and the best.
+) -> Callable[[], Path]:
+    """What makes the state after optimizer step `step` durable once it is called, on any thread, and forgets
+    all but the newest `KEPT` and the best.
 
-    Returns the checkpoint's directory. A whole one of the same step is left as it is: replay makes the same.
+    On a CPU it reads masters and moments where they lie: they must stay as they are until it is done. It
+    returns the checkpoint's directory. A whole one of the same step is left as it is: replay makes the same.
     """
-    parent = Path(directory)
-    target = place(directory, step)
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "fingerprint": fingerprint(spec),
+        "events": msgspec.to_builtins(list(events)),
+        "evaluation": msgspec.to_builtins(evaluation),
+    }
+    masters = {name: tensor.detach().cpu() for name, tensor in adapter.tensors().items()}
+    state = {name: tensor.cpu() for name, tensor in optimizer.state().items()}
+    best = evaluation.best_step
+    return partial(_write, place(directory, step), masters, dict(adapter.config), state, manifest, best)
+
+
+def _write(
+    target: Path,
+    masters: dict[str, torch.Tensor],
+    config: dict[str, Any],
+    state: dict[str, torch.Tensor],
+    manifest: dict[str, Any],
+    best_step: int,
+) -> Path:
+    parent = target.parent
     if target.exists():
         if _read_state(target) is not None:
             return target
@@ -96,27 +121,18 @@ def write(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        write_adapter(temporary, adapter.tensors(), adapter.config)
-        state = {name: tensor.cpu() for name, tensor in optimizer.state().items()}
-        save_file(state, temporary / OPTIMIZER_FILE)
-        files = (TENSOR_FILE, CONFIG_FILE, OPTIMIZER_FILE)
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "fingerprint": fingerprint(spec),
-            "sha256": {name: _sha256(temporary / name) for name in files},
-            "events": msgspec.to_builtins(list(events)),
-            "evaluation": msgspec.to_builtins(evaluation),
-        }
-        (temporary / STATE_FILE).write_text(json.dumps(manifest), encoding="utf-8")
-        for path in (temporary / OPTIMIZER_FILE, temporary / STATE_FILE, temporary):
+        sums = write_adapter(temporary, masters, config)
+        arrays = {name: tensor.numpy() for name, tensor in state.items()}
+        sums[OPTIMIZER_FILE] = write_tensors(temporary / OPTIMIZER_FILE, arrays)
+        (temporary / STATE_FILE).write_text(json.dumps(manifest | {"sha256": sums}), encoding="utf-8")
+        for path in (temporary / STATE_FILE, temporary):
             _sync(path)
         os.rename(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(parent)
-    prune(parent, evaluation.best_step)
+    prune(parent, best_step)
     return target
 
 

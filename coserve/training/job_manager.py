@@ -11,15 +11,16 @@ import logging
 import time
 from collections import ChainMap
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
 
 from coserve.core.adapter_slots import AdapterSlots
 from coserve.core.latency_model import LatencyModel
 from coserve.core.live_snapshots import LiveSnapshots
 from coserve.core.step_plan import StepPlan
 from coserve.core.training_queue import TrainingQueue
-from coserve.core.training_sequence import TrainingSequence
+from coserve.core.training_sequence import RestingCall, TrainingSequence
 from coserve.errors import (
     AdapterNotLive,
     CoserveError,
@@ -38,18 +39,13 @@ from coserve.training.job_places import JobPlaces
 from coserve.training.microbatch import Microbatch
 from coserve.training.pending_jobs import PendingJobs
 from coserve.training.running_job import RunningJob
+from coserve.training.unit_calls import Call, Stop, never
 from coserve.worker.kv_tensors import KVTensors
 from coserve.worker.streams import InOrder, Streams
 
 logger = logging.getLogger(__name__)
 
-
-class Call(NamedTuple):
-    """Units of a sequence that ran as one, and what went wrong."""
-
-    sequence: TrainingSequence
-    length: int
-    error: Exception | None = None
+CHECKPOINT_WAIT = 0.005  # seconds at a time for a checkpoint that a job waits for while nothing else runs
 
 
 class JobManager:
@@ -76,6 +72,7 @@ class JobManager:
         self._queue, self._model, self._listener, self._live = queue, model, listener, live
         self._streams = streams or InOrder()
         self._beside: Call | None = None
+        self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._jobs: dict[str, RunningJob] = {}
         self._forward_tokens = 0
         self._backward_tokens = 0
@@ -84,8 +81,8 @@ class JobManager:
 
     @property
     def has_work(self) -> bool:
-        """Some job could use device time now."""
-        return self._queue.has_work
+        """Some job could use device time now, or waits for its last checkpoint."""
+        return self._queue.has_work or any(job.is_writing for job in self._jobs.values())
 
     @property
     def microbatches(self) -> Mapping[str, Microbatch]:
@@ -126,12 +123,14 @@ class JobManager:
         job = self._jobs.get(job_id)
         if job is None:
             raise NotFound(f"The engine has no job {job_id}.", param="job_id")
+        if not self._settle(job):
+            raise FailedPrecondition(f"job {job_id} has just ended", param="job_id")
         if action == "cancel":
             self._end(job, "cancelled")
         elif action == "pause" and not job.paused:
             self._drop_step(job)
             job.paused = True
-            if not job.unsaved or self._checkpoint(job):
+            if not job.unsaved or self._save(job):
                 self._listener.status(job_id, "paused")
         elif action == "resume" and job.paused:
             job.paused = False
@@ -147,6 +146,9 @@ class JobManager:
         are in use.
         """
         job = self._jobs.get(job_id)
+        if job is not None and job.is_updating:
+            self._complete(job)
+            job = self._jobs.get(job_id)
         if job is None:
             reason = "is not in training now; it waits for its turn, or has just ended. Try again"
             raise Unavailable(f"Job {job_id} {reason}.", param="model")
@@ -157,8 +159,8 @@ class JobManager:
     def checkpoint_all(self) -> None:
         """Make every job's last committed step durable (before the engine stops)."""
         for job in list(self._jobs.values()):
-            if job.unsaved:
-                self._checkpoint(job)
+            if self._settle(job) and job.unsaved:
+                self._save(job)
 
     # ------------------------------------------------------------------ inside a step
 
@@ -168,8 +170,12 @@ class JobManager:
         self.step_seconds = 0.0
         if plan.evicted:
             self._forget_evicted(plan.evicted)
+        for sequence in plan.downgraded:
+            self._finish_layer(sequence)
         microbatches = self.microbatches
         for sequence in plan.downgraded:
+            if sequence.sequence_id not in microbatches:
+                continue
             activations = microbatches[sequence.sequence_id].activations
             if activations is not None:
                 activations.downgrade(sequence.level)
@@ -219,13 +225,21 @@ class JobManager:
         self._beside = self._launch(span.sequence, length)
         return True
 
+    def _finish_layer(self, sequence: TrainingSequence) -> None:
+        """A layer's call that rests goes on to its end before what it reads is somebody else's."""
+        if sequence.resting is not None and sequence.units[sequence.unit_cursor].kind == "layer":
+            began = time.perf_counter()
+            self._finish(self._launch(sequence, sequence.resting.length))
+            self.step_seconds += time.perf_counter() - began
+
     def run_backward(self, plan: StepPlan, deadline: float, arrivals: Callable[[], bool] | None) -> None:
         """Run the planned backward units, neighbours as one call, as far as they end before `deadline`
         (time.perf_counter()) by their prediction; the first only has to begin before it. With `arrivals`
-        until a message waits. A call that ran beside the forward is the first of them."""
+        until a message waits. A call rests between two pieces where it has to (`Stop`). A call that ran
+        beside the forward is the first of them."""
         began, calls = time.perf_counter(), 0
         for span in plan.training_backward:
-            left = span.length
+            left = span.length if span.start == span.sequence.unit_cursor else 0  # else finished meanwhile
             while left:
                 if self._beside is not None:
                     call, self._beside = self._beside, None
@@ -240,34 +254,55 @@ class JobManager:
                     if ends >= deadline or (arrivals is not None and arrivals()):
                         self.step_seconds += now - began
                         return
-                    call = self._launch(sequence, length)
+                    call = self._launch(sequence, length, (deadline, arrivals))
                 self._finish(call)
+                if not call.done:
+                    self.step_seconds += time.perf_counter() - began
+                    return
                 left -= call.length
                 calls += 1
         self.step_seconds += time.perf_counter() - began
 
-    def advance(self) -> None:
-        """After a step: optimizer steps whose gradients are complete, and the steps after them."""
+    def advance(self, deadline: float, arrivals: Callable[[], bool] | None) -> None:
+        """After a step: checkpoints that are written; optimizer steps whose gradients are complete, as far as
+        pieces of their updates end before `deadline`, or with `arrivals` until a message waits; and the steps
+        after them."""
         for job in list(self._jobs.values()):
-            if not job.paused and job.sequences and all(s.done for s in job.sequences):
-                began = time.perf_counter()
-                self._complete(job)
+            if job.is_writing:
+                idle = arrivals is not None and self.step_seconds == 0.0
+                self._take_checkpoint(job, CHECKPOINT_WAIT if idle else 0.0)
+            if job.paused or not job.sequences or not all(s.done for s in job.sequences):
+                continue
+            began = time.perf_counter()
+            if not job.is_writing and (arrivals is not None or began < deadline):
+                self._complete(job, Stop(deadline, arrivals))
                 seconds = time.perf_counter() - began
                 self.step_seconds += seconds
                 self._charge(job.spec.job_id, seconds)
+            rests = bool(job.sequences) and all(s.done for s in job.sequences)
+            self._queue.owe_update(job.spec.job_id, rests)
         if self._pending:
             self._start_pending()
 
     # ------------------------------------------------------------------ parts
 
-    def _launch(self, sequence: TrainingSequence, length: int) -> Call:
-        """Run the sequence's next units as one call on the units' stream, for `_finish`."""
+    def _launch(
+        self,
+        sequence: TrainingSequence,
+        length: int,
+        until: tuple[float, Callable[[], bool] | None] | None = None,
+    ) -> Call:
+        """Run the sequence's next units as one call on the units' stream, for `_finish`. With `until` it may
+        rest, unless the device runs it while others go on anyway."""
+        stop = None
+        if until is not None and not self._streams.overlaps:
+            stop = Stop(*until, sequence.resting.piece if sequence.resting is not None else 0.0)
         with self._streams.beside():
             try:
-                self._jobs[sequence.job_id].run_units(sequence, length)
+                done = self._jobs[sequence.job_id].run_units(sequence, length, stop or never)
             except Exception as error:
-                return Call(sequence, length, error)
-        return Call(sequence, length)
+                return Call(sequence, length, error=error)
+        return Call(sequence, length, done, 0.0 if stop is None else stop.longest)
 
     def _finish(self, call: Call) -> None:
         """Wait for the call launched last, and account for it."""
@@ -276,11 +311,15 @@ class JobManager:
             # One job's fault must not take the engine, and everybody's requests, down with it.
             self._end(self._jobs[sequence.job_id], "failed", _as_error(sequence.job_id, call.error))
             return
+        self._charge(sequence.job_id, seconds)
+        whole = seconds + (sequence.resting.seconds if sequence.resting is not None else 0.0)
+        if not call.done:
+            sequence.resting = RestingCall(call.length, whole, call.piece)
+            return
         index = sequence.unit_cursor
         kind, tokens = sequence.unit_kind(index), sequence.tokens_of(index, call.length)
         sequence.pay_units(call.length)
-        self._model.observe_unit(kind, tokens, seconds)
-        self._charge(sequence.job_id, seconds)
+        self._model.observe_unit(kind, tokens, whole)
         if sequence.done:
             self._backward_tokens += sequence.num_tokens if sequence.trains else 0
             self._queue.release(sequence)
@@ -328,27 +367,40 @@ class JobManager:
         spec = job.spec
         self._queue.submit(spec.job_id, job.sequences, spec.priority, spec.tenant, spec.share)
 
-    def _complete(self, job: RunningJob) -> None:
-        """All of a job's units have run: its step is committed or scored, and what follows begins."""
+    def _complete(self, job: RunningJob, stop: Callable[[], bool] = never) -> None:
+        """All of a job's units have run: its step is committed or scored, and what follows begins. An update
+        may rest before that."""
         try:
-            metrics = job.complete()
+            metrics = job.complete(stop)
         except Diverged as fault:
             self._quarantine(job, fault.reason)
             return
         except Exception as error:
             self._end(job, "failed", _as_error(job.spec.job_id, error))
             return
+        if job.is_updating:
+            return
         job.drop_step()
         if metrics is not None:
             self._listener.progress(job.spec.job_id, metrics)
             for level, text in job.remarks(metrics):
                 self._listener.message(job.spec.job_id, level, text)
-            if job.checkpoint_due and not self._checkpoint(job):
-                return
-        if job.finished:
-            self._end(job, "succeeded")
-        else:
+            if job.checkpoint_due:
+                job.write_checkpoint(self._writer)
+        if not job.finished:
             self._begin(job)
+        elif job.is_writing:
+            self._queue.remove(job.spec.job_id)
+        else:
+            self._end(job, "succeeded")
+
+    def _settle(self, job: RunningJob) -> bool:
+        """Do what rests of the job's update, and have its checkpoint on disk; False where that ends it."""
+        if job.is_updating:
+            self._complete(job)
+        if job.is_writing:
+            self._take_checkpoint(job, None)
+        return self._jobs.get(job.spec.job_id) is job
 
     def _quarantine(self, job: RunningJob, reason: str) -> None:
         """A step that isn't finite changes nothing. It runs once more, against a fault that passes; a second
@@ -363,23 +415,35 @@ class JobManager:
         job.drop_step()
         self._begin(job)
 
-    def _checkpoint(self, job: RunningJob) -> bool:
-        """Make the last committed step durable. A disk that refuses ends the job, not the engine; then
-        False."""
+    def _save(self, job: RunningJob) -> bool:
+        """Make the last committed step durable, now; False where the disk refuses, which ends the job."""
+        job.write_checkpoint(self._writer)
+        self._take_checkpoint(job, None)
+        return job.spec.job_id in self._jobs
+
+    def _take_checkpoint(self, job: RunningJob, seconds: float | None) -> None:
+        """Tell of the checkpoint that a thread wrote, if it is there after so many seconds (None: waits for
+        it). A disk that refuses ends the job, not the engine."""
         try:
-            path = job.write_checkpoint()
+            path = job.take_checkpoint(seconds)
         except OSError as error:
             reason = f"the checkpoint of step {job.step} can't be written: {error.strerror} ({job.kept})"
             self._end(job, "failed", InternalError(reason, code="checkpoint_failed"))
-            return False
+            return
+        if path is None:
+            return
         self._tell_checkpoint(job, path)
-        return True
+        if job.finished:
+            self._end(job, "succeeded")
 
     def _tell_checkpoint(self, job: RunningJob, path: str) -> None:
         self._listener.checkpoint(job.spec.job_id, job.step, path, job.last_loss, job.checkpoint_steps)
 
     def _end(self, job: RunningJob, status: str, error: CoserveError | None = None) -> None:
         job_id = job.spec.job_id
+        if job.is_writing:
+            with suppress(OSError):  # the job ends for another reason
+                self._tell_checkpoint(job, str(job.take_checkpoint(None)))
         self._drop_step(job)
         del self._jobs[job_id]
         parted = self._live.part(job_id)

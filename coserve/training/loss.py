@@ -6,7 +6,7 @@ loss:   the same, then dx = norm'(dlogits W) with dlogits from the objective's w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -16,9 +16,11 @@ from coserve.kernels.dropout import Dropout
 from coserve.kernels.lora import ModuleGradient
 from coserve.layers.batch import HeadAdapter
 from coserve.layers.lm_head import HeadRun
+from coserve.layers.pieces import Pieces
 from coserve.models.decoder import Decoder
 from coserve.training.microbatch import Microbatch
 from coserve.training.objectives import ROWS, Chunk, Objective, split
+from coserve.training.unit_calls import UnitCalls
 
 
 def score_chunk(
@@ -29,12 +31,12 @@ def score_chunk(
     reference: bool = False,
     head: HeadAdapter | None = None,
     dropout: Dropout | None = None,
-) -> None:
-    """Log-probabilities of a chunk into the microbatch: those of the reference, or the adapter's own.
-    `head` is the adapter's part of the head, `dropout` that of the chunk's tokens there."""
+) -> Pieces[None]:
+    """Log-probabilities of a chunk into the microbatch: those of the reference, or the adapter's own. In
+    pieces. `head` is the adapter's part of the head, `dropout` that of the chunk's tokens there."""
     rows = microbatch.trained_rows[chunk.start : chunk.end]
     runs = () if head is None else (HeadRun(0, len(rows), head, dropout),)
-    logits_CV = decoder.head_forward(microbatch.saved.x_out_TH[rows], runs)
+    logits_CV = yield from decoder.head_forward(microbatch.saved.x_out_TH[rows], runs)
     scores = token_scores(logits_CV, microbatch.targets_T[rows])
     if reference:
         microbatch.reference_T[rows] = scores.logprob_C
@@ -51,17 +53,18 @@ def loss_chunk(
     *,
     head: ModuleGradient | None = None,
     needs_input: bool = True,
-) -> None:
+) -> Pieces[None]:
     """Scores of a chunk, and the gradient w.r.t. the last layer's output, times `grad_scale`, into its rows
     of `dh_TH`; unless only the head is trained (not `needs_input`). The gradients of the adapter's part of
-    the `head` are added to its sums."""
+    the `head` are added to its sums. In pieces; what is added to gradients is in the last."""
     saved = microbatch.saved
     rows = microbatch.trained_rows[chunk.start : chunk.end]
     x_CH, targets_C = saved.x_out_TH[rows], microbatch.targets_T[rows]
     runs = () if head is None else (HeadRun(0, len(rows), HeadAdapter(head.a_RK, head.b_RN), head.dropout),)
-    logits_CV = decoder.head_forward(x_CH, runs)
+    logits_CV = yield from decoder.head_forward(x_CH, runs)
     scores = token_scores(logits_CV, targets_C)
     _keep(microbatch, rows, scores)
+    yield
     weight_C, uniform_C = objective.weights(microbatch, rows)
     logit_gradient_(
         logits_CV,
@@ -71,7 +74,8 @@ def loss_chunk(
         uniform_C * grad_scale,
         decoder.config.logit_cap,
     )
-    dx_CH = decoder.head_backward(logits_CV, x_CH, head, chunk.start, needs_input)
+    yield
+    dx_CH = yield from decoder.head_backward(logits_CV, x_CH, head, chunk.start, needs_input)
     if dx_CH is not None:
         saved.dh_TH[rows] = dx_CH
 
@@ -100,7 +104,7 @@ def score_units(microbatch: Microbatch) -> tuple[TrainingUnit, ...]:
     return head_units("score", split(0, microbatch.num_trained, ROWS)[::-1])
 
 
-class MicrobatchScoring:
+class MicrobatchScoring(UnitCalls):
     """Runs the units of a scoring pass, last to first. `reference`: the forward was the reference's. `head`
     is the pass's adapter's part of the head."""
 
@@ -112,21 +116,21 @@ class MicrobatchScoring:
         reference: bool = False,
         head: HeadAdapter | None = None,
     ) -> None:
+        super().__init__()
         self._decoder, self._microbatch, self._reference = decoder, microbatch, reference
         self._head = head
         self._chunks = split(0, microbatch.num_trained, ROWS)[::-1]
-        self.cursor = 0
 
     @property
     def done(self) -> bool:
         """All trained tokens have log-probabilities."""
         return self.cursor == len(self._chunks)
 
-    def run_next(self, length: int = 1) -> None:
-        """Run the next `length` units as one call. IndexError when fewer are left."""
+    def _pieces(self, length: int) -> Iterator[None]:
         chunks = self._chunks[self.cursor : self.cursor + length]
         if not chunks or len(chunks) < length:
             raise IndexError(f"{len(chunks)} units of the pass are left, not {length}")
         chunk = Chunk(chunks[-1].start, chunks[0].end)
-        score_chunk(self._decoder, self._microbatch, chunk, reference=self._reference, head=self._head)
-        self.cursor += length
+        yield from score_chunk(
+            self._decoder, self._microbatch, chunk, reference=self._reference, head=self._head
+        )

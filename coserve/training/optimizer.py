@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from coserve.errors import InvalidRequest
 from coserve.kernels.adamw import adamw_
-from coserve.kernels.adamw_8bit import QuantizedMoments, adamw_8bit_
+from coserve.kernels.adamw_8bit import BLOCK, QuantizedMoments, adamw_8bit_
 from coserve.kernels.chunk_squares import chunk_squares
 from coserve.kernels.sgd import sgd_
+from coserve.layers.pieces import Pieces, whole
 from coserve.training.divergence import Diverged
 from coserve.training.job import TrainingSpec
 from coserve.training.job_memory import QUANTIZED_FROM
 from coserve.training.trainable_adapter import TrainableAdapter
 
+PIECE = 1 << 20  # elements updated at a time: some milliseconds; a multiple of what the kernels work in
+
 Span = tuple[int, int, float]  # start, end, factor of the learning rate
 
 
 def global_norm(gradients: torch.Tensor) -> float:
-    """Euclidean norm of a flat tensor, summed in float64 in a fixed order."""
+    """Euclidean norm of a flat tensor, summed in float64 in a fixed order; finite if all of it is."""
     return math.sqrt(math.fsum(chunk_squares(gradients).tolist()))
 
 
@@ -47,6 +50,13 @@ def joined(spans: list[Span]) -> list[Span]:
     return whole
 
 
+def cut(spans: list[Span]) -> Iterator[Span]:
+    """The spans in pieces of at most `PIECE` elements."""
+    for start, end, factor in spans:
+        for first in range(start, end, PIECE):
+            yield first, min(first + PIECE, end), factor
+
+
 class Optimizer(ABC):
     """Updates the masters from finished gradients; `step_count` optimizer steps done.
 
@@ -63,6 +73,10 @@ class Optimizer(ABC):
 
         Raises Diverged, changing nothing, when the norm isn't finite.
         """
+        return whole(self.step_pieces(learning_rate))
+
+    def step_pieces(self, learning_rate: float) -> Pieces[float]:
+        """As `step`, in pieces."""
         norm = global_norm(self.adapter.gradients)
         if not math.isfinite(norm):
             raise Diverged("its gradient is not finite")
@@ -70,7 +84,8 @@ class Optimizer(ABC):
         if self.spec.max_grad_norm > 0:
             clip = min(1.0, self.spec.max_grad_norm / (norm + 1e-6))
         self.step_count += 1
-        self._update(learning_rate, clip)
+        yield
+        yield from self._update(learning_rate, clip)
         return norm
 
     @property
@@ -79,8 +94,8 @@ class Optimizer(ABC):
         return sum(tensor.nbytes for tensor in self.state().values())
 
     @abstractmethod
-    def _update(self, learning_rate: float, grad_scale: float) -> None:
-        """Optimizer step `step_count` on gradients times `grad_scale`."""
+    def _update(self, learning_rate: float, grad_scale: float) -> Pieces[None]:
+        """Optimizer step `step_count` on gradients times `grad_scale`, in pieces."""
 
     @abstractmethod
     def state(self) -> dict[str, torch.Tensor]:
@@ -112,8 +127,8 @@ class AdamW(Optimizer):
         self.exp_avg = torch.zeros_like(adapter.parameters)
         self.exp_avg_sq = torch.zeros_like(adapter.parameters)
 
-    def _update(self, learning_rate: float, grad_scale: float) -> None:
-        for start, end, factor in self._spans:
+    def _update(self, learning_rate: float, grad_scale: float) -> Pieces[None]:
+        for start, end, factor in cut(self._spans):
             adamw_(
                 self.adapter.parameters[start:end],
                 self.adapter.gradients[start:end],
@@ -127,6 +142,7 @@ class AdamW(Optimizer):
                 step=self.step_count,
                 grad_scale=grad_scale,
             )
+            yield
 
     def state(self) -> dict[str, torch.Tensor]:
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
@@ -146,7 +162,7 @@ class AdamW8bit(Optimizer):
         self._exp_avg = torch.zeros(count, device=device)
         self._exp_avg_sq = torch.zeros(count, device=device)
 
-    def _update(self, learning_rate: float, grad_scale: float) -> None:
+    def _update(self, learning_rate: float, grad_scale: float) -> Pieces[None]:
         spec, adapter = self.spec, self.adapter
         rule = {
             "beta1": spec.adam_beta1,
@@ -155,14 +171,17 @@ class AdamW8bit(Optimizer):
             "weight_decay": spec.weight_decay,
             "grad_scale": grad_scale,
         }
-        adamw_8bit_(
-            adapter.parameters,
-            adapter.gradients,
-            self._moments,
-            lr=learning_rate,
-            step=self.step_count,
-            **rule,
-        )
+        blocks = len(self._moments.starts_B)
+        for first in range(0, blocks, PIECE // BLOCK):
+            adamw_8bit_(
+                adapter.parameters,
+                adapter.gradients,
+                self._moments.blocks(first, first + PIECE // BLOCK),
+                lr=learning_rate,
+                step=self.step_count,
+                **rule,
+            )
+            yield
         place = 0
         for start, end, factor in self._small:
             own = slice(place, place + end - start)
@@ -201,8 +220,8 @@ class SGD(Optimizer):
         self._spans = joined(parameter_groups(adapter, spec))
         self._buffer = torch.zeros_like(adapter.parameters) if spec.momentum else None
 
-    def _update(self, learning_rate: float, grad_scale: float) -> None:
-        for start, end, factor in self._spans:
+    def _update(self, learning_rate: float, grad_scale: float) -> Pieces[None]:
+        for start, end, factor in cut(self._spans):
             sgd_(
                 self.adapter.parameters[start:end],
                 self.adapter.gradients[start:end],
@@ -212,6 +231,7 @@ class SGD(Optimizer):
                 weight_decay=self.spec.weight_decay,
                 grad_scale=grad_scale,
             )
+            yield
 
     def state(self) -> dict[str, torch.Tensor]:
         return {} if self._buffer is None else {"momentum_buffer": self._buffer}

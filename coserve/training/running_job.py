@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, wait
+from pathlib import Path
 
 import torch
 from msgspec.structs import replace
 
 from coserve.core.training_sequence import TrainingSequence
+from coserve.layers.pieces import Pieces
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.models.decoder import Decoder
 from coserve.training import checkpoint
@@ -29,9 +32,10 @@ from coserve.training.job import JobSpec, StepMetrics
 from coserve.training.methods import check_data, needs_reference
 from coserve.training.microbatch import LoraDropout, Microbatch
 from coserve.training.objectives import LossSums, make_objective
-from coserve.training.optimizer import make_optimizer
+from coserve.training.optimizer import global_norm, make_optimizer
 from coserve.training.schedule import Schedule
 from coserve.training.trainable_adapter import TrainableAdapter
+from coserve.training.unit_calls import never
 from coserve.worker.kv_tensors import KVTensors
 
 
@@ -83,6 +87,8 @@ class RunningJob:
         self._saved_step = 0
         self._events: list[StepMetrics] = []  # of the steps since then
         self._unscored: StepMetrics | None = None  # of a committed step that waits for its validation scores
+        self._commit: Pieces[StepMetrics] | None = None  # of a step, while it rests
+        self._writing: Future[Path] | None = None  # the checkpoint of the last committed step
         self.restored_events: list[StepMetrics] = []
         self.restored_path: str | None = None
         if reference_rows is not None:
@@ -196,16 +202,19 @@ class RunningJob:
                 self.step, self._pool, self._rows_by_key, self.reference_key(self.spec), kv
             )
 
-    def complete(self) -> StepMetrics | None:
+    def complete(self, stop: Callable[[], bool] = never) -> StepMetrics | None:
         """Everything under way has run. Returns the metrics of the optimizer step that is over now; None
-        while its validation set is still to be scored.
+        while its validation set is still to be scored, and where its update rests (`is_updating`) after a
+        piece because of `stop()`: it goes on when it is asked for again.
 
         Raises Diverged, with adapter and optimizer as they were, when a loss or the gradient isn't finite;
         FailedPrecondition when the weights aren't after the update.
         """
         metrics = self._unscored
         if metrics is None:
-            metrics = self._commit_step()
+            metrics = self._go_on_committing(stop)
+            if metrics is None:
+                return None
             if self._evaluation is not None and self._scores_due():
                 self._unscored = metrics
                 return None
@@ -220,6 +229,23 @@ class RunningJob:
             self._unscored = None
         self._events.append(metrics)
         return metrics
+
+    @property
+    def is_updating(self) -> bool:
+        """An optimizer step's update rests: neither its old weights nor its new ones are there."""
+        return self._commit is not None
+
+    def _go_on_committing(self, stop: Callable[[], bool]) -> StepMetrics | None:
+        commit, self._commit = self._commit or self._commit_step(), None
+        while True:
+            try:
+                next(commit)
+            except StopIteration as end:
+                metrics: StepMetrics = end.value
+                return metrics
+            if stop():
+                self._commit = commit
+                return None
 
     def _scores_due(self) -> bool:
         steps = self._plan.steps_per_epoch, self._plan.total_steps
@@ -259,10 +285,13 @@ class RunningJob:
         assert self._run is not None
         self._run.place(sequence_id, extent, level)
 
-    def run_units(self, sequence: TrainingSequence, length: int) -> None:
-        """Run the microbatch's next units as one call; its memory is given up after the last."""
+    def run_units(
+        self, sequence: TrainingSequence, length: int, stop: Callable[[], bool] = never
+    ) -> bool:
+        """Run the microbatch's next units as one call, or go on with it; whether it is done (`UnitCalls`).
+        Its memory is given up after the last."""
         assert self._run is not None
-        self._run.run_units(sequence, length)
+        return self._run.run_units(sequence, length, stop)
 
     def forget_activations(self, sequence_ids: set[str]) -> None:
         """Memory was taken away. When no microbatch is done any more gradients start over; when all that
@@ -278,7 +307,7 @@ class RunningJob:
         """A microbatch is done: requests that take the next one's memory don't take its work."""
         self._adapter.keep_gradients()
 
-    def _commit_step(self) -> StepMetrics:
+    def _commit_step(self) -> Pieces[StepMetrics]:
         """Clip, update, write the compute rows."""
         assert self._batch is not None and self._run is not None
         batch, parts = self._batch, self._run.sums()
@@ -288,11 +317,13 @@ class RunningJob:
         sums = LossSums.total(parts)
         loss = sums.loss / sums.count
         self._adapter.finish_gradients()
+        yield
         learning_rate = self._schedule.learning_rate(batch.step)
-        norm = self._optimizer.step(learning_rate)
-        if not bool(self._adapter.parameters.isfinite().all()):
+        norm = yield from self._optimizer.step_pieces(learning_rate)
+        if not math.isfinite(global_norm(self._adapter.parameters)):
             raise diverged(batch.step, "its update overflows the weights", self.kept)
-        self._write_rows()
+        yield
+        yield from self._write_rows()
         self.step, self.last_loss = batch.step, loss
         seconds = time.perf_counter() - self._began
         return StepMetrics(
@@ -310,14 +341,13 @@ class RunningJob:
             time=time.time(),
         )
 
-    def _write_rows(self) -> None:
+    def _write_rows(self) -> Pieces[None]:
         """The step's weights into the pool: in place unless somebody reads there."""
         rows = self._next_rows()
-        if rows == self._rows:
-            self._adapter.write_rows(self._pool, rows)
-        else:
+        if rows != self._rows:
             self._rows = self._rows_by_key[self.spec.job_id] = rows
-            self._adapter.place(self._pool, rows)
+            self._pool.place(rows, self._adapter.ranks_LM)
+        yield from self._adapter.write_pieces(self._pool, rows)
 
     def remarks(self, metrics: StepMetrics) -> list[tuple[str, str]]:
         """(level, text) of what is to be said of a step that is over; once for each."""
@@ -342,18 +372,35 @@ class RunningJob:
 
     # ------------------------------------------------------------------ files
 
-    def write_checkpoint(self) -> str:
-        """Make the last committed step durable; returns the checkpoint's directory."""
+    def write_checkpoint(self, writer: Executor) -> None:
+        """Have a thread make the last committed step durable, from where masters and moments lie: the next
+        `complete` has to wait until it `is_writing` no more."""
         waiting = [self._unscored] if self._unscored is not None else []
-        path = checkpoint.write(
-            self.spec.checkpoint_dir,
-            self.step,
-            self._adapter,
-            self._optimizer,
-            [*self._events, *waiting],
-            self.spec,
-            self._evaluation_state,
+        self._writing = writer.submit(
+            checkpoint.writing(
+                self.spec.checkpoint_dir,
+                self.step,
+                self._adapter,
+                self._optimizer,
+                [*self._events, *waiting],
+                self.spec,
+                self._evaluation_state,
+            )
         )
+
+    @property
+    def is_writing(self) -> bool:
+        """A checkpoint is on its way to the disk, or `take_checkpoint` hasn't told of it yet."""
+        return self._writing is not None
+
+    def take_checkpoint(self, seconds: float | None) -> str | None:
+        """The directory of the checkpoint that was being written; None when it isn't done after so many
+        seconds (None: waits for it). Raises OSError when the disk refuses."""
+        assert self._writing is not None
+        if not wait([self._writing], seconds).done:
+            return None
+        writing, self._writing = self._writing, None
+        path = writing.result()
         self._events = []
         self._saved_step = self.step
         return str(path)

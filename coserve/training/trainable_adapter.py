@@ -24,6 +24,7 @@ from coserve.kernels.dropout import Dropout, module_salt
 from coserve.kernels.linear import PackedLinear
 from coserve.kernels.lora import ModuleGradient
 from coserve.layers.batch import LoraPool
+from coserve.layers.pieces import Pieces, whole
 from coserve.lora.adapter import load_adapter
 from coserve.lora.peft_files import tensor_key
 from coserve.models.config import HEAD_MODULE, ModelConfig
@@ -228,12 +229,18 @@ class TrainableAdapter:
 
     def write_rows(self, pool: WritablePool, rows: Sequence[int]) -> None:
         """Masters -> the pool's rows in the compute dtype, after each optimizer step."""
-        for m in self.modules:
-            scaled_b_RN = m.b_RN * m.scale
-            if m is self._head:
-                pool.write_head(rows, m.a_RK, scaled_b_RN)
-            else:
-                pool.write_module(rows, m.module, m.layer, m.a_RK, scaled_b_RN)
+        whole(self.write_pieces(pool, rows))
+
+    def write_pieces(self, pool: WritablePool, rows: Sequence[int]) -> Pieces[None]:
+        """As `write_rows`, a layer at a time."""
+        for modules in self._by_layer.values():
+            for m in modules:
+                scaled_b_RN = m.b_RN * m.scale
+                if m is self._head:
+                    pool.write_head(rows, m.a_RK, scaled_b_RN)
+                else:
+                    pool.write_module(rows, m.module, m.layer, m.a_RK, scaled_b_RN)
+            yield
 
     # ------------------------------------------------------------------ files
 

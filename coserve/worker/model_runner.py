@@ -12,10 +12,11 @@ import torch
 from coserve.core.request import Request
 from coserve.core.span import InferenceSpan
 from coserve.core.step_plan import StepPlan
-from coserve.layers.batch import ForwardBatch, LayerSaver
+from coserve.layers.batch import LayerSaver
 from coserve.layers.lm_head import HeadRun
+from coserve.layers.pieces import Pieces
 from coserve.lora.adapter_pool import AdapterPool
-from coserve.models.decoder import Decoder
+from coserve.models.decoder import PIECES, Decoder
 from coserve.worker.cuda_graph import BucketedForward, Graphs
 from coserve.worker.forward_batch import AdapterRows, WindowSource, build_forward_batch, lora_batch
 from coserve.worker.kv_tensors import KVTensors
@@ -42,13 +43,11 @@ class StepResult:
 
 @dataclass
 class RestingForward:
-    """Training windows between two layers. `key` says whose: activations, first token and length of each;
-    `layer` is the next to run, on `x_TH`."""
+    """Training windows between two pieces of a forward. `key` says whose: activations, first token and length
+    of each."""
 
     key: list[tuple[LayerSaver, int, int]]
-    batch: ForwardBatch
-    x_TH: torch.Tensor
-    layer: int = 0
+    pieces: Pieces[torch.Tensor]
 
 
 class ModelRunner:
@@ -93,32 +92,32 @@ class ModelRunner:
 
     def run_apart(
         self, plan: StepPlan, microbatches: Mapping[str, WindowSource], stop: Callable[[], bool]
-    ) -> int:
-        """Forward the plan's training windows alone, layer by layer, and rest after one when `stop()`.
+    ) -> float:
+        """Forward the plan's training windows alone, piece by piece, and rest after one when `stop()`.
 
-        Goes on where the same windows rested, else from the first layer; returns how many layers ran.
+        Goes on where the same windows rested, else from the first layer; returns how many layers ran, of the
+        last perhaps a part.
         """
         saved = [microbatches[span.sequence.sequence_id].saved for span in plan.training_forward]
         key = [(s, span.start, span.length) for s, span in zip(saved, plan.training_forward, strict=True)]
-        layers = len(self._decoder.layers)
         with torch.inference_mode():
             work = self._resting
             if work is None or work.key != key:
                 alone = replace(plan, inference=[])
                 batch = build_forward_batch(alone, microbatches, self._kv, self._pool, self._slots)
-                work = RestingForward(key, batch, self._decoder.embed(batch.token_ids_T))
-            self._resting, first = None, work.layer
-            while work.layer < layers:
-                work.x_TH = self._decoder.forward_layers(work.x_TH, work.batch, work.layer, work.layer + 1)
-                work.layer += 1
-                if work.layer < layers and stop():
+                pieces = self._decoder.forward_pieces(self._decoder.embed(batch.token_ids_T), batch)
+                work = RestingForward(key, pieces)
+            self._resting, ran = None, 0
+            for _ in work.pieces:
+                ran += 1
+                if stop():
                     self._resting = work
-                    break
-        return work.layer - first
+                    return ran / PIECES
+        return (ran + 1) / PIECES
 
     @property
     def is_resting(self) -> bool:
-        """Windows that ran apart stopped before the last layer."""
+        """Windows that ran apart stopped before their end."""
         return self._resting is not None
 
     def take_prompt_logprobs(self, request: Request) -> list[TokenLogprob | None] | None:

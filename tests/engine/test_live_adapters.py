@@ -100,6 +100,7 @@ def test_adapters_on_the_head_and_of_mixed_ranks_move_whole(model, data, tmp_pat
                 local.add(name, PROMPT, LONG, live_job=JOB)
                 expected[name] = reader.generate(PROMPT, LONG, world.ref(Path(checkpoint.path)))
         local.engine.step()
+        world.settle(local)  # told before the next update
     local.run_until(lambda: expected.keys() <= local.finished.keys(), 2000)
     assert {name: local.tokens[name] for name in expected} == expected
     assert expected["at-2"] != expected["at-3"] and is_clean(local)

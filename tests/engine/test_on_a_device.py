@@ -15,8 +15,9 @@ import torch
 
 from coserve.engine.local import LocalEngine
 from coserve.kernels import dispatch
-from coserve.training import objectives, optimizer
+from coserve.training import objectives, optimizer, running_job
 from coserve.training.objectives import LossSums
+from coserve.training.running_job import RunningJob
 from coserve.worker import model_runner
 from coserve.worker.cuda_graph import BucketedForward
 from coserve.worker.sampler import SampledTokens
@@ -44,8 +45,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     monkeypatch.setattr(model_runner, "sample", sample)
     monkeypatch.setattr(objectives, "token_sums", lambda microbatch, losses_C: LossSums(1.0, 1, 1))
-    monkeypatch.setattr(optimizer, "global_norm", lambda gradients: 1.0)
-    monkeypatch.setattr(torch.Tensor, "isfinite", lambda parameters: torch.tensor(True))
+    for module in (optimizer, running_job):  # of the gradient, and of the parameters
+        monkeypatch.setattr(module, "global_norm", lambda numbers: 1.0)
     return names
 
 
@@ -72,7 +73,7 @@ def test_a_job_beside_a_request(
     local: LocalEngine, launched: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = world.make_job(world.make_data(tmp_path / "data"), tmp_path / "job", n_epochs=1)
-    monkeypatch.setattr(local.engine.jobs, "_checkpoint", lambda job: True)
+    monkeypatch.setattr(RunningJob, "write_checkpoint", lambda job, writer: None)
     local.add("chat", [5, 9, 3, 40], world.GREEDY)
     world.submit(local, spec)
     local.run_until(lambda: len(world.progress(local, spec.job_id)) == 2, 2000)

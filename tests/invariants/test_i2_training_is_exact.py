@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -78,17 +79,17 @@ def neighbour(kind: str, data, folder) -> JobSpec:
     pause_at=st.one_of(st.none(), st.integers(1, 30)),
     beside=st.lists(st.sampled_from(sorted(NEIGHBOURS)), max_size=3, unique=True),
     window=st.sampled_from([0, 64, 128]),
-    one_unit_a_step=st.booleans(),
+    interrupted=st.sampled_from([0.0, 0.3, 1.0]),
     slabs=st.sampled_from([300, 450, 1000]),
 )
 def test_load_pauses_and_neighbours_change_no_bit(
-    model, data, adapters, tmp_path_factory, quiet, arrivals, pause_at, beside, window, one_unit_a_step, slabs
+    model, data, adapters, tmp_path_factory, quiet, arrivals, pause_at, beside, window, interrupted, slabs
 ) -> None:
     folder = tmp_path_factory.mktemp("busy")
     slab = 2 * 2 * 16 * 2 * 8 * 4
     local = world.make_engine(model, max_model_len=256, kv_cache_memory_bytes=slabs * slab)
-    if one_unit_a_step:
-        local.engine.arrivals = lambda: True
+    chance = random.Random(len(arrivals))
+    local.engine.arrivals = lambda: chance.random() < interrupted
     spec = world.make_job(data, folder, window_tokens=window)
     world.submit(local, spec)
     others = [neighbour(kind, data, folder) for kind in beside]

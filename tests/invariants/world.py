@@ -120,6 +120,12 @@ def finish(local: LocalEngine, *job_ids: str) -> None:
         assert news[-1].status == "succeeded", news[-1].message
 
 
+def settle(local: LocalEngine) -> None:
+    """Wait for the checkpoints that are on their way to the disk."""
+    for job in list(local.engine.jobs._jobs.values()):
+        local.engine.jobs._settle(job)
+
+
 def final_adapter(spec: JobSpec) -> dict[str, torch.Tensor]:
     """The trained tensors of the job's last checkpoint."""
     newest = max(p for p in Path(spec.checkpoint_dir).iterdir() if p.is_dir())

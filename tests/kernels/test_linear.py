@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from coserve.kernels import linear as kernels_linear
 from coserve.kernels.dispatch import use_backend
 from coserve.kernels.linear import PackedLinear
 from tests.kernels.oracle import DTYPES, error
@@ -59,6 +60,29 @@ def test_more_rows_than_share_a_block(isa: str, threads: int, dtype: torch.dtype
     x, dy = torch.randn(1030, 90).to(dtype), torch.randn(1030, 70).to(dtype)
     assert torch.equal(linear.forward(x)[509:515], linear.forward(x[509:515]))
     assert torch.equal(linear.backward_input(dy)[1020:], linear.backward_input(dy[1020:]))
+
+
+@each_dtype
+@pytest.mark.parametrize(("N", "K"), [(49, 33), (256, 768), (530, 80)])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_parts_have_the_bits_of_the_whole(
+    isa: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, N: int, K: int, backend: str
+) -> None:
+    monkeypatch.setattr(kernels_linear, "PART", 70 * 16 * K)
+    monkeypatch.setattr(kernels_linear, "LEAST_ROWS", 8)
+    with use_backend(backend):
+        linear = PackedLinear(torch.randn(N, K).to(dtype), torch.randn(N).to(dtype))
+        x, dy, y = torch.randn(70, K).to(dtype), torch.randn(70, N).to(dtype), torch.empty(70, N, dtype=dtype)
+        columns, rows = linear.column_parts(70), linear.row_parts(70)
+        assert backend == "reference" or (len(columns) == -(-N // 16) and len(rows) > 1)
+        for part in columns:
+            linear.forward_columns(x, y, part)
+        assert torch.equal(y, linear.forward(x))
+        parts = [linear.backward_input(dy[part]) for part in rows]
+        assert torch.equal(torch.cat(parts), linear.backward_input(dy))
+        if backend == "auto":
+            with pytest.raises(ValueError, match="expected"):
+                linear.forward_columns(x[:, :3], y, columns[0])
 
 
 @each_dtype

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 from coserve.layers.batch import BackwardWindow, ForwardBatch, TrainingWindow
+from coserve.layers.pieces import whole
 from coserve.models.config import ModelConfig
 from coserve.models.decoder import Decoder
 from coserve.models.loader import build_decoder, tensor_shapes
@@ -92,6 +93,6 @@ def test_forward_and_backward(act: str, qk_norm: bool, width: int) -> None:
             work = BackwardWindow(
                 start, end, starts, positions, saved.layer(0), saved.dk_TND, saved.dv_TND, {}
             )
-            dx_TH[start:end] = decoder.layers[0].backward(dy_TH[start:end], work)
+            dx_TH[start:end] = whole(decoder.layers[0].backward(dy_TH[start:end], work))
     assert exact.grad is not None
     torch.testing.assert_close(dx_TH.double(), exact.grad, rtol=0, atol=2e-5)

@@ -60,9 +60,9 @@ class Run:
         return figures
 
     def save(self) -> Path:
-        path = checkpoint.write(
+        path = checkpoint.writing(
             self.directory, self.step, self.adapter, self.optimizer, self.events, SPEC, self.evaluation
-        )
+        )()
         self.events = []
         return path
 

@@ -49,6 +49,7 @@ def test_interrupted_equals_uninterrupted(model, data, tmp_path, whole, saved: i
     local = world.make_engine(model)
     world.submit(local, spec)
     local.run_until(lambda: len(world.progress(local, spec.job_id)) == stopped, 5000)
+    world.settle(local)
     kept = stopped // saved * saved
     assert checkpoint.newest_whole(spec.checkpoint_dir, spec).step == kept
     figures = run(model, spec)

@@ -9,6 +9,7 @@ import pytest
 
 from coserve.engine import messages as m
 from coserve.engine.local import LocalEngine
+from coserve.layers.pieces import Pieces
 from coserve.training.backward import MicrobatchBackward
 from coserve.training.dataset import TokenDataset
 from coserve.training.job import StepMetrics
@@ -34,7 +35,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int, times: int, where: str) -
     """Make an optimizer step come out as NaN so many times: its "loss" or its "gradient"."""
     struck: list[int] = []
 
-    def commit(self: RunningJob) -> StepMetrics:
+    def commit(self: RunningJob) -> Pieces[StepMetrics]:
         if self.step + 1 == step and len(struck) < times:
             struck.append(step)
             if where == "loss":
@@ -140,7 +141,7 @@ def test_a_fault_inside_a_unit_fails_the_job_alone(model, data, tmp_path, monkey
     local = world.make_engine(model)
     world.submit(local, world.make_job(data, tmp_path))
 
-    def broken(self: MicrobatchBackward, length: int) -> None:
+    def broken(self: MicrobatchBackward, length: int, stop: object) -> None:
         raise RuntimeError("a kernel's fault")
 
     monkeypatch.setattr(MicrobatchBackward, "run_next", broken)

@@ -88,7 +88,7 @@ def test_windows_leave_what_transformers_computes(bench, models):
             begin += len(sample)
 
 
-def test_windows_apart_rest_between_layers_and_go_on(bench):
+def test_windows_apart_rest_inside_a_layer_and_go_on(bench):
     """The same bits as in one go; other windows than those that rest begin anew."""
     plan = StepPlan(training_forward=[bench.window(0, 64)], apart=True)
     microbatches = {"mb": bench.microbatch}
@@ -100,7 +100,7 @@ def test_windows_apart_rest_between_layers_and_go_on(bench):
     ran = []
     while not ran or runner.is_resting:
         ran.append(runner.run_apart(plan, microbatches, lambda: True))
-    assert ran == [1] * layers
+    assert ran == [0.5] * 2 * layers
     assert torch.equal(bench.microbatch.activations.x_out_TH[:64], whole)
     runner.run_apart(plan, microbatches, lambda: True)
     other = StepPlan(training_forward=[bench.window(0, 13)], apart=True)

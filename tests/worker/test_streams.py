@@ -86,7 +86,7 @@ def test_a_fault_beside_the_forward_ends_the_job_alone(
     world.submit(local, spec)
     job = local.engine.jobs._jobs[spec.job_id]
 
-    def fault(sequence: Any, length: int) -> None:
+    def fault(sequence: Any, length: int, stop: Any) -> None:
         raise RuntimeError("a kernel's fault")
 
     monkeypatch.setattr(job, "run_units", fault)
