@@ -54,7 +54,7 @@ def tokens(count):
 
 def prefill():
     local.add("prompt", tokens(300), SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True))
-    local.engine.step()
+    local.run_until(lambda: "prompt" in local.finished)
     for kept in (local.tokens, local.finished, local.logprobs, local.sent):
         kept.clear()
 
