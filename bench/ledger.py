@@ -101,6 +101,8 @@ def _window(arguments: Arguments, result: Any, passes: float) -> Work:
     q, start = arguments["q_WND"], arguments["window_start"]
     first = arguments["first_key_W"].double()
     pairs = float((torch.arange(start, start + len(q)) + 1 - first).sum())
+    gaps = arguments.get("gaps_W2")
+    pairs -= 0.0 if gaps is None else float((gaps[:, 1] - gaps[:, 0]).sum())
     return passes * 2.0 * pairs * q.shape[1] * q.shape[2], _touched(arguments, result)
 
 

@@ -188,6 +188,11 @@ class Metrics:
             "coserve_finetune_tokens", "Fine-tuning tokens by kind of work.", ("kind",), registry=registry
         )
         self._finetune_tokens = {kind: tokens.labels(kind) for kind in ("forward", "backward", "trained")}
+        self._shared_tokens = Counter(
+            "coserve_finetune_shared_tokens",
+            "Tokens of training examples computed with those of another that begins alike.",
+            registry=registry,
+        )
         self._steps = Counter("coserve_finetune_steps", "Optimizer steps committed.", registry=registry)
         jobs = Gauge("coserve_finetune_jobs", "Jobs by status.", ("status",), registry=registry)
         self._jobs = {status: jobs.labels(status) for status in STATUSES}
@@ -373,10 +378,11 @@ class Metrics:
         for status, gauge in self._jobs.items():
             gauge.set(by_status.get(status, 0))
 
-    def finetune_step(self, trained_tokens: int) -> None:
+    def finetune_step(self, trained_tokens: int, shared_tokens: int) -> None:
         """One optimizer step was committed (counted once)."""
         self._steps.inc()
         self._finetune_tokens["trained"].inc(trained_tokens)
+        self._shared_tokens.inc(shared_tokens)
 
     def render(self) -> bytes:
         """The text exposition."""

@@ -77,8 +77,8 @@ struct PagedRun {
     heads.load_queries(t, place.token, place.end, kv_head);
     int64_t position = cache.position(place.sequence, place.token);
     for (int64_t r = 0; r < t.rows; r++) {
-      t.last[r] = position + r / heads.group;
-      t.first[r] = cache.first_seen(t.last[r]);
+      int64_t last = position + r / heads.group;
+      t.sights[r] = {cache.first_seen(last), last, 0, 0};
     }
     return t;
   }
@@ -222,7 +222,7 @@ static void paged_attention(int64_t dtype, const void* q, int64_t q_stride, cons
 struct Stream {
   const void *k, *v;
   int64_t k_stride, v_stride;
-  const int32_t* first_key;
+  const int32_t *first_key, *gaps;
   int64_t window_start;
 };
 
@@ -235,11 +235,8 @@ static void window(const Heads<T>& heads, const Stream& stream, int64_t W, int64
     int64_t end = smaller(W, begin + step);
     Tile t = make_tile(D, heads.scale, heads.cap, on_pairs<T>(D));
     heads.load_queries(t, begin, end, kv_head);
-    for (int64_t r = 0; r < t.rows; r++) {
-      int64_t token = begin + r / heads.group;
-      t.first[r] = stream.first_key[token];
-      t.last[r] = stream.window_start + token;
-    }
+    for (int64_t r = 0; r < t.rows; r++)
+      t.sights[r] = sight_of(stream.first_key, stream.gaps, stream.window_start, begin + r / heads.group);
     attend<T>(t, [&](int64_t key, int64_t count, Pointers<T>& at) {
       for (int64_t j = 0; j < count; j++) {
         at.keys[j] = (const T*)stream.k + (key + j) * stream.k_stride + kv_head * D;
@@ -252,9 +249,9 @@ static void window(const Heads<T>& heads, const Stream& stream, int64_t W, int64
 
 static void window_attention(int64_t dtype, const void* q, int64_t q_stride, const void* k, int64_t k_stride,
                              const void* v, int64_t v_stride, const int32_t* first_key,
-                             int64_t window_start, int64_t W, int64_t N, int64_t Nkv, int64_t D, double scale,
-                             double cap, void* o, float* lse) {
-  Stream stream{k, v, k_stride, v_stride, first_key, window_start};
+                             const int32_t* gaps, int64_t window_start, int64_t W, int64_t N, int64_t Nkv, int64_t D,
+                             double scale, double cap, void* o, float* lse) {
+  Stream stream{k, v, k_stride, v_stride, first_key, gaps, window_start};
   float by = (float)scale, c = (float)cap;
   if (dtype == 0)
     window(Heads<float>{(const float*)q, q_stride, (float*)o, lse, N, N / Nkv, D, by, c}, stream, W, Nkv);

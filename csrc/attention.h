@@ -111,10 +111,28 @@ static inline bool any_above(vf x, float limit) {
 #endif
 }
 
-// The lanes of a block's VL keys from `key` on that lie in [first, last].
-static inline vi visible(int64_t key, int64_t first, int64_t last) {
-  vi position = LANE + (int32_t)key;
-  return (position >= (int32_t)first) & (position <= (int32_t)last);
+// The keys that a query sees: [first, last] but for its gap [gap, gap_end), what lies between a prefix that it shares
+// and its own sample.
+struct Sight {
+  int64_t first, last, gap, gap_end;
+
+  bool none_of(int64_t key) const {  // of the block of keys from `key` on
+    int64_t from = larger(first, key), to = smaller(last, key + KEY_BLOCK - 1);
+    return from > to || (gap <= from && to < gap_end);
+  }
+  bool all_of(int64_t key) const {
+    return first <= key && last >= key + KEY_BLOCK - 1 && (gap >= gap_end || gap >= key + KEY_BLOCK || gap_end <= key);
+  }
+  vi visible(int64_t key) const {  // the lanes of VL keys from `key` on
+    vi position = LANE + (int32_t)key;
+    return (position >= (int32_t)first) & (position <= (int32_t)last) &
+           ((position < (int32_t)gap) | (position >= (int32_t)gap_end));
+  }
+};
+
+// Of a window's queries, by token: `gaps` holds pairs, or is null where nobody has one.
+static inline Sight sight_of(const int32_t* first_key, const int32_t* gaps, int64_t window_start, int64_t token) {
+  return {first_key[token], window_start + token, gaps ? gaps[2 * token] : 0, gaps ? gaps[2 * token + 1] : 0};
 }
 
 }  // namespace COSERVE_ISA

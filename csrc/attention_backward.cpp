@@ -12,12 +12,14 @@ struct Backward {
   const float* lse;
   const void *k, *v;
   int64_t k_stride, v_stride;
-  const int32_t* first_key;
+  const int32_t *first_key, *gaps;
   int64_t window_start, W, N, Nkv, group, D, Dp;
   float scale, cap;
   float *dk, *dv;
   void* dq;
   float* dq_parts;  // [chunk, W, N, Dp]
+
+  Sight sight(int64_t token) const { return sight_of(first_key, gaps, window_start, token); }
 };
 
 }  // namespace COSERVE_ISA
@@ -80,7 +82,7 @@ static void softmax_slopes(const Backward& b, const Work& w, int64_t g, int64_t 
                            int64_t key) {
   for (int64_t r = 0; r < rows; r++) {
     float *p = w.weights + r * KEY_BLOCK, *ds = w.slopes + r * KEY_BLOCK;
-    int64_t first = b.first_key[begin + r], last = b.window_start + begin + r;
+    Sight sight = b.sight(begin + r);
     float lse = w.lse[g * KEY_BLOCK + r], delta = w.delta[g * KEY_BLOCK + r];
     for (int64_t j = 0; j < KEY_BLOCK; j += VL) {
       vf score = load(p + j) * b.scale, slope = splat(b.scale);
@@ -90,7 +92,7 @@ static void softmax_slopes(const Backward& b, const Work& w, int64_t g, int64_t 
         slope = slope * (1.0f - turned * turned);
       }
       vf weight = vexp(score - lse);
-      weight = visible(key + j, first, last) ? weight : vf{};
+      weight = sight.visible(key + j) ? weight : vf{};
       store(p + j, weight);
       store(ds + j, weight * (load(ds + j) - delta) * slope);
     }
@@ -152,6 +154,13 @@ static Span tile_span(const Backward& b, int64_t tile) {
   return s;
 }
 
+// No query of the tile sees a key of the block: it lies in all their gaps.
+static bool unseen(const Backward& b, const Span& s, int64_t block) {
+  for (int64_t r = s.begin; r < s.end; r++)
+    if (!b.sight(r).none_of(block * KEY_BLOCK)) return false;
+  return true;
+}
+
 static void clear_dq(const Backward& b, const Work& w) {
   memset(w.dq, 0, b.group * KEY_BLOCK * b.Dp * sizeof(float));
 }
@@ -172,7 +181,8 @@ static void chunk_tiles(const Backward& b, W w, int64_t kv_head, int64_t chunk, 
     int64_t rows = s.end - s.begin;
     load_queries((const T*)b.q, b, w, kv_head, s.begin, s.end);
     clear_dq(b, w);
-    for (int64_t block = from; block <= to; block++) key_block((const T*)b.k, b, w, kv_head, s.begin, rows, block);
+    for (int64_t block = from; block <= to; block++)
+      if (!b.gaps || !unseen(b, s, block)) key_block((const T*)b.k, b, w, kv_head, s.begin, rows, block);
     for (int64_t g = 0; g < b.group; g++) {
       int64_t row = ((chunk - first_chunk) * b.W + s.begin) * b.N + kv_head * b.group + g;
       copy_dq(b, w, g, rows, b.dq_parts + row * b.Dp, b.N * b.Dp);
@@ -222,11 +232,11 @@ static void run(Backward& b) {
 static void window_attention_backward(int64_t dtype, const void* dout, int64_t dout_stride, const void* q,
                                       int64_t q_stride, const void* o, int64_t o_stride, const float* lse,
                                       const void* k, int64_t k_stride, const void* v, int64_t v_stride,
-                                      const int32_t* first_key, int64_t window_start, int64_t W, int64_t N,
-                                      int64_t Nkv, int64_t D, double scale, double cap, float* dk, float* dv,
-                                      void* dq) {
+                                      const int32_t* first_key, const int32_t* gaps, int64_t window_start, int64_t W,
+                                      int64_t N, int64_t Nkv, int64_t D, double scale, double cap, float* dk,
+                                      float* dv, void* dq) {
   Backward b{dout, q,       o, dout_stride,         q_stride,     o_stride,   lse, k,  v,  k_stride, v_stride,
-             first_key, window_start, W, N, Nkv, N / Nkv, D, round_up(D, D_STEP), (float)scale, (float)cap,
+             first_key, gaps, window_start, W, N, Nkv, N / Nkv, D, round_up(D, D_STEP), (float)scale, (float)cap,
              dk,   dv,      dq, nullptr};
   if (W == 0) return;
   if (dtype == 0)

@@ -17,15 +17,16 @@ struct PairWork {
   bf16 *weights_h, *slopes_h;        // [group, 64 keys, 64]
   bf16 *slope_pairs;                 // [32, 64, 2]
   bf16 *keys_t, *key_pairs;          // [D, 64], [D / 2, 64, 2]
-  int32_t *first, *last;             // keys that a query sees, [64]; beyond the rows: none
-  int32_t latest_first, earliest_last;
+  int32_t *first, *last;             // keys that a query sees, [64], but for its gap; beyond the rows: none
+  int32_t *gap, *gap_end;
+  int32_t latest_first, earliest_last, first_gap, last_gap_end;
   int64_t panels_size;
 };
 
 static PairWork make_pair_work(const Backward& b) {
   int64_t square = KEY_BLOCK * KEY_BLOCK, rows = b.group * KEY_BLOCK, tile = KEY_BLOCK * b.D;
   int64_t panels = divide_up(b.D, PAIR_COLUMNS) * square;
-  int64_t floats = rows * (b.D + 2) + 2 * square + 2 * KEY_BLOCK;
+  int64_t floats = rows * (b.D + 2) + 2 * square + 4 * KEY_BLOCK;
   int64_t halves = b.group * 2 * (tile + panels + square) + square + 2 * tile;
   float* p = (float*)scratch(0, floats * sizeof(float) + halves * sizeof(bf16));
   PairWork w{};
@@ -37,6 +38,8 @@ static PairWork make_pair_work(const Backward& b) {
   w.slopes = p, p += square;
   w.first = (int32_t*)p, p += KEY_BLOCK;
   w.last = (int32_t*)p, p += KEY_BLOCK;
+  w.gap = (int32_t*)p, p += KEY_BLOCK;
+  w.gap_end = (int32_t*)p, p += KEY_BLOCK;
   bf16* h = (bf16*)p;
   w.q_t = h, h += b.group * tile;
   w.dout_t = h, h += b.group * tile;
@@ -53,8 +56,16 @@ static PairWork make_pair_work(const Backward& b) {
 static void load_queries(const bf16*, const Backward& b, PairWork& w, int64_t kv_head, int64_t begin, int64_t end) {
   int64_t rows = end - begin, tile = KEY_BLOCK * b.D;
   for (int64_t r = 0; r < KEY_BLOCK; r++) {
-    w.first[r] = r < rows ? b.first_key[begin + r] : INT32_MAX;
-    w.last[r] = r < rows ? (int32_t)(b.window_start + begin + r) : -1;
+    Sight sight = r < rows ? b.sight(begin + r) : Sight{INT32_MAX, -1, 0, 0};
+    w.first[r] = (int32_t)sight.first;
+    w.last[r] = (int32_t)sight.last;
+    w.gap[r] = (int32_t)sight.gap;
+    w.gap_end[r] = (int32_t)sight.gap_end;
+    if (r == 0) w.first_gap = INT32_MAX, w.last_gap_end = 0;
+    if (sight.gap < sight.gap_end) {
+      if (w.gap[r] < w.first_gap) w.first_gap = w.gap[r];
+      if (w.gap_end[r] > w.last_gap_end) w.last_gap_end = w.gap_end[r];
+    }
     if (r == 0 || w.first[r] > w.latest_first) w.latest_first = w.first[r];
     if (r == 0 || w.last[r] < w.earliest_last) w.earliest_last = w.last[r];
   }
@@ -93,11 +104,14 @@ static void pair_slopes(const Backward& b, const PairWork& w, int64_t g, int64_t
       }
       vf weight = vexp2<true>(fma(score, splat(factor), -load(lse + r)));
       if constexpr (!WHOLE) {
-        vi first, last;
+        vi first, last, gap, gap_end;
         memcpy(&first, w.first + r, sizeof first);
         memcpy(&last, w.last + r, sizeof last);
+        memcpy(&gap, w.gap + r, sizeof gap);
+        memcpy(&gap_end, w.gap_end + r, sizeof gap_end);
         int32_t position = (int32_t)(key + j);
-        weight = (first <= position) & (last >= position) ? weight : vf{};
+        vi sees = (first <= position) & (last >= position) & ((gap > position) | (gap_end <= position));
+        weight = sees ? weight : vf{};
       }
       store(weights + at, weight);
       store(slopes + at, weight * (load(w.slopes + at) - load(delta + r)) * slope);
@@ -105,7 +119,8 @@ static void pair_slopes(const Backward& b, const PairWork& w, int64_t g, int64_t
 }
 
 static void pair_slopes_of(const Backward& b, const PairWork& w, int64_t g, int64_t width, int64_t key, int64_t count) {
-  bool whole = w.latest_first <= key && w.earliest_last >= key + count - 1;
+  bool whole = w.latest_first <= key && w.earliest_last >= key + count - 1 &&
+               (key + count <= w.first_gap || key >= w.last_gap_end);
   if (b.cap == 0)
     (whole ? pair_slopes<false, true> : pair_slopes<false, false>)(b, w, g, width, key, count);
   else

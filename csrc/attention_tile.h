@@ -33,7 +33,7 @@ static inline float total_of(const Sums& s, int64_t row) {
   return reduce_add(load(s.total + row * VL));
 }
 
-// Rows ordered token-major, with the keys [first, last] that each one sees.
+// Rows ordered token-major, with the keys that each one sees.
 struct Tile {
   int64_t rows, D, Dp;
   bool pairs;
@@ -41,7 +41,7 @@ struct Tile {
   Sums sums, chunk;
   float *q, *scores, *keys, *values;
   bf16 *q_pairs, *weights;  // [rows, D], [rows, KEY_BLOCK], where the products run on pairs
-  int64_t *first, *last;
+  Sight* sights;
 };
 
 // Whether queries of type T run on pairs.
@@ -67,16 +67,15 @@ static Tile make_tile(int64_t D, float scale, float cap, bool pairs) {
   int64_t sums = sums_floats(TILE_QUERIES, t.Dp);
   int64_t floats = 2 * sums + TILE_QUERIES * (t.Dp + KEY_BLOCK) + KEY_BLOCK * (t.Dp + value_width);
   int64_t halves = pairs ? TILE_QUERIES * (D + KEY_BLOCK) : 0;
-  float* p = (float*)scratch(0, floats * 4 + halves * 2 + TILE_QUERIES * 16);
+  float* p = (float*)scratch(0, floats * 4 + halves * 2 + TILE_QUERIES * sizeof(Sight));
   t.sums = sums_at(p, TILE_QUERIES, t.Dp), p += sums;
   t.chunk = sums_at(p, TILE_QUERIES, t.Dp), p += sums;
   t.q = p, p += TILE_QUERIES * t.Dp;
   t.scores = p, p += TILE_QUERIES * KEY_BLOCK;
   t.keys = p, p += KEY_BLOCK * t.Dp;
   t.values = p, p += KEY_BLOCK * value_width;
-  t.first = (int64_t*)p;
-  t.last = t.first + TILE_QUERIES;
-  t.q_pairs = (bf16*)(t.last + TILE_QUERIES);
+  t.sights = (Sight*)p;
+  t.q_pairs = (bf16*)(t.sights + TILE_QUERIES);
   t.weights = t.q_pairs + TILE_QUERIES * D;
   return t;
 }
@@ -102,7 +101,7 @@ static inline void softmax_block(const Tile& t, int64_t row, int64_t key) {
     if constexpr (CAPPED) score = vtanh(score * t.turn);
     exponent[i] = score * t.factor;
     if constexpr (!WHOLE)
-      exponent[i] = visible(key + i * VL, t.first[row], t.last[row]) ? exponent[i] : splat(-1e30f);
+      exponent[i] = t.sights[row].visible(key + i * VL) ? exponent[i] : splat(-1e30f);
     highest = vmax(exponent[i], highest);
   }
   if (any_above(highest, t.chunk.top[row] + SLACK)) raise_top(t, row, reduce_max(highest));
@@ -122,10 +121,10 @@ static inline void softmax_block(const Tile& t, int64_t row, int64_t key) {
 template <bool CAPPED, bool PAIRS>
 static void softmax_rows(const Tile& t, int64_t from, int64_t to, int64_t key) {
   for (int64_t r = from; r < to; r++) {
-    if (t.last[r] < key || t.first[r] >= key + KEY_BLOCK) {
+    if (t.sights[r].none_of(key)) {
       memset(t.scores + r * KEY_BLOCK, 0, KEY_BLOCK * sizeof(float));
       if (PAIRS) memset(t.weights + r * KEY_BLOCK, 0, KEY_BLOCK * sizeof(bf16));
-    } else if (t.first[r] <= key && t.last[r] >= key + KEY_BLOCK - 1) {
+    } else if (t.sights[r].all_of(key)) {
       softmax_block<CAPPED, PAIRS, true>(t, r, key);
     } else {
       softmax_block<CAPPED, PAIRS, false>(t, r, key);
@@ -213,8 +212,8 @@ static void attend_chunk(const Tile& t, int64_t chunk, int64_t first, int64_t la
     else
       follow(next);
     int64_t from = 0, to = t.rows;
-    while (from < to && (t.last[from] < key || t.first[from] >= key + KEY_BLOCK)) from++;
-    while (from < to && (t.last[to - 1] < key || t.first[to - 1] >= key + KEY_BLOCK)) to--;
+    while (from < to && t.sights[from].none_of(key)) from++;
+    while (from < to && t.sights[to - 1].none_of(key)) to--;
     if (to - from > FEW_ROWS) {
       next.fetch_keys(0, next.count, t.D);
       next.fetch_values(0, next.count, t.D);
@@ -229,10 +228,10 @@ struct Reach {
 
 // The keys that any row sees.
 static Reach reach(const Tile& t) {
-  Reach r{t.first[0], t.last[0]};
+  Reach r{t.sights[0].first, t.sights[0].last};
   for (int64_t i = 1; i < t.rows; i++) {
-    r.first = smaller(r.first, t.first[i]);
-    r.last = larger(r.last, t.last[i]);
+    r.first = smaller(r.first, t.sights[i].first);
+    r.last = larger(r.last, t.sights[i].last);
   }
   return r;
 }

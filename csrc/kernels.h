@@ -20,16 +20,16 @@ struct Kernels {
                           const int32_t* context_lens, int64_t S, int64_t N, int64_t Nkv, int64_t D,
                           double scale, int64_t window, double cap, void* o);
   void (*window_attention)(int64_t dtype, const void* q, int64_t q_stride, const void* k, int64_t k_stride,
-                           const void* v, int64_t v_stride, const int32_t* first_key, int64_t window_start,
-                           int64_t W, int64_t N, int64_t Nkv, int64_t D, double scale, double cap, void* o,
-                           float* lse);
+                           const void* v, int64_t v_stride, const int32_t* first_key, const int32_t* gaps,
+                           int64_t window_start, int64_t W, int64_t N, int64_t Nkv, int64_t D, double scale,
+                           double cap, void* o, float* lse);
   // attention_backward.cpp
   void (*window_attention_backward)(int64_t dtype, const void* dout, int64_t dout_stride, const void* q,
                                     int64_t q_stride, const void* o, int64_t o_stride, const float* lse,
                                     const void* k, int64_t k_stride, const void* v, int64_t v_stride,
-                                    const int32_t* first_key, int64_t window_start, int64_t W, int64_t N,
-                                    int64_t Nkv, int64_t D, double scale, double cap, float* dk, float* dv,
-                                    void* dq);
+                                    const int32_t* first_key, const int32_t* gaps, int64_t window_start, int64_t W,
+                                    int64_t N, int64_t Nkv, int64_t D, double scale, double cap, float* dk,
+                                    float* dv, void* dq);
   // lora.cpp; `modules` are those of a merged product: int64 [M][6] of a, b, first column of y, columns, line of
   // `ranks` [lines, S] and salt; in the backward [M][9] of a, b, first column, columns, rank, rows, da, db and salt
   void (*lora_forward)(int64_t dtype, void* y, int64_t y_stride, const void* x, int64_t x_stride,

@@ -74,7 +74,10 @@ class Attention:
             parts.append(paged_attention(q_TND[:n], k_cache, v_cache, *tables, *how))
         for window in batch.windows:
             rows_of = window.batch_rows
-            parts.append(self._window(q_TND[rows_of], k_TND[rows_of], v_TND[rows_of], window, layer))
+            positions_W = batch.positions_T[rows_of]
+            parts.append(
+                self._window(q_TND[rows_of], k_TND[rows_of], v_TND[rows_of], positions_W, window, layer)
+            )
         o_TND = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self.out.forward(o_TND.reshape(len(x_TH), -1), batch.lora, layer)
 
@@ -111,6 +114,7 @@ class Attention:
         q_WND: torch.Tensor,
         k_WND: torch.Tensor,
         v_WND: torch.Tensor,
+        positions_W: torch.Tensor,
         window: TrainingWindow,
         layer: int,
     ) -> torch.Tensor:
@@ -122,10 +126,11 @@ class Attention:
             q_WND,
             saved.k_TND,
             saved.v_TND,
-            self._first_keys(window.sample_start_W, window.window_start),
+            self._first_keys(window.sample_start_W, positions_W, window.window_start),
             window.window_start,
             self.scale,
             self.soft_cap,
+            window.gaps_W2,
         )
         saved.keep(stream, q_TND=q_WND, attn_out_TH=o_WND.reshape(window.rows, -1), lse_TN=lse_WN)
         return o_WND
@@ -138,13 +143,17 @@ class Attention:
         q_WND = self._norm(self.q_norm, saved.qk_raw_TND[:, : self.heads])
         return self._rotate(q_WND, window.positions_T[window.stream])
 
-    def _first_keys(self, sample_start_W: torch.Tensor, start: int) -> torch.Tensor:
-        """int32 [W]: the first key that each query of a window from `start` on sees."""
+    def _first_keys(
+        self, sample_start_W: torch.Tensor, positions_W: torch.Tensor, start: int
+    ) -> torch.Tensor:
+        """int32 [W]: the first key that each query of a window from `start` on sees. A sample that shares a
+        prefix is no longer than the sliding window, so a query beyond that has no gap before it."""
         if not self.window:
             return sample_start_W
         oldest = start + 1 - self.window
         end, device = oldest + len(sample_start_W), sample_start_W.device
-        return torch.maximum(sample_start_W, torch.arange(oldest, end, dtype=torch.int32, device=device))
+        oldest_W = torch.arange(oldest, end, dtype=torch.int32, device=device)
+        return torch.where(positions_W < self.window, sample_start_W, oldest_W)
 
     def is_adapted(self, lora: dict[int, ModuleGradient]) -> bool:
         """Some projection has an adapter among `lora`."""
@@ -173,12 +182,13 @@ class Attention:
             saved.lse_TN,
             saved.k_TND,
             saved.v_TND,
-            self._first_keys(window.sample_start_T[stream], window.start),
+            self._first_keys(window.sample_start_T[stream], window.positions_T[stream], window.start),
             window.start,
             self.scale,
             window.dk_TND,
             window.dv_TND,
             self.soft_cap,
+            window.gaps_W2,
         )
         yield
         dqkv_WMD = dq_WND.new_empty(width, m + self.kv_heads, self.dim)

@@ -88,9 +88,10 @@ class InferenceRows:
 @dataclass(frozen=True)
 class TrainingWindow:
     """Rows [row_start, row_start + rows) of the batch are tokens [window_start, window_start + rows) of a
-    microbatch. `sample_start_W` int32 is the stream index where each token's sample begins. `x_out_TH` takes
-    the last layer's output; None where only a part of the model runs. `dropout` has the tokens' keys and one
-    rate for them; None where nothing is dropped."""
+    microbatch. `sample_start_W` int32 is the stream index where each token's sample begins, its shared prefix
+    included; `gaps_W2` int32 says what lies between that prefix and the rest of the sample (None: no sample
+    shares one). `x_out_TH` takes the last layer's output; None where only a part of the model runs. `dropout`
+    has the tokens' keys and one rate for them; None where nothing is dropped."""
 
     row_start: int
     rows: int
@@ -99,6 +100,7 @@ class TrainingWindow:
     saved: LayerSaver
     x_out_TH: torch.Tensor | None = None
     dropout: Dropout | None = None
+    gaps_W2: torch.Tensor | None = None
 
     @property
     def batch_rows(self) -> slice:
@@ -165,10 +167,10 @@ class ForwardBatch:
 class BackwardWindow:
     """Tokens [start, end) of a microbatch in one layer's backward; windows go last to first.
 
-    `sample_start_T` int32, `positions_T` int64 and the buffers in `saved` cover the whole microbatch, as do
-    `dk_TND`, `dv_TND` (fp32, zeroed before the layer's last window). `lora` maps module numbers to gradients.
-    `layer` and `rows_lora`, the adapter as the forward of these tokens had it, are for recomputing. In the
-    `lowest` adapted layer nobody needs the gradient w.r.t. the input.
+    `sample_start_T` and `gaps_T2` as in the forward, `positions_T` int64 and `saved` cover the microbatch, as
+    do `dk_TND`, `dv_TND` (fp32, zeroed before the layer's last window). `lora` maps module numbers to
+    gradients. `layer` and `rows_lora`, the adapter as the forward of these tokens had it, are for
+    recomputing. In the `lowest` adapted layer nobody needs the gradient w.r.t. the input.
     """
 
     start: int
@@ -182,6 +184,12 @@ class BackwardWindow:
     layer: int = 0
     rows_lora: LoraBatch | None = None
     lowest: bool = False
+    gaps_T2: torch.Tensor | None = None
+
+    @property
+    def gaps_W2(self) -> torch.Tensor | None:
+        """The window's own."""
+        return None if self.gaps_T2 is None else self.gaps_T2[self.stream]
 
     @property
     def stream(self) -> slice:
@@ -194,5 +202,5 @@ class BackwardWindow:
         positions_W = self.positions_T[self.stream]
         rows = self.end - self.start
         starts_W = self.sample_start_T[self.stream]
-        window = TrainingWindow(0, rows, self.start, starts_W, SingleLayer(saved))
+        window = TrainingWindow(0, rows, self.start, starts_W, SingleLayer(saved), gaps_W2=self.gaps_W2)
         return ForwardBatch(positions_W, positions_W, None, [window], self.rows_lora)

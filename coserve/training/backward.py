@@ -172,6 +172,7 @@ class MicrobatchBackward(UnitCalls):
             layer,
             self._forward_lora(end - start, dropout),
             lowest=layer == self.adapter.lowest_layer,
+            gaps_T2=microbatch.gaps_T2,
         )
         dx_WH = yield from self.decoder.layers[layer].backward(saved.dh_TH[start:end], work)
         if dx_WH is not None:

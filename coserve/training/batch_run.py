@@ -26,6 +26,7 @@ from coserve.training.backward import MicrobatchBackward, backward_units
 from coserve.training.loss import MicrobatchScoring, score_units
 from coserve.training.microbatch import LoraDropout, Microbatch, Sample
 from coserve.training.objectives import LossSums, Objective
+from coserve.training.prefixes import SharedRun
 from coserve.training.trainable_adapter import TrainableAdapter
 from coserve.training.unit_calls import never
 from coserve.worker.kv_tensors import KVTensors
@@ -57,9 +58,9 @@ class BatchRun:
 
     `adapter` is the one whose objective is taken (None: the base), `reference` the one that an objective
     with `needs_reference` compares it to (None: the base); `rows` are theirs in the `pool`. `dropout` holds
-    each microbatch's and acts in the passes that train. Raises FailedPrecondition when a microbatch needs
-    more of the pool `kv` than there is even where every layer keeps the least, and ValueError when one has
-    no trained token.
+    each microbatch's and acts in the passes that train; `shared` says which samples of each share a prefix.
+    Raises FailedPrecondition when a microbatch needs more of the pool `kv` than there is even where every
+    layer keeps the least, and ValueError when one has no trained token.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class BatchRun:
         rows: Mapping[str, Sequence[int]],
         trainee: Trainee | None = None,
         dropout: Sequence[LoraDropout] | None = None,
+        shared: Sequence[Sequence[SharedRun]] | None = None,
         window_tokens: int = 0,
         kv: KVTensors,
     ) -> None:
@@ -88,7 +90,8 @@ class BatchRun:
         self.sequences: list[TrainingSequence] = []
         self.microbatches: dict[str, Microbatch] = {}
         for index, packed in enumerate(samples):
-            microbatch = Microbatch(packed, decoder.device, dropout[index] if dropout else None)
+            masks = dropout[index] if dropout else None
+            microbatch = Microbatch(packed, decoder.device, masks, shared[index] if shared else ())
             sizes = MicrobatchActivations.level_bytes(*self._shape(microbatch))
             sequence = TrainingSequence(
                 f"{name}/{index}",

@@ -23,6 +23,7 @@ from coserve.training.early_stopping import EvaluationState
 from coserve.training.job import JobSpec
 from coserve.training.methods import check_data
 from coserve.training.objectives import LossSums, Objective
+from coserve.training.prefixes import longest_sharer
 from coserve.worker.kv_tensors import KVTensors
 
 GROUP = 64  # examples (or pairs) whose tokens are in memory at a time
@@ -49,7 +50,8 @@ class Evaluation:
         check_data(spec.method, self._dataset.pairs, param="validation_file")
         _check(self._dataset, decoder.config.max_position_embeddings)
         once = replace(spec.training, batch_size=GROUP, max_steps=0, n_epochs=1, shuffle=False, packing=False)
-        self._plan = BatchPlan(self._dataset, once, seed=0)
+        sharer = longest_sharer(decoder.config, dropout=0.0)  # scoring passes drop nothing
+        self._plan = BatchPlan(self._dataset, once, seed=0, longest_sharer=sharer)
         self._taken = 0
         self._scored: list[LossSums] = []
         self.state = EvaluationState()
@@ -85,6 +87,7 @@ class Evaluation:
             reference=reference,
             pool=pool,
             rows=rows,
+            shared=batch.shared,
             window_tokens=self._spec.training.window_tokens,
             kv=kv,
         )

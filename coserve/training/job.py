@@ -98,6 +98,7 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True):
     grad_norm: float
     trained_tokens: int  # that carried loss, in this step
     tokens: int  # all tokens of the step's examples
+    shared_tokens: int = 0  # of them: computed once for several examples that begin alike, beyond the first
     accuracy: float | None = None  # right trained tokens (or pairs) by their number
     valid_loss: float | None = None  # of the whole validation set, where it was evaluated after this step
     valid_accuracy: float | None = None

@@ -1,4 +1,8 @@
-"""A microbatch: samples packed one after the other into a stream; attention stays inside a sample."""
+"""A microbatch: samples packed one after the other into a stream; attention stays inside a sample.
+
+Samples that begin alike may share what they begin with: it stands once, before the first of them, and each of
+them sees it and then itself, past the others that lie in between (its gap).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from coserve.kernels.cross_entropy import IGNORED
 from coserve.kernels.dropout import Dropout, row_keys
 from coserve.layers.batch import TrainingWindow
 from coserve.training.activations import KeysOnly, MicrobatchActivations
+from coserve.training.prefixes import SharedRun
 
 Integers = Sequence[int] | np.ndarray
 Sample = tuple[Integers, Integers] | tuple[Integers, Integers, Sequence[float] | np.ndarray]
@@ -27,16 +32,73 @@ class LoraDropout(NamedTuple):
     examples: Sequence[int]
 
 
+class _Stream:
+    """A microbatch's arrays: the rows of each sample, after those of the prefix that its run shares."""
+
+    def __init__(self, samples: Sequence[Sample], runs: Sequence[SharedRun]) -> None:
+        self.starts: list[int] = []  # where a sample's own rows begin
+        self._end = 0
+        self._parts: list[tuple[np.ndarray, ...]] = []
+        if sum(run.examples for run in runs) != len(samples):
+            raise ValueError(f"{len(samples)} samples in runs of {[run.examples for run in runs]}")
+        rest = iter(samples)
+        for run in runs:
+            first, members = self._end, [next(rest) for _ in range(run.examples)]
+            if run.tokens:
+                _check_prefix(members, run.tokens)
+                self._add(members[0], slice(0, run.tokens), first, (0, 0))
+            for sample in members:
+                self.starts.append(self._end)
+                own = slice(run.tokens, len(sample[0]))
+                self._add(sample, own, first, (first + run.tokens, self._end))
+        columns = [np.concatenate(column) for column in zip(*self._parts, strict=True)]
+        self.token_ids, self.targets, self.weights, self.positions, self.sample_start, self.gaps = columns
+
+    def _add(self, sample: Sample, rows: slice, first: int, gap: tuple[int, int]) -> None:
+        """Those rows of a sample that begins at `first`."""
+        count = rows.stop - rows.start
+        targets, weights = _targets(sample)
+        positions = np.arange(rows.start, rows.stop, dtype=np.int64)
+        firsts = np.full(count, first, dtype=np.int32)
+        gaps = np.full((count, 2), gap, dtype=np.int32)
+        ids = np.asarray(sample[0], dtype=np.int64)
+        self._parts.append((ids[rows], targets[rows], weights[rows], positions, firsts, gaps))
+        self._end += count
+
+
+def _targets(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """Each token's target, IGNORED where it has none, and that target's weight."""
+    _, labels, *given = sample
+    targets = np.full(len(labels), IGNORED, dtype=np.int64)
+    weights = np.ones(len(labels), dtype=np.float32)
+    targets[:-1] = np.asarray(labels)[1:]
+    if given:
+        weights[:-1] = np.asarray(given[0])[1:]
+    targets[weights == 0.0] = IGNORED
+    return targets, weights
+
+
+def _check_prefix(samples: Sequence[Sample], tokens: int) -> None:
+    first = np.asarray(samples[0][0])[:tokens]
+    for ids, *_ in samples:
+        if len(ids) <= tokens or not np.array_equal(np.asarray(ids)[:tokens], first):
+            raise ValueError(f"the samples don't begin with the same {tokens} tokens")
+    if any((_targets(sample)[0][:tokens] != IGNORED).any() for sample in samples):
+        raise ValueError(f"the shared {tokens} tokens have targets of their own")
+
+
 class Microbatch:
     """The stream of `samples`: (token_ids, labels), labels aligned with tokens, -100 where not trained; a
     third member gives each token's weight as a target (1 without it; 0 is the same as not trained).
 
     token_ids_T, targets_T, positions_T int64; sample_start_T int32; weights_T fp32. The target at a token is
-    the label of the next one of the same sample, and so is its weight. `logprobs_T`, `mean_logprobs_T` (over
-    the vocabulary; fp32) and `greedy_T` are the adapter's scores of the targets, `reference_T` the
-    reference's log-probabilities; each is there after its units. Whoever owns the memory sets `activations`
-    before the first forward window and takes it back (None) after the last unit. Without `dropout`, as in
-    evaluation, the adapter sees its whole input.
+    the label of the next one of the same sample, and so is its weight. `shared` says of the samples in order
+    which share a prefix (without it none do); `gaps_T2` int32 is None where none do. `logprobs_T`,
+    `mean_logprobs_T` (over the vocabulary; fp32) and `greedy_T` are the adapter's scores of the targets,
+    `reference_T` the reference's log-probabilities; each is there after its units. Whoever owns the memory
+    sets `activations` before the first forward window and takes it back (None) after the last unit. Without
+    `dropout`, as in evaluation, the adapter sees its whole input. ValueError where samples can't share what
+    they should.
     """
 
     def __init__(
@@ -44,39 +106,35 @@ class Microbatch:
         samples: Sequence[Sample],
         device: torch.device | str = "cpu",
         dropout: LoraDropout | None = None,
+        shared: Sequence[SharedRun] = (),
     ) -> None:
         self.activations: MicrobatchActivations | None = None
-        lengths = [len(ids) for ids, *_ in samples]
-        starts = np.cumsum([0, *lengths])
-        targets = np.full(starts[-1], IGNORED, dtype=np.int64)
-        weights = np.ones(starts[-1], dtype=np.float32)
-        for start, (_, labels, *given) in zip(starts, samples, strict=False):
-            where = slice(start, start + len(labels) - 1)
-            targets[where] = np.asarray(labels)[1:]
-            if given:
-                weights[where] = np.asarray(given[0])[1:]
-        targets[weights == 0.0] = IGNORED
-        token_ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids, *_ in samples])
-        positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
-        sample_start = np.repeat(starts[:-1], lengths).astype(np.int32)
-        self.num_tokens = int(starts[-1])
-        self.token_ids_T = torch.from_numpy(token_ids).to(device)
-        self.targets_T = torch.from_numpy(targets).to(device)
-        self.positions_T = torch.from_numpy(positions).to(device)
-        self.sample_start_T = torch.from_numpy(sample_start).to(device)
-        self.weights_T = torch.from_numpy(weights).to(device)
+        runs = shared or [SharedRun(1, 0)] * len(samples)
+        parts = _Stream(samples, runs)
+        self.num_tokens = len(parts.token_ids)
+        self.token_ids_T = torch.from_numpy(parts.token_ids).to(device)
+        self.targets_T = torch.from_numpy(parts.targets).to(device)
+        self.positions_T = torch.from_numpy(parts.positions).to(device)
+        self.sample_start_T = torch.from_numpy(parts.sample_start).to(device)
+        self.gaps_T2: torch.Tensor | None = None
+        if any(run.tokens for run in runs):
+            self.gaps_T2 = torch.from_numpy(parts.gaps).to(device)
+        self.weights_T = torch.from_numpy(parts.weights).to(device)
         self.logprobs_T = torch.zeros_like(self.weights_T)
         self.mean_logprobs_T = torch.zeros_like(self.weights_T)
         self.reference_T = torch.zeros_like(self.weights_T)
         self.greedy_T = torch.zeros(self.num_tokens, dtype=torch.bool, device=device)
-        self.trained_rows = torch.from_numpy(np.flatnonzero(targets != IGNORED)).to(device)
+        is_target = parts.targets != IGNORED
+        self.trained_rows = torch.from_numpy(np.flatnonzero(is_target)).to(device)
         # Where each sample's trained tokens begin among all trained ones, and the end of the last.
-        self.trained_starts = np.concatenate([[0], np.cumsum(targets != IGNORED)])[starts]
+        self.trained_starts = np.concatenate([[0], np.cumsum(is_target)])[[*parts.starts, self.num_tokens]]
         self.dropout_keys_T: torch.Tensor | None = None
         if dropout is not None and dropout.rate > 0:
+            if self.gaps_T2 is not None:
+                raise ValueError("samples whose masks differ share no prefix")
             keys = [
-                row_keys(dropout.seed, dropout.step, example, np.arange(length))
-                for example, length in zip(dropout.examples, lengths, strict=True)
+                row_keys(dropout.seed, dropout.step, example, np.arange(len(ids)))
+                for example, (ids, *_) in zip(dropout.examples, samples, strict=True)
             ]
             self.dropout_keys_T = torch.from_numpy(np.concatenate(keys)).to(device)
             self.dropout_rates_S = torch.tensor([dropout.rate], dtype=torch.float64, device=device)
@@ -101,11 +159,17 @@ class Microbatch:
     def window(self, row_start: int, start: int, length: int, *, trains: bool = True) -> TrainingWindow:
         """Tokens [start, start + length) as rows of a forward batch, from row `row_start` on. In a pass that
         doesn't train nothing is kept for a backward and nothing is dropped."""
-        saved, starts_W = self.saved, self.sample_start_T[start : start + length]
-        if not trains:
-            return TrainingWindow(row_start, length, start, starts_W, KeysOnly(saved), saved.x_out_TH)
-        dropout = self.dropout(start, length)
-        return TrainingWindow(row_start, length, start, starts_W, saved, saved.x_out_TH, dropout)
+        own, saved = slice(start, start + length), self.saved
+        return TrainingWindow(
+            row_start,
+            length,
+            start,
+            self.sample_start_T[own],
+            saved if trains else KeysOnly(saved),
+            saved.x_out_TH,
+            self.dropout(start, length) if trains else None,
+            None if self.gaps_T2 is None else self.gaps_T2[own],
+        )
 
     def dropout(self, start: int, length: int) -> Dropout | None:
         """Keys and rate of tokens [start, start + length); None where nothing is dropped."""

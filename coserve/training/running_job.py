@@ -33,6 +33,7 @@ from coserve.training.methods import check_data, needs_reference
 from coserve.training.microbatch import LoraDropout, Microbatch
 from coserve.training.objectives import LossSums, make_objective
 from coserve.training.optimizer import global_norm, make_optimizer
+from coserve.training.prefixes import longest_sharer
 from coserve.training.schedule import Schedule
 from coserve.training.trainable_adapter import TrainableAdapter
 from coserve.training.unit_calls import never
@@ -67,7 +68,11 @@ class RunningJob:
         self._dataset = dataset
         self._objective = make_objective(spec.method, spec.training)
         self._plan = BatchPlan(
-            dataset, spec.training, spec.seed, max_length=decoder.config.max_position_embeddings
+            dataset,
+            spec.training,
+            spec.seed,
+            max_length=decoder.config.max_position_embeddings,
+            longest_sharer=longest_sharer(decoder.config, spec.lora.lora_dropout),
         )
         self._schedule = Schedule(spec.training, self._plan.total_steps)
         self._evaluation = (
@@ -276,6 +281,7 @@ class RunningJob:
             rows=self._rows_by_key,
             trainee=Trainee(self._adapter, self._pool, self._rows),
             dropout=[LoraDropout(rate, self.spec.seed, self.step + 1, examples) for examples in microbatches],
+            shared=self._batch.shared,
             window_tokens=self.spec.training.window_tokens,
             kv=kv,
         )
@@ -335,6 +341,7 @@ class RunningJob:
             grad_norm=norm,
             trained_tokens=batch.trained_tokens,
             tokens=batch.tokens,
+            shared_tokens=batch.shared_tokens,
             accuracy=sums.correct / sums.count,
             tokens_per_second=batch.tokens / seconds,
             share=min(1.0, self.device_seconds / seconds),
@@ -356,6 +363,10 @@ class RunningJob:
             eos, head = self._decoder.config.eos_token_ids, self._decoder.head
             unlearnt = untrained_end_tokens(head, eos, self._dataset.labels)
             said += [("warn", warning(unlearnt))] if unlearnt else []
+        if metrics.step == 1 and metrics.shared_tokens:
+            computed = metrics.tokens - metrics.shared_tokens
+            whole = f"of the first step's {metrics.tokens} tokens {computed} are computed"
+            said.append(("info", f"Examples begin alike, and what they share is computed once: {whole}."))
         exploded = self._watch.warning(metrics.step, metrics.loss)
         if exploded is not None:
             said.append(("warn", exploded))

@@ -65,13 +65,17 @@ def ref(folder: Path) -> m.AdapterRef:
 
 
 def make_data(folder: Path, examples: int = 12, seed: int = 5) -> Path:
-    """Examples of unequal lengths whose first third carries no loss."""
+    """Examples of unequal lengths whose first third carries no loss; the longer ones begin alike."""
     generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(2, VOCAB, (20,), generator=generator).tolist()
     rows = []
     for index in range(examples):
         length = 5 + (index * 37) % 120
         ids = torch.randint(2, VOCAB, (length,), generator=generator).tolist()
-        rows.append((ids, [-100 if i < length // 3 else t for i, t in enumerate(ids)]))
+        shared = 20 if length > 40 else 0
+        ids[:shared] = prompt[:shared]
+        untrained = max(length // 3, shared + 1)
+        rows.append((ids, [-100 if i < untrained else t for i, t in enumerate(ids)]))
     TokenDataset.write(folder, rows)
     return folder
 

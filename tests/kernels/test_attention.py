@@ -7,10 +7,12 @@ from coserve.kernels.paged_attention import paged_attention
 from coserve.kernels.window_attention import window_attention, window_attention_backward
 from tests.kernels.attention_cases import (
     check_column_slices,
+    check_readers_alone,
     check_refusals,
     check_window,
     in_windows,
     paged_case,
+    sharing,
     sliding,
     stream,
 )
@@ -167,6 +169,36 @@ def test_window_cuts(isa: str, dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(in_windows(T, cut, case), whole, strict=True))
     one = stream(70, (2, 1, 16), torch.float32, ())
     assert torch.equal(in_windows(70, 1, one)[0], in_windows(70, 70, one)[0])
+
+
+SHARED = [(0, (30,)), (40, (50, 3, 64)), (130, (1, 70, 20)), (0, (10,)), (64, (64, 64)), (5, (9, 9))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "window_start", "cap"), [((4, 2, 32), 0, 0.0), ((7, 1, 64), 200, 2.0), ((3, 3, 20), 64, 0.0)]
+)
+def test_shared_prefixes_match_float64(
+    isa: str, heads: tuple[int, int, int], window_start: int, cap: float, dtype: torch.dtype
+) -> None:
+    first, gaps = sharing(*SHARED)
+    q, k, v, do, _ = stream(len(first), heads, dtype, ())
+    check_window((q, k, v, do, first), window_start, cap, ROUNDED, gaps)
+
+
+def test_readers_of_a_prefix_are_as_beside_a_copy_of_it(isa: str) -> None:
+    check_readers_alone(torch.float32, 3e-6)
+    check_readers_alone(torch.bfloat16, 2e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuts_of_shared_prefixes_change_no_bit(isa: str, dtype: torch.dtype) -> None:
+    first, gaps = sharing(*SHARED, (300, (200, 250)))
+    q, k, v, do, _ = stream(len(first), (4, 2, 16), dtype, ())
+    case, T = (q, k, v, do, first), len(first)
+    whole = in_windows(T, T, case, gaps)
+    for cut in (64, 192, 512):
+        assert all(torch.equal(a, b) for a, b in zip(in_windows(T, cut, case, gaps), whole, strict=True))
 
 
 def test_window_backward_does_not_depend_on_threads() -> None:

@@ -24,6 +24,7 @@ from coserve.training.backward import MicrobatchBackward
 from coserve.training.batch_run import BatchRun
 from coserve.training.batching import pack
 from coserve.training.microbatch import LoraDropout, Microbatch, Sample
+from coserve.training.prefixes import SharedRun
 from coserve.training.trainable_adapter import TrainableAdapter
 from coserve.worker.kv_tensors import KVTensors
 
@@ -80,13 +81,14 @@ class Trainer:
         before_unit: Callable[[int, Microbatch], None] | None = None,
         calls: Iterable[int] = repeat(1),
         dropout: LoraDropout | None = None,
+        shared: Sequence[SharedRun] = (),
     ) -> float:
         """Fills the adapter's gradients of the mean loss over all samples' trained tokens; returns it.
 
         `level` is the activations' (the highest by default); `before_unit` is called with a backward unit's
         index and the microbatch before each call. A backward window of 0 is the whole microbatch, None are
         tiles, as many of which as `calls` says run as one where they join. `dropout` holds an example number
-        for every sample.
+        for every sample, `shared` which of them share a prefix where all are in one microbatch.
         """
         adapter, config = self.adapter, self.decoder.config
         trained = sum(sum(label != -100 for label in labels[1:]) for _, labels in samples)
@@ -94,7 +96,7 @@ class Trainer:
         losses = []
         for run in pack([len(ids) for ids, _ in samples], microbatch_tokens):
             drop = dropout and dropout._replace(examples=[dropout.examples[i] for i in run])
-            microbatch = Microbatch([samples[i] for i in run], dropout=drop)
+            microbatch = Microbatch([samples[i] for i in run], dropout=drop, shared=shared)
             shape = (
                 config,
                 config.num_layers,

@@ -186,6 +186,7 @@ def test_metrics(http: httpx.Client) -> None:
         'coserve_finetune_jobs{status="running"}',
         'coserve_memory_bytes{owner="kv"}',
         "coserve_finetune_steps_total",
+        "coserve_finetune_shared_tokens_total",
         'coserve_adapters{tier="device"}',
         "coserve_adapter_publish_seconds_count",
         'coserve_slo_missed_total{kind="ttft"}',

@@ -8,16 +8,19 @@ from coserve.kernels.triton import paged_attention as paged
 from coserve.kernels.window_attention import window_attention, window_attention_backward
 from tests.kernels.attention_cases import (
     check_column_slices,
+    check_readers_alone,
     check_refusals,
     check_window,
     in_windows,
     paged_case,
+    sharing,
     sliding,
     stream,
 )
 from tests.kernels.oracle import INTERPRETED_DTYPES, check, ints
 
 ROUNDED = 2e-3  # where weights and slopes are rounded to fp16
+SHARED = [(0, (30,)), (40, (50, 3, 40)), (0, (10,)), (5, (9, 9))]
 
 
 @pytest.fixture
@@ -118,6 +121,25 @@ def test_windows_cut_at_tiles_give_the_same_bits(window: int) -> None:
     q, k, v, do, sample_start = stream(200, (2, 1, 16), torch.float32, (100, 131))
     case = q, k, v, do, sliding(sample_start, window)
     whole, cut = in_windows(200, 200, case), in_windows(200, 64, case)
+    assert all(torch.equal(a, b) for a, b in zip(cut, whole, strict=True))
+
+
+@pytest.mark.parametrize(("heads", "window_start", "cap"), [((4, 2, 16), 0, 0.0), ((7, 1, 20), 100, 2.0)])
+def test_shared_prefixes_match_float64(heads: tuple[int, int, int], window_start: int, cap: float) -> None:
+    first, gaps = sharing(*SHARED)
+    q, k, v, do, _ = stream(len(first), heads, torch.float32, ())
+    check_window((q, k, v, do, first), window_start, cap, ROUNDED, gaps)
+
+
+def test_readers_of_a_prefix_are_as_beside_a_copy_of_it() -> None:
+    check_readers_alone(torch.float32, 3e-6)
+
+
+def test_cuts_of_shared_prefixes_change_no_bit() -> None:
+    first, gaps = sharing(*SHARED)
+    q, k, v, do, _ = stream(len(first), (2, 1, 16), torch.float32, ())
+    case, T = (q, k, v, do, first), len(first)
+    whole, cut = in_windows(T, T, case, gaps), in_windows(T, 64, case, gaps)
     assert all(torch.equal(a, b) for a, b in zip(cut, whole, strict=True))
 
 

@@ -85,6 +85,25 @@ def rows_of_keys(key_N, live_N, table_ptr, block_stride, row_stride, BLOCK_SIZE:
 
 
 @triton.jit
+def common_gap(gap_M, gap_end_M, BLOCK_N: tl.constexpr, GAPS: tl.constexpr):
+    """(first, number) of the keys in whole blocks that lie in the gaps of all rows."""
+    if GAPS:
+        first = tl.cdiv(tl.max(gap_M, 0), BLOCK_N) * BLOCK_N
+        return first, tl.maximum(tl.min(gap_end_M, 0) // BLOCK_N * BLOCK_N - first, 0)
+    else:
+        return 0, 0
+
+
+@triton.jit
+def seen(key, first, last, gap, gap_end, GAPS: tl.constexpr):
+    """Whether a query sees the key: from its first to its last, but for those in its gap."""
+    visible = (key >= first) & (key <= last)
+    if GAPS:
+        visible = visible & ((key < gap) | (key >= gap_end))
+    return visible
+
+
+@triton.jit
 def attend(
     q_MD,
     first_M,
@@ -104,8 +123,12 @@ def attend(
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     CAPPED: tl.constexpr,
+    gap_M,
+    gap_end_M,
+    GAPS: tl.constexpr,
 ):
-    """(top, total, unnormalised output) of rows that see keys first .. last, over keys begin .. end - 1.
+    """(top, total, unnormalised output) of rows that see keys first .. last, over keys begin .. end - 1; with
+    GAPS but for those in gap .. gap_end - 1.
 
     `begin` is a multiple of BLOCK_N; k_ptr and v_ptr point at the KV head of key row 0.
     """
@@ -113,7 +136,11 @@ def attend(
     top_M = tl.full((q_MD.shape[0],), float("-inf"), tl.float32)
     total_M = tl.zeros((q_MD.shape[0],), tl.float32)
     o_MD = tl.zeros(q_MD.shape, tl.float32)
-    for start in range(begin, end, BLOCK_N):
+    skip_from, skip = common_gap(gap_M, gap_end_M, BLOCK_N, GAPS)
+    for step in range(begin, end - skip, BLOCK_N):
+        start = step
+        if GAPS:
+            start += tl.where(step >= skip_from, skip, 0)
         key_N = start + tl.arange(0, BLOCK_N)
         live_N = key_N < end
         mask_ND = live_N[:, None]
@@ -123,7 +150,9 @@ def attend(
         k_ND = tl.load(k_ptr + k_row_N[:, None] + d_D[None, :], mask=mask_ND, other=0.0)
         products_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
         scores_MN, _ = scores_of(products_MN, scale, soft_cap, CAPPED)
-        seen_MN = (key_N[None, :] >= first_M[:, None]) & (key_N[None, :] <= last_M[:, None])
+        seen_MN = seen(
+            key_N[None, :], first_M[:, None], last_M[:, None], gap_M[:, None], gap_end_M[:, None], GAPS
+        )
         scores_MN = tl.where(seen_MN, scores_MN, float("-inf"))
         now_M = tl.maximum(top_M, tl.max(scores_MN, 1))
         base_M = tl.where(now_M == float("-inf"), 0.0, now_M)

@@ -97,7 +97,8 @@ def paged_attention_kernel(
         stop = tl.minimum((split + 1) * SPLIT_KEYS, end)
         top_new_M, total_new_M, o_new_MD = attend(
             q_MD, first_M, last_M, begin, stop, k + kv_head * D, v + kv_head * D, table_of_s, k_block_stride,
-            v_block_stride, k_stride, v_stride, scale, soft_cap, D, BLOCK_N, BLOCK_SIZE, CAPPED,
+            v_block_stride, k_stride, v_stride, scale, soft_cap, D, BLOCK_N, BLOCK_SIZE, CAPPED, first_M,
+            first_M, False,
         )  # fmt: skip
         top_M, total_M, o_MD = join(top_M, total_M, o_MD, top_new_M, total_new_M, o_new_MD)
     if spread:

@@ -5,7 +5,8 @@ blocks anchored at stream index 0, in ascending order; the forward is the loop t
 (attention_tile.py). dk and dv: a program takes a block of keys and goes through tiles of queries, anchored at
 stream index 0, last to first, in each through the KV head's heads in order, adding to what the buffers
 hold. So nothing is added by two programs, and windows cut at multiples of 64, run last to first, give the
-bits of the whole. `first_key` must not fall from one query to the next, as packed samples make it.
+bits of the whole. `first_key` must not fall from one query to the next, as packed samples make it, and a
+query's gap must end where its own sample begins or be empty.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ import triton.language as tl
 
 from coserve.kernels.dispatch import require, require_index
 from coserve.kernels.triton.aot import AotCase
-from coserve.kernels.triton.attention_tile import LOG2E, attend, scores_of, settings_for, tuned_by_dim
+from coserve.kernels.triton.attention_tile import (
+    LOG2E,
+    attend,
+    common_gap,
+    scores_of,
+    seen,
+    settings_for,
+    tuned_by_dim,
+)
 from coserve.kernels.triton.support import cdiv, next_power_of_2, require_dense, require_rows, require_same
 
 
@@ -32,14 +41,14 @@ def _stream(device: torch.device, dim: int) -> tuple[torch.Tensor, ...]:
 
 def _example(device: torch.device, dim: int) -> Callable[[], Any]:
     case = _stream(device, dim)
-    return lambda: window_attention(*case, 1792, dim**-0.5, 0.0)
+    return lambda: window_attention(*case, 1792, dim**-0.5, 0.0, None)
 
 
 def _backward_example(device: torch.device, dim: int) -> Callable[[], Any]:
     case, scale = _stream(device, dim), dim**-0.5
-    o, lse = window_attention(*case, 1792, scale, 0.0)
+    o, lse = window_attention(*case, 1792, scale, 0.0, None)
     sums = torch.zeros(2, 2048, 8, dim, device=device)
-    return lambda: window_attention_backward(o, case[0], o, lse, *case[1:], 1792, scale, *sums, 0.0)
+    return lambda: window_attention_backward(o, case[0], o, lse, *case[1:], 1792, scale, *sums, 0.0, None)
 
 
 TUNED = tuned_by_dim(
@@ -76,10 +85,20 @@ def _rows(tile, kv_head, W, window_start, first_key, GROUP: tl.constexpr, BLOCK_
     return live_M, token_M, head_M, first_M, last_M
 
 
+@triton.jit
+def _gaps(gaps, token_M, live_M, GAPS: tl.constexpr):
+    """First key of each row's gap and the one after it; rows that don't exist are in no tile's way."""
+    if GAPS:
+        gap_M = tl.load(gaps + 2 * token_M, mask=live_M, other=0)
+        return gap_M, tl.load(gaps + 2 * token_M + 1, mask=live_M, other=2147483647)
+    else:
+        return token_M, token_M
+
+
 @triton.jit(do_not_specialize=VARYING)
 def window_kernel(
-    q, q_stride, k, k_stride, v, v_stride, first_key, window_start, W, N, scale, soft_cap, o, lse,
-    GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, CAPPED: tl.constexpr,
+    q, q_stride, k, k_stride, v, v_stride, first_key, gaps, window_start, W, N, scale, soft_cap, o, lse,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, CAPPED: tl.constexpr, GAPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles, Nkv)."""
@@ -87,6 +106,7 @@ def window_kernel(
     live_M, token_M, head_M, first_M, last_M = _rows(
         tl.program_id(0), kv_head, W, window_start, first_key, GROUP, BLOCK_M
     )
+    gap_M, gap_end_M = _gaps(gaps, token_M, live_M, GAPS)
     d_D = tl.arange(0, D_PADDED)
     mask_MD = live_M[:, None] & (d_D < D)[None, :]
     q_M = token_M.to(tl.int64) * q_stride + head_M * D
@@ -94,7 +114,7 @@ def window_kernel(
     begin, end = tl.min(first_M, 0) // BLOCK_N * BLOCK_N, tl.max(last_M, 0) + 1
     top_M, total_M, o_MD = attend(
         q_MD, first_M, last_M, begin, end, k + kv_head * D, v + kv_head * D, k, 0, 0, k_stride, v_stride,
-        scale, soft_cap, D, BLOCK_N, 0, CAPPED,
+        scale, soft_cap, D, BLOCK_N, 0, CAPPED, gap_M, gap_end_M, GAPS,
     )  # fmt: skip
     total_M = tl.where(live_M, total_M, 1.0)
     o_M = token_M.to(tl.int64) * N + head_M
@@ -105,9 +125,9 @@ def window_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def window_dq_kernel(
-    do, do_stride, q, q_stride, o, o_stride, lse, k, k_stride, v, v_stride, first_key, window_start, W, N,
-    scale, soft_cap, dq, delta,
-    GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, CAPPED: tl.constexpr,
+    do, do_stride, q, q_stride, o, o_stride, lse, k, k_stride, v, v_stride, first_key, gaps, window_start, W,
+    N, scale, soft_cap, dq, delta,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, CAPPED: tl.constexpr, GAPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles, Nkv): dq, and delta = do . o for the kernel of dk and dv."""
@@ -115,6 +135,7 @@ def window_dq_kernel(
     live_M, token_M, head_M, first_M, last_M = _rows(
         tl.program_id(0), kv_head, W, window_start, first_key, GROUP, BLOCK_M
     )
+    gap_M, gap_end_M = _gaps(gaps, token_M, live_M, GAPS)
     d_D = tl.arange(0, D_PADDED)
     mask_MD = live_M[:, None] & (d_D < D)[None, :]
     row_M, column_MD = token_M.to(tl.int64), head_M[:, None] * D + d_D[None, :]
@@ -127,7 +148,11 @@ def window_dq_kernel(
     dq_MD = tl.zeros((BLOCK_M, D_PADDED), tl.float32)
     begin, end = tl.min(first_M, 0) // BLOCK_N * BLOCK_N, tl.max(last_M, 0) + 1
     row_N = tl.arange(0, BLOCK_N)
-    for start in range(begin, end, BLOCK_N):
+    skip_from, skip = common_gap(gap_M, gap_end_M, BLOCK_N, GAPS)
+    for step in range(begin, end - skip, BLOCK_N):
+        start = step
+        if GAPS:
+            start += tl.where(step >= skip_from, skip, 0)
         key_N = start + row_N
         mask_ND = (key_N < end)[:, None] & (d_D < D)[None, :]
         k_block = k + tl.cast(start, tl.int64) * k_stride + kv_head * D
@@ -136,7 +161,9 @@ def window_dq_kernel(
         v_ND = tl.load(v_block + (row_N * v_stride)[:, None] + d_D[None, :], mask=mask_ND, other=0.0)
         products_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
         scores_MN, slope_MN = scores_of(products_MN, scale, soft_cap, CAPPED)
-        seen_MN = (key_N[None, :] >= first_M[:, None]) & (key_N[None, :] <= last_M[:, None])
+        seen_MN = seen(
+            key_N[None, :], first_M[:, None], last_M[:, None], gap_M[:, None], gap_end_M[:, None], GAPS
+        )
         p_MN = tl.exp2(tl.where(seen_MN, scores_MN - lse_M[:, None], float("-inf")))
         dp_MN = tl.dot(do_MD, tl.trans(v_ND), input_precision="ieee")
         ds_MN = p_MN * (dp_MN - delta_M[:, None]) * slope_MN
@@ -146,22 +173,27 @@ def window_dq_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def window_dkdv_kernel(
-    do, do_stride, q, q_stride, lse, delta, k, k_stride, v, v_stride, first_key, window_start, W, N, scale,
-    soft_cap, dk, dv,
-    GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, CAPPED: tl.constexpr, TILES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    do, do_stride, q, q_stride, lse, delta, k, k_stride, v, v_stride, first_key, gaps, window_start, W, N,
+    scale, soft_cap, dk, dv,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, CAPPED: tl.constexpr, GAPS: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (key blocks, Nkv): adds to dk and dv. Tiles of BLOCK_M queries, at most TILES of them."""
     kv_head = tl.program_id(1)
     key = tl.program_id(0) * BLOCK_N
     end = window_start + W
     # The tiles that see the block: from the diagonal, or the window's start, to the last that begins before
-    # its sample's keys have moved past the block.
+    # its sample's keys have moved past the block. If a tile's first query has the whole block in its gap, so
+    # have the others: their samples begin no earlier.
     lowest = tl.maximum(key, window_start) // BLOCK_M
     tile_T = lowest + tl.arange(0, TILES)
     head_of_T = tl.maximum(tile_T * BLOCK_M - window_start, 0)
     first_T = tl.load(first_key + head_of_T, mask=head_of_T < W, other=2147483647)
-    tiles = tl.sum((first_T < key + BLOCK_N).to(tl.int32), 0)
+    sees_T = first_T < key + BLOCK_N
+    if GAPS:
+        gap_T, gap_end_T = _gaps(gaps, head_of_T, head_of_T < W, GAPS)
+        sees_T = sees_T & ((gap_T > key) | (gap_end_T < key + BLOCK_N))
+    tiles = tl.sum(sees_T.to(tl.int32), 0)
     if tiles == 0:
         return
 
@@ -188,7 +220,10 @@ def window_dkdv_kernel(
         lse_M = tl.load(lse + token * N + head + row_M * N, mask=live_M, other=0.0) * LOG2E
         products_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision="ieee")
         scores_NM, slope_NM = scores_of(products_NM, scale, soft_cap, CAPPED)
-        seen_NM = (key_N[:, None] >= first_M[None, :]) & (key_N[:, None] <= position_M[None, :])
+        gap_M, gap_end_M = _gaps(gaps, token + row_M, live_M, GAPS)
+        seen_NM = seen(
+            key_N[:, None], first_M[None, :], position_M[None, :], gap_M[None, :], gap_end_M[None, :], GAPS
+        )
         p_NM = tl.exp2(tl.where(seen_NM, scores_NM - lse_M[None, :], float("-inf")))
         do_tile = do + token * do_stride + head * D
         do_MD = tl.load(do_tile + (row_M * do_stride)[:, None] + d_D[None, :], mask=mask_MD, other=0.0)
@@ -209,17 +244,20 @@ def window_attention(
     window_start: int,
     scale: float,
     soft_cap: float,
+    gaps_W2: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(o [W, N, D] in q's dtype, lse [W, N] fp32)`."""
-    _check(q_WND, k_TND, v_TND, first_key_W, window_start)
+    _check(q_WND, k_TND, v_TND, first_key_W, window_start, gaps_W2)
     (W, N, D), Nkv = q_WND.shape, k_TND.shape[1]
+    gaps = first_key_W if gaps_W2 is None else gaps_W2  # where there is none nobody reads it
     o_WND = torch.empty((W, N, D), dtype=q_WND.dtype, device=q_WND.device)
     lse_WN = torch.empty((W, N), dtype=torch.float32, device=q_WND.device)
     if W:
         settings = settings_for(TUNED, q_WND, N // Nkv)
         window_kernel[(_tiles(W, settings), Nkv)](
-            q_WND, q_WND.stride(0), k_TND, k_TND.stride(0), v_TND, v_TND.stride(0), first_key_W, window_start,
-            W, N, scale, soft_cap, o_WND, lse_WN, CAPPED=soft_cap > 0, **settings,
+            q_WND, q_WND.stride(0), k_TND, k_TND.stride(0), v_TND, v_TND.stride(0), first_key_W,
+            gaps, window_start, W, N, scale, soft_cap, o_WND, lse_WN,
+            CAPPED=soft_cap > 0, GAPS=gaps_W2 is not None, **settings,
         )  # fmt: skip
     return o_WND, lse_WN
 
@@ -237,9 +275,10 @@ def window_attention_backward(
     dk_TND: torch.Tensor,
     dv_TND: torch.Tensor,
     soft_cap: float,
+    gaps_W2: torch.Tensor | None,
 ) -> torch.Tensor:
     """Gradient w.r.t. the window's `q`, in its dtype; adds those of all keys it sees into fp32 `dk`, `dv`."""
-    _check(q_WND, k_TND, v_TND, first_key_W, window_start)
+    _check(q_WND, k_TND, v_TND, first_key_W, window_start, gaps_W2)
     (W, N, D), Nkv = q_WND.shape, k_TND.shape[1]
     require_same(q_WND, do=do_WND, o=o_WND)
     require_rows(do=do_WND, o=o_WND)
@@ -252,20 +291,21 @@ def window_attention_backward(
     dq_WND = torch.empty((W, N, D), dtype=q_WND.dtype, device=q_WND.device)
     if W == 0:
         return dq_WND
+    gaps = first_key_W if gaps_W2 is None else gaps_W2  # where there is none nobody reads it
     delta_WN = torch.empty_like(lse_WN)
     settings = settings_for(TUNED_DQ, q_WND, N // Nkv)
     window_dq_kernel[(_tiles(W, settings), Nkv)](
         do_WND, do_WND.stride(0), q_WND, q_WND.stride(0), o_WND, o_WND.stride(0), lse_WN, k_TND,
-        k_TND.stride(0), v_TND, v_TND.stride(0), first_key_W, window_start, W, N, scale, soft_cap, dq_WND,
-        delta_WN, CAPPED=soft_cap > 0, **settings,
+        k_TND.stride(0), v_TND, v_TND.stride(0), first_key_W, gaps, window_start, W, N, scale, soft_cap,
+        dq_WND, delta_WN, CAPPED=soft_cap > 0, GAPS=gaps_W2 is not None, **settings,
     )  # fmt: skip
     settings = settings_for(TUNED_DKDV, q_WND, 1) | {"GROUP": N // Nkv}
     end, tile = window_start + W, settings["BLOCK_M"]
     tiles = max(LEAST_TILES, next_power_of_2(cdiv(end, tile) - window_start // tile))
     window_dkdv_kernel[(cdiv(end, settings["BLOCK_N"]), Nkv)](
         do_WND, do_WND.stride(0), q_WND, q_WND.stride(0), lse_WN, delta_WN, k_TND, k_TND.stride(0), v_TND,
-        v_TND.stride(0), first_key_W, window_start, W, N, scale, soft_cap, dk_TND, dv_TND,
-        CAPPED=soft_cap > 0, TILES=tiles, **settings,
+        v_TND.stride(0), first_key_W, gaps, window_start, W, N, scale, soft_cap, dk_TND, dv_TND,
+        CAPPED=soft_cap > 0, GAPS=gaps_W2 is not None, TILES=tiles, **settings,
     )  # fmt: skip
     return dq_WND
 
@@ -275,11 +315,19 @@ def _tiles(W: int, settings: dict[str, int]) -> int:
 
 
 def _check(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_key: torch.Tensor, window_start: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first_key: torch.Tensor,
+    window_start: int,
+    gaps: torch.Tensor | None,
 ) -> None:
     require_same(q, k=k, v=v)
     require_rows(q=q, k=k, v=v)
     require_index(torch.int32, q.device, first_key=first_key)
+    if gaps is not None:
+        require_index(torch.int32, q.device, gaps=gaps)
+        require(gaps.shape == (len(q), 2), f"gaps must be [{len(q)}, 2], not {list(gaps.shape)}")
     require(k.shape == v.shape and k.shape[2] == q.shape[2], "k, v and q differ in shape")
     require(
         q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads are no multiple of {k.shape[1]} KV heads"
@@ -297,13 +345,20 @@ def _cases() -> list[AotCase]:
         signature |= dict.fromkeys(("do_stride", "q_stride", "o_stride", "k_stride", "v_stride"), "i32:16")
         signature |= {
             "first_key": "*i32:16",
+            "gaps": "*i32:16",
             "window_start": "i32",
             "W": "i32",
             "N": "i32",
             "scale": "fp32",
         }
         signature |= {"soft_cap": "fp32"} | dict.fromkeys(("lse", "delta", "dk", "dv"), sums)
-        shape = {"GROUP": 7 if D == 64 else 4, "D": D, "D_PADDED": next_power_of_2(D), "CAPPED": D == 256}
+        shape = {
+            "GROUP": 7 if D == 64 else 4,
+            "D": D,
+            "D_PADDED": next_power_of_2(D),
+            "CAPPED": D == 256,
+            "GAPS": D in (64, 256),
+        }
         for kernel, tuned, more in (
             (window_kernel, TUNED, {}),
             (window_dq_kernel, TUNED_DQ, {}),

@@ -93,7 +93,7 @@ class JobReports:
 
         self._deaths.progressed(progress.job_id, metrics.step)
         if await self._database.run(record):
-            self._metrics.finetune_step(metrics.trained_tokens)
+            self._metrics.finetune_step(metrics.trained_tokens, metrics.shared_tokens)
         self._records.changes.notify(progress.job_id)
 
     async def _on_checkpoint(self, event: JobCheckpoint) -> None:
