@@ -9,8 +9,13 @@ import pytest
 from coserve.engine import messages as m
 
 from . import world
-from .fixtures import data as data
 from .fixtures import model as model
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve training examples, of which the longer ones share a prefix; nobody writes into them."""
+    return world.make_data(tmp_path_factory.mktemp("data") / "train", prompt=20)
 
 
 @pytest.fixture(scope="session")

@@ -64,17 +64,18 @@ def ref(folder: Path) -> m.AdapterRef:
     return m.AdapterRef(folder.name, 1, f"sha256:{digest}", str(folder))
 
 
-def make_data(folder: Path, examples: int = 12, seed: int = 5) -> Path:
-    """Examples of unequal lengths whose first third carries no loss; the longer ones begin alike."""
+def make_data(folder: Path, examples: int = 12, seed: int = 5, prompt: int = 0) -> Path:
+    """Examples of unequal lengths whose first third carries no loss; those of more than twice `prompt` tokens
+    begin with the same ones."""
     generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(2, VOCAB, (20,), generator=generator).tolist()
+    system = torch.randint(2, VOCAB, (prompt,), generator=torch.Generator().manual_seed(seed + 1)).tolist()
     rows = []
     for index in range(examples):
         length = 5 + (index * 37) % 120
         ids = torch.randint(2, VOCAB, (length,), generator=generator).tolist()
-        shared = 20 if length > 40 else 0
-        ids[:shared] = prompt[:shared]
-        untrained = max(length // 3, shared + 1)
+        shared = prompt if length > 2 * prompt else 0
+        ids[:shared] = system[:shared]
+        untrained = max(length // 3, shared + 1) if shared else length // 3
         rows.append((ids, [-100 if i < untrained else t for i, t in enumerate(ids)]))
     TokenDataset.write(folder, rows)
     return folder

@@ -130,7 +130,9 @@ def test_a_scoring_pass_counts_as_forward_tokens_alone(model, pairs, tmp_path, m
     (step,) = told(local)
     # The reference and the adapter over the step's tokens, then both over the validation set's.
     local.engine.jobs.take_token_counts()
-    assert tuple(map(sum, zip(*counts, strict=True))) == (4 * step.tokens, step.tokens)
+    computed = step.tokens - step.shared_tokens  # a pair reads its prompt once
+    assert 0 < step.shared_tokens
+    assert tuple(map(sum, zip(*counts, strict=True))) == (4 * computed, computed)
 
 
 def test_rows_are_taken_for_adapter_and_reference_or_for_none(model, pairs, preferred, tmp_path) -> None:

@@ -12,15 +12,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
+from coserve.engine import messages as m
 from coserve.models.decoder import Decoder
 from coserve.models.loader import load_model
+from coserve.training import evaluation, running_job
 from coserve.training.batching import BatchPlan
 from coserve.training.dataset import TokenDataset
-from coserve.training.job import LoraSpec, TrainingSpec
+from coserve.training.job import LoraSpec, StepMetrics, TrainingSpec
 from coserve.training.microbatch import LoraDropout, Microbatch, Sample
 from coserve.training.prefixes import LEAST, SharedRun, groups, longest_sharer
 from coserve.training.trainable_adapter import TrainableAdapter
+from tests.invariants import world
 from tests.parity.harness import make_reference, save_reference
 from tests.parity.training_harness import Trainer, fill_b, gradient_tensors
 
@@ -212,7 +216,57 @@ def test_families_with_sliding_windows_share_what_is_no_longer(kind: str, tmp_pa
     )
 
 
+def test_a_validation_set_shares_too(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = world.make_data(tmp_path / "data", prompt=30)
+
+    def score(name: str) -> list[tuple[int, float, float]]:
+        local, spec = (
+            world.make_engine(model),
+            world.make_job(data, tmp_path / name, max_steps=2, validation=data),
+        )
+        world.submit(local, replace(spec, lora=replace(spec.lora, lora_dropout=0.1)))  # training doesn't
+        world.finish(local, spec.job_id)
+        return world.validations(local, spec.job_id)
+
+    ((_, shared, right),) = score("shared")
+    monkeypatch.setattr(evaluation, "longest_sharer", lambda config, dropout: 0)
+    ((_, plain, right_too),) = score("plain")
+    assert shared == pytest.approx(plain, rel=1e-6) and right == right_too
+
+
 def test_nobody_shares_under_dropout(trainer: Trainer) -> None:
     config = trainer.decoder.config
     assert longest_sharer(config, 0.0) == config.max_position_embeddings
     assert longest_sharer(config, 0.1) == 0
+
+
+def test_a_job_shares_and_says_so(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both runs learn the same; only one computes what examples share for each."""
+
+    def run(name: str) -> tuple[list[StepMetrics], list[str], int]:
+        local, counts = world.make_engine(model), []
+        take = local.engine.jobs.take_token_counts
+        monkeypatch.setattr(
+            local.engine.jobs, "take_token_counts", lambda: counts.append(take()) or counts[-1]
+        )
+        spec = world.make_job(data, tmp_path / name, n_epochs=2, batch_size=12)
+        world.submit(local, spec)
+        world.finish(local, spec.job_id)
+        steps = [s.metrics for s in local.sent if isinstance(s, m.JobProgress)]
+        local.engine.jobs.take_token_counts()
+        told = [s.text for s in local.sent if isinstance(s, m.JobMessage)]
+        return steps, told, sum(forward for forward, _ in counts)
+
+    data = world.make_data(tmp_path / "data", prompt=30)
+    steps, (told,), forward = run("shared")
+    monkeypatch.setattr(running_job, "longest_sharer", lambda config, dropout: 0)
+    plain, silence, whole = run("plain")
+    first = steps[0]
+    assert f"{first.tokens} tokens {first.tokens - first.shared_tokens} are computed" in told and not silence
+    assert [s.tokens for s in steps] == [s.tokens for s in plain]
+    assert forward == sum(s.tokens - s.shared_tokens for s in steps)
+    assert whole == sum(s.tokens for s in plain)
+    for ours, theirs in zip(steps, plain, strict=True):
+        assert ours.shared_tokens % 30 == 0 and theirs.shared_tokens == 0
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3)
