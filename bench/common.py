@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -144,6 +144,12 @@ def engine_config(model: Path, **settings: Any) -> EngineConfig:
         "max_lora_rank": 16,
     }
     return EngineConfig(model=str(model), **(defaults | settings))
+
+
+def quantile(values: Sequence[float], q: float) -> float | None:
+    """Of values in any order; None of none."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else None
 
 
 def paired(

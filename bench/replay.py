@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import quantile
 from traces import Arrival
 
 DRAIN = 20.0  # seconds that requests may take to end after the last arrival; later ones count as missed
@@ -130,12 +131,6 @@ def replay(
             time.sleep(min(every, left))
             watch()
         return client.answers()
-
-
-def quantile(values: Sequence[float], q: float) -> float | None:
-    """Of values in any order; None of none."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else None
 
 
 def tokens_between(answers: Sequence[Answer], begin: float, end: float) -> float:

@@ -4,9 +4,10 @@ loads.
 `coserve/core` as it is, on a roofline of two CPU cores (`--device cpu`) or of an H200, for the 0.5B, 1B, 8B
 or 70B shape. Saturation is measured first, by the same simulator; then each load runs three ways: requests
 alone, training alone, both. `eta` is the part of training alone that is kept beside requests; `u` adds the
-part of saturation that is served, `u_most` is what it would be if training took all the arithmetic that
-requests leave; `rho` is ITL p99 over that of requests alone; `goodput` the part of the requests within their
-target.
+part of saturation that is served (of the most that the seats complete, whatever the latency), `u_at_target`
+the part of what they complete at the TPOT target; `u_most` is what `u` would be if training took all the
+arithmetic that requests leave; `rho` is ITL p99 over that of requests alone; `goodput` the part of the
+requests within their target.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ def options() -> argparse.Namespace:
     return how
 
 
-def simulator(how: argparse.Namespace, jobs: int, tpot: float = 0.0) -> Simulator:
-    """A fresh server with a TPOT target in seconds."""
+def simulator(how: argparse.Namespace, jobs: int, tpot: float = 0.0, seats: int = 0) -> Simulator:
+    """A fresh server with a TPOT target in seconds, and fewer `seats` than asked for where that is given."""
     device = DEVICES[how.device]
     if how.calls_beside is not None:
         device = replace(device, calls_beside=how.calls_beside)
@@ -98,16 +99,34 @@ def simulator(how: argparse.Namespace, jobs: int, tpot: float = 0.0) -> Simulato
         jobs=[TrainingJob(f"job-{index}", tokens) for index in range(jobs)],
         adapters=how.adapters,
         max_loras=how.max_loras,
-        max_num_seqs=how.max_num_seqs,
+        max_num_seqs=seats or how.max_num_seqs,
         seed=how.seed,
     )
+
+
+def saturated(how: argparse.Namespace, arrivals: list[traces.Arrival]) -> list[tuple[float, float]]:
+    """What floods complete with half the seats, a quarter ...: TPOT p50 and generated tokens a second."""
+    found = []
+    for seats in (how.max_num_seqs >> halved for halved in range(7)):
+        if seats:
+            flood = saturation(simulator(how, 0, seats=seats), arrivals[: 4 * seats])
+            found.append((flood.tpot, flood.tokens))
+    return sorted(found)
+
+
+def within(points: list[tuple[float, float]], tpot: float) -> float:
+    """The most tokens a second at that TPOT, between the points; below them in proportion."""
+    below = max((point for point in points if point[0] <= tpot), default=(0.0, 0.0))
+    above = min((point for point in points if point[0] > tpot), default=below)
+    part = (tpot - below[0]) / (above[0] - below[0]) if above > below else 0.0
+    return max(below[1], below[1] + part * (above[1] - below[1]))
 
 
 def describe(outcome: Outcome) -> dict[str, Any]:
     """The figures of a run; times in milliseconds."""
 
     def quantiles(values: list[float]) -> list[float]:
-        return [round(outcome.quantile(values, q) * 1e3, 3) for q in (0.5, 0.99)]
+        return [round((common.quantile(values, q) or 0.0) * 1e3, 3) for q in (0.5, 0.99)]
 
     return {
         "served": len(outcome.served),
@@ -119,7 +138,7 @@ def describe(outcome: Outcome) -> dict[str, Any]:
         "tpot_ms_p50_p99": quantiles(outcome.tpots),
         "itl_ms_p50_p99": quantiles(outcome.gaps),
         "wait_ms_p50_p99": quantiles(outcome.waits),
-        "model_error_p95": outcome.quantile(outcome.errors, 0.95),
+        "model_error_p95": common.quantile(outcome.errors, 0.95),
         "preemptions": outcome.preemptions,
         "evictions": outcome.evictions,
         "steps": outcome.steps,
@@ -136,7 +155,8 @@ def arithmetic(how: argparse.Namespace, outcome: Outcome) -> float:
 def tell(row: dict[str, Any], alone: float) -> str:
     """A load's line for whoever waits; `alone` is the goodput without training."""
     return (
-        f"load {row['load']:.2f}: U {row['u']:.2f} of {row['u_most']:.2f}, eta {row['eta']:.2f}, "
+        f"load {row['load']:.2f}: U {row['u']:.2f} of {row['u_most']:.2f} ({row['u_at_target']:.2f} by what "
+        f"the target lets through), eta {row['eta']:.2f}, "
         f"rho {row['rho']:.2f}, goodput {row['goodput']:.3f} ({alone:.3f} alone) at {row['target_tpot_ms']} "
         f"ms, TPOT {row['tpot_ms_p50_p99']}, ITL {row['itl_ms_p50_p99']}, TTFT {row['ttft_ms_p50_p99']} ms"
     )
@@ -147,7 +167,8 @@ def measure(how: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Column]
     caps = how.prompt_tokens, how.output_tokens
     arrivals = traces.load(how.trace, max(how.seconds, 3600.0), how.seed, *caps)
     arrivals = traces.capped(arrivals, *caps)
-    limit, token_limit = saturation(simulator(how, 0), arrivals[:SATURATING])
+    flood = saturation(simulator(how, 0), arrivals[:SATURATING])
+    limit, token_limit, points = flood.requests, flood.tokens, saturated(how, arrivals)
     alone = describe(simulator(how, how.jobs).run([], how.seconds))
     rows: list[dict[str, Any]] = [{"load": 0.0, "arrangement": "training alone", **alone}]
     columns: list[Column] = []
@@ -156,10 +177,10 @@ def measure(how: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Column]
         asked = how.slo_tpot_ms / 1e3
         serving = simulator(how, 0, asked).run(shaped, how.seconds)
         if how.slo_tpot_ratio:
-            asked = how.slo_tpot_ratio * serving.quantile(serving.tpots, 0.5)
+            asked = how.slo_tpot_ratio * (common.quantile(serving.tpots, 0.5) or 0.0)
             serving = simulator(how, 0, asked).run(shaped, how.seconds)
         # The automatic target promises each step a ratio; requests are held to it at the alone run's p99.
-        target = asked or max(AUTO_FLOOR, AUTO_RATIO * serving.quantile(serving.tpots, 0.99))
+        target = asked or max(AUTO_FLOOR, AUTO_RATIO * (common.quantile(serving.tpots, 0.99) or 0.0))
         both = simulator(how, how.jobs, asked).run(shaped, how.seconds)
         columns.append(Column(load, serving, both, target))
         pair = [
@@ -175,6 +196,7 @@ def measure(how: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Column]
         row = pair[1]
         row["eta"] = row["trained_tokens_per_second"] / alone["trained_tokens_per_second"]
         row["u"] = row["eta"] + row["generated_tokens_per_second"] / token_limit
+        row["u_at_target"] = row["eta"] + row["generated_tokens_per_second"] / within(points, target)
         row["u_most"] = row["u"] - row["eta"] + max(0.0, 1.0 - arithmetic(how, serving))
         row["rho"] = row["itl_ms_p50_p99"][1] / max(pair[0]["itl_ms_p50_p99"][1], 1e-9)
         rows += pair

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from coserve.core.slo import CALLS_BESIDE
 from coserve.core.span import InferenceSpan, TrainingSpan
 from coserve.models.config import ModelConfig
 
@@ -14,10 +15,10 @@ BYTES = 2  # of a weight and of a cached element: bf16
 @dataclass(frozen=True)
 class Device:
     """`flops` and `bandwidth` are what products and weight streams reach, not data sheets; `memory` is bytes,
-    `overhead` the seconds of a step outside of them. a step's first `calls_beside` backward calls run on
-    a stream of their own beside the forward, in the arithmetic that it leaves idle. A step's time varies by a
-    lognormal factor of deviation `noise`. `link` and `disk` are the bytes a second from host memory to the
-    device and from files to host memory."""
+    `overhead` the seconds of a step outside of them. `calls_beside` backward calls of a step at most run on a
+    stream of their own beside the forward, in the arithmetic that it leaves idle; it ends no sooner than
+    their launches, of `launch` seconds each. A step's time varies by a lognormal factor of deviation `noise`.
+    `link` and `disk` are the bytes a second from host memory to the device and from files to host memory."""
 
     name: str
     flops: float
@@ -25,6 +26,7 @@ class Device:
     memory: float
     overhead: float
     calls_beside: int = 0
+    launch: float = 0.0
     noise: float = 0.03
     link: float = 10e9
     disk: float = 1e9
@@ -37,10 +39,11 @@ class Device:
 # Two cores of an AMD EPYC with AVX-512 BF16 (docs/kernels.md), and an H200 (NVIDIA's data sheet: 989 TFLOP/s,
 # 4.8 TB/s) at four fifths of its bandwidth and at 0.7 of its arithmetic. Four of them as one, a fifth of all
 # spent between them: the engine has no tensor parallelism, this is for planning alone.
+_GPU = {"calls_beside": CALLS_BESIDE, "launch": 1.5e-4, "disk": 3e9}
 DEVICES = {
     "cpu": Device("cpu", 0.42e12, 28e9, 20e9, 2e-3),
-    "h200": Device("h200", 690e12, 3.9e12, 141e9, 6e-4, calls_beside=1, link=40e9, disk=3e9),
-    "4xh200": Device("4xh200", 2208e12, 12.5e12, 564e9, 1.5e-3, calls_beside=1, link=160e9, disk=3e9),
+    "h200": Device("h200", 690e12, 3.9e12, 141e9, 6e-4, link=40e9, **_GPU),
+    "4xh200": Device("4xh200", 2208e12, 12.5e12, 564e9, 1.5e-3, link=160e9, **_GPU),
 }
 
 
@@ -68,7 +71,7 @@ class CostModel:
     def __init__(self, device: Device, config: ModelConfig, rank: int = 16) -> None:
         self.device, self.config = device, config
         self.layers = config.num_layers
-        self.overhead, self.calls_beside = device.overhead, device.calls_beside
+        self.overhead, self.launch, self.calls_beside = device.overhead, device.launch, device.calls_beside
         hidden = config.hidden_size
         attention = hidden * (config.num_heads * 2 + config.num_kv_heads * 2) * config.head_dim
         self.layer_weights = attention + 3 * hidden * config.intermediate_size
@@ -81,14 +84,14 @@ class CostModel:
         self.adapter_bytes = rank * widths * self.layers * BYTES
         self._pair_flops = 4.0 * config.num_heads * config.head_dim
 
-    def forward(self, inference: Sequence[InferenceSpan], windows: Sequence[TrainingSpan]) -> float:
-        """All rows of a step through all layers, and logits of those that sample."""
-        return self.device.seconds(*self._work(inference, windows))
-
-    def idle_arithmetic(self, inference: Sequence[InferenceSpan], windows: Sequence[TrainingSpan]) -> float:
-        """Seconds of the forward in which the arithmetic waits for memory."""
+    def forward(
+        self, inference: Sequence[InferenceSpan], windows: Sequence[TrainingSpan]
+    ) -> tuple[float, float]:
+        """All rows of a step through all layers, and logits of those that sample: the seconds, and those of
+        them in which the arithmetic waits for memory."""
         flops, moved = self._work(inference, windows)
-        return self.device.seconds(flops, moved) - flops / self.device.flops
+        seconds = self.device.seconds(flops, moved)
+        return seconds, seconds - flops / self.device.flops
 
     def _work(
         self, inference: Sequence[InferenceSpan], windows: Sequence[TrainingSpan]

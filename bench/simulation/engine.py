@@ -1,7 +1,7 @@
 """`Engine.step` without a device: coserve/core as it is, under a clock of its own.
 
-The order is the engine's: schedule, forward, answer, training's windows apart, backward units until the
-deadline. `Costs` says how long each takes; nothing is computed.
+The order is the engine's: schedule, forward with calls beside, answer, training's windows apart, backward
+units until the deadline. `Costs` says how long each takes; nothing is computed.
 """
 
 from __future__ import annotations
@@ -11,31 +11,33 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from coserve.core.block_pool import BlockPool
+from coserve.core.calls_beside import CallBeside, calls_beside
 from coserve.core.latency_model import LatencyModel
 from coserve.core.request import Request
 from coserve.core.scheduler import Scheduler, SchedulerLimits
 from coserve.core.slo import LatencyTargets
 from coserve.core.span import InferenceSpan, TrainingSpan
 from coserve.core.step_plan import StepPlan
+from coserve.core.training_sequence import TrainingSequence
 
 TOKEN = 7  # what every request samples
 REST = 1e-12  # seconds of a window that count as nothing left
 
 
 class Costs(Protocol):
-    """Seconds of a step's parts. `overhead` comes with every forward; a window that runs apart is `layers`
-    equal pieces; the first `calls_beside` backward calls hide in the forward's idle arithmetic."""
+    """Seconds of a step's parts. `overhead` comes with every forward, which ends no sooner than each of the
+    calls beside it, `calls_beside` at most, took its `launch`; a window that runs apart is `layers` equal
+    pieces."""
 
     layers: int
     overhead: float
+    launch: float
     calls_beside: int
 
-    def forward(self, inference: Sequence[InferenceSpan], windows: Sequence[TrainingSpan]) -> float:
-        """One batch of both."""
-        ...
-
-    def idle_arithmetic(self, inference: Sequence[InferenceSpan], windows: Sequence[TrainingSpan]) -> float:
-        """Seconds of that forward in which other arithmetic could run."""
+    def forward(
+        self, inference: Sequence[InferenceSpan], windows: Sequence[TrainingSpan]
+    ) -> tuple[float, float]:
+        """One batch of both: its seconds, and those in which other arithmetic can run."""
         ...
 
     def unit(self, kind: str, tokens: int, context: int) -> float:
@@ -45,7 +47,8 @@ class Costs(Protocol):
 
 class SimulatedEngine:
     """Core's scheduler and a clock, `now`. Of the last step: when it `began`, when its tokens were `answered`
-    and the requests that have `sampled` one. `noise` draws the factor by which a step's times vary."""
+    and the requests that have `sampled` one. `training_seconds` is the work of all units, `noise` draws the
+    factor by which a step's times vary."""
 
     def __init__(
         self,
@@ -59,12 +62,13 @@ class SimulatedEngine:
     ) -> None:
         self.costs = costs
         self.pool = pool
-        self.model = LatencyModel()
+        self.model = LatencyModel(overlaps=costs.calls_beside > 0)
         self.scheduler = Scheduler(limits, pool, self.model, targets, adapter_ready, adapter_released)
         self.now = self.began = self.answered = 0.0
         self.sampled: list[Request] = []
         self.training_seconds = 0.0
         self._noise = noise
+        self._exposed = 0.0  # seconds of the last step that training made it longer
         self._left = 0.0  # seconds that resting windows still owe
 
     def step(self, next_arrival: float = math.inf) -> StepPlan:
@@ -74,26 +78,28 @@ class SimulatedEngine:
         self.sampled = []
         if plan.empty:
             return plan
-        noise, trained = self._noise(), self.training_seconds
+        noise, self._exposed = self._noise(), 0.0
         windows = [] if plan.apart else plan.training_forward
-        hidden = 0.0
-        shared = bool(self.costs.calls_beside and plan.training_backward)
-        if plan.inference or windows:
-            self.now += self.costs.overhead + noise * self.costs.forward(plan.inference, windows)
-            if shared:
-                hidden = noise * self.costs.idle_arithmetic(plan.inference, windows)
-        self.answered = self.now
-        seconds = self.now - self.began
-        self._answer(plan)
-        if plan.inference and not windows and not shared:
-            self.model.observe_inference(plan.inference_tokens, plan.context_tokens, seconds)
-        deadline = self.began + plan.inference_alone + plan.training_budget
+        ran, beside = 0, 0.0
+        if plan.inference:
+            calls = calls_beside(plan, self.scheduler.training, self.model, self.costs.calls_beside)
+            forward, idle = self.costs.forward(plan.inference, windows)
+            self.now += self.costs.overhead + max(noise * forward, self.costs.launch * len(calls))
+            self.answered = self.now
+            self._answer(plan)
+            ran, beside = sum(call.length for call in calls), sum(call.seconds for call in calls)
+            self._join(calls, noise, noise * idle)
+            both = self.now - self.began
+            rows, tokens, context = plan.window_rows, plan.inference_tokens, plan.context_tokens
+            work = self.model.observe_step(tokens, context, rows, beside, both)
+            if rows:
+                self._exposed += max(0.0, self.answered - self.began - plan.inference_alone)
+                self._pay_forward(plan, work)
+        deadline = self.began + plan.end
         if plan.apart:
             self._forward_apart(plan, noise, deadline if plan.inference else next_arrival)
-        elif windows:
-            self._pay_forward(plan, max(seconds - plan.inference_alone, 1e-6))
-        self._backward(plan, noise, deadline, math.inf if plan.inference else next_arrival, hidden)
-        self.scheduler.account(self.now - self.began, self.training_seconds - trained)
+        self._backward(plan, noise, deadline, math.inf if plan.inference else next_arrival, ran)
+        self.scheduler.account(self.now - self.began, self._exposed)
         return plan
 
     def _answer(self, plan: StepPlan) -> None:
@@ -114,15 +120,38 @@ class SimulatedEngine:
 
     def _pay_forward(self, plan: StepPlan, seconds: float, earlier: float = 0.0) -> None:
         rows = self._charge_forward(plan, seconds)
-        self.model.observe_unit("apart" if plan.apart else "forward", rows, seconds + earlier)
+        if plan.apart:
+            self.model.observe_unit("apart", rows, seconds + earlier)
         for span in plan.training_forward:
             span.sequence.cursor += span.length
             self.scheduler.training.release_head(span.sequence)
 
+    def _join(self, calls: Sequence[CallBeside], noise: float, idle: float) -> None:
+        """Calls that ran beside the forward, `idle` seconds of them in what its arithmetic left."""
+        seconds = 0.0
+        for call in calls:
+            took = noise * self._unit_seconds(call.sequence, call.kind, call.tokens)
+            self.training_seconds += took
+            seconds += took
+            self._pay(call.sequence, call.length, call.seconds)
+        late = max(0.0, seconds - idle)
+        self.now += late
+        self._exposed += late
+
+    def _unit_seconds(self, sequence: TrainingSequence, kind: str, tokens: int) -> float:
+        return self.costs.unit(kind, tokens, max(0, sequence.num_tokens - tokens) // 2)
+
+    def _pay(self, sequence: TrainingSequence, length: int, seconds: float) -> None:
+        queue = self.scheduler.training
+        queue.charge(sequence.job_id, seconds)
+        sequence.pay_units(length)
+        if sequence.done:
+            queue.release(sequence)
+
     def _forward_apart(self, plan: StepPlan, noise: float, stop: float) -> None:
         """Layer by layer until `stop`, beside requests while the next one ends by then; rests there."""
         queue = self.scheduler.training
-        whole = noise * self.costs.forward((), plan.training_forward)
+        whole = noise * self.costs.forward((), plan.training_forward)[0]
         layer = whole / self.costs.layers
         left = self._left if plan.training_forward == queue.resting else whole
         spent = 0.0
@@ -132,6 +161,7 @@ class SimulatedEngine:
             if left > REST and self.now + spent + (layer if plan.inference else 0.0) >= stop:
                 break
         self.now += spent
+        self._exposed += spent
         self._left = left
         if left > REST:
             self._charge_forward(plan, spent)
@@ -140,31 +170,28 @@ class SimulatedEngine:
             self._pay_forward(plan, max(spent, 1e-6), queue.awake())
 
     def _backward(
-        self, plan: StepPlan, noise: float, deadline: float, next_arrival: float, hidden: float
+        self, plan: StepPlan, noise: float, deadline: float, next_arrival: float, ran: int
     ) -> None:
-        """The planned units in calls, as far as they end by the deadline and nobody arrives; the first only
-        has to begin before."""
-        queue, calls = self.scheduler.training, 0
+        """The planned units but for the `ran` first in calls, as far as they end by the deadline and nobody
+        arrives; the step's first only has to begin before."""
+        queue, is_first = self.scheduler.training, ran == 0
         for span in plan.training_backward:
-            sequence, waiting = span.sequence, span.length
+            sequence, waiting = span.sequence, span.length - min(ran, span.length)
+            ran -= span.length - waiting
             while waiting:
-                index, is_beside = sequence.unit_cursor, calls < self.costs.calls_beside
-                left = plan.training_budget if is_beside else deadline - self.now
-                length = queue.call_length(sequence, index, waiting, left if plan.inference else None)
-                ends = self.now + (queue.call_seconds(sequence, index, length) if calls else 0.0)
-                if not is_beside and (ends >= deadline or self.now >= next_arrival):
+                index = sequence.unit_cursor
+                length = queue.call_length(
+                    sequence, index, waiting, deadline - self.now if plan.inference else None
+                )
+                ends = self.now + (0.0 if is_first else queue.call_seconds(sequence, index, length))
+                if ends >= deadline or self.now >= next_arrival:
                     return
                 kind, tokens = sequence.unit_kind(index), sequence.tokens_of(index, length)
-                context = max(0, sequence.num_tokens - tokens) // 2
-                seconds = noise * self.costs.unit(kind, tokens, context)
-                concealed = min(hidden, seconds) if is_beside else 0.0
-                hidden -= concealed
-                self.now += seconds - concealed
+                seconds = noise * self._unit_seconds(sequence, kind, tokens)
+                self.now += seconds
                 self.training_seconds += seconds
+                self._exposed += seconds
                 self.model.observe_unit(kind, tokens, seconds)
-                queue.charge(sequence.job_id, seconds)
-                sequence.pay_units(length)
+                self._pay(sequence, length, seconds)
                 waiting -= length
-                calls += 1
-                if sequence.done:
-                    queue.release(sequence)
+                is_first = False

@@ -11,8 +11,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from typing import NamedTuple
 
 import torch
+from common import quantile
 from simulation.adapters import SimulatedTiers
 from simulation.device import CostModel, Device
 from simulation.engine import SimulatedEngine
@@ -107,11 +109,6 @@ class Outcome:
     def generated_tokens(self) -> int:
         """Of all requests."""
         return sum(served.tokens for served in (*self.served, *self.pending))
-
-    def quantile(self, values: Sequence[float], q: float) -> float:
-        """Of a list that need not be ordered; 0 of none."""
-        ordered = sorted(values)
-        return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else 0.0
 
     @property
     def gaps(self) -> list[float]:
@@ -305,16 +302,25 @@ class Simulator(SimulatedEngine):
                 self._begin(job)
 
 
-def saturation(simulator: Simulator, arrivals: Sequence[Arrival]) -> tuple[float, float]:
-    """Requests and generated tokens a second that the server completes while more of them wait: all arrive at
-    once, and as many as run together are left out at both ends where there are enough."""
+class Saturation(NamedTuple):
+    """Requests and generated tokens a second, and TPOT p50 in seconds."""
+
+    requests: float
+    tokens: float
+    tpot: float
+
+
+def saturation(simulator: Simulator, arrivals: Sequence[Arrival]) -> Saturation:
+    """What the server completes while more of them wait: all arrive at once, and as many as run together are
+    left out at both ends where there are enough."""
     flood = [Arrival(0.0, a.prompt_tokens, a.output_tokens, a.client, a.prefix) for a in arrivals]
-    outcome = simulator.run(flood, math.inf)
+    outcome = simulator.run(flood, math.inf, sample_every=0.0)
     done = sorted(outcome.served, key=lambda served: served.last)
     edge = max(sample.running for sample in outcome.samples)
     begin, seconds = 0.0, outcome.seconds
     if len(done) >= 3 * edge:
         begin, seconds = done[edge - 1].last, done[-edge - 1].last
         done = done[edge:-edge]
-    tokens = sum(served.tokens for served in done)
-    return len(done) / (seconds - begin), tokens / (seconds - begin)
+    tokens, took = sum(served.tokens for served in done), seconds - begin
+    tpots = [served.tpot for served in done if served.tpot is not None]
+    return Saturation(len(done) / took, tokens / took, quantile(tpots, 0.5) or 0.0)

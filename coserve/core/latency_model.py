@@ -4,6 +4,10 @@ The forward of inference rows is a floor, a price per token that rises at the `K
 behind the weights' way from memory, many are bound by arithmetic), and a price per key that is read; none is
 negative. Training's calls are simpler: a floor (the weights are read once a call) and a price per token for
 each kind, with the mean deviation as a guard. All times are seconds; the model has no clock of its own.
+
+Where calls run beside the forward (a GPU) a step takes the larger of the forward's time and of all
+arithmetic, the requests' own and training's. That of the batch's rows is learnt from such steps: what they
+took less what the calls should take by themselves. The rest of the forward's time costs training nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ GUARD_STEPS = 128
 UNIT_KEEP, UNIT_RIDGE = 0.9, 0.01  # a width that is seldom seen may be of a busier time
 GRACE, STALL = 8, 3.0  # after so many calls, one counts at most so many times what was expected
 WASTE = 0.05  # of a narrow call's time per token beside a wide one's
+FILLED = 0.95  # of a forward's time
 # Forward windows in a batch with requests, and apart; a layer's backward goes by its policy.
 UNIT_KINDS = ("forward", "apart", "score", "loss", "layer_a", "layer_b", "layer_c")
 
@@ -53,6 +58,7 @@ class LatencyState(msgspec.Struct, frozen=True):
     inference: FitState
     units: dict[str, UnitState]
     errors: list[float]
+    busy: FitState = FitState(0, {})
 
 
 class StratifiedFit:
@@ -76,11 +82,20 @@ class StratifiedFit:
 
     def predict(self, x: list[float]) -> float:
         """The fitted value at features `x`, in the unit of the observations."""
+        self._settle()
+        found: float = sum(map(mul, self._weights, x))
+        return found
+
+    def weight(self, index: int) -> float:
+        """The fitted weight of that feature; 0 while unknown."""
+        self._settle()
+        return self._weights[index]
+
+    def _settle(self) -> None:
+        """Solve for the weights where enough was seen since they were."""
         if self._unsolved and (self._unsolved >= SOLVE_EVERY or self.count <= EARLY):
             self._weights = self._solve()
             self._unsolved = 0
-        found: float = sum(map(mul, self._weights, x))
-        return found
 
     @property
     def strata(self) -> int:
@@ -169,7 +184,7 @@ class UnitCost:
     def update(self, seconds: float, tokens: int) -> None:
         """Take one measured call in."""
         rate = max(0.05, 1.0 / (self.count + 1))
-        expected = self._mean(tokens)
+        expected = self.mean(tokens)
         if expected > 0.0:
             if self.count >= GRACE:
                 seconds = min(seconds, STALL * expected)
@@ -189,28 +204,38 @@ class UnitCost:
         self._fit.restore(state.fit)
         self.count, self._price, self.deviation = state.count, state.price, state.deviation
 
-    def _mean(self, tokens: int) -> float:
+    def mean(self, tokens: int) -> float:
+        """Seconds that a call of so many tokens takes on average; 0 while unknown."""
         if self._fit.strata < 2:
             return self._price * tokens
         return self._fit.predict([1.0, tokens / 64.0])
 
     def predict(self, tokens: int) -> float:
         """Seconds that a call of so many tokens should not exceed: the mean and two deviations."""
-        return self._mean(tokens) * (1.0 + 2.0 * self.deviation)
+        return self.mean(tokens) * (1.0 + 2.0 * self.deviation)
 
     def tokens_within(self, seconds: float) -> int:
-        """How many tokens a call of so many seconds has; 0 while unknown."""
+        """How many tokens a call of so many seconds has, at most twice the widest yet; 0 while unknown."""
         floor = self.predict(0)
         price = (self.predict(1024) - floor) / 1024
         if price == 0.0:
-            return 1024 if self.count and seconds >= floor else 0
-        return max(0, int((seconds - floor) / price))
+            return min(1024, self._doubled()) if self.count and seconds >= floor else 0
+        return max(0, min(int((seconds - floor) / price), self._doubled()))
+
+    def knows(self, tokens: int) -> bool:
+        """A call of about so many tokens, or of more, was measured."""
+        return bool(self.count) and bisect(STRATA, tokens) <= self._fit.largest
+
+    def _doubled(self) -> int:
+        """No more than a call could have that should show what the next width costs."""
+        highest = self._fit.largest
+        return STRATA[highest] if highest < len(STRATA) else 1 << 30
 
     def unhurried_tokens(self, seconds: float, widest: int) -> int:
         """How many tokens a call has that should take `seconds` on average, up to the `widest`, but no fewer
         than waste `WASTE` beside that one; the widest while nothing is known."""
-        floor = self._mean(0)
-        price = (self._mean(1024) - floor) / 1024
+        floor = self.mean(0)
+        price = (self.mean(1024) - floor) / 1024
         wasted = WASTE * price + (1.0 + WASTE) * floor / widest
         if wasted == 0.0 or floor + price * widest <= seconds:
             return widest
@@ -219,28 +244,33 @@ class UnitCost:
 
 
 class LatencyModel:
-    """Predicts a step's inference forward and the cost of training's calls."""
+    """Predicts a step's inference forward and the cost of training's calls. `overlaps`: the device runs calls
+    beside a forward."""
 
-    def __init__(self) -> None:
+    def __init__(self, overlaps: bool = False) -> None:
+        self.overlaps = overlaps
         self._inference = StratifiedFit(3 + len(KNEES))
+        self._busy = StratifiedFit(2, UNIT_KEEP, UNIT_RIDGE)
+        self._widest_batch = 0  # rows, with training's
         self._units = {kind: UnitCost() for kind in UNIT_KINDS}
         self._errors: deque[float] = deque(maxlen=GUARD_STEPS)
 
     def state(self) -> LatencyState:
         """What it has learnt."""
         units = {kind: cost.state() for kind, cost in self._units.items() if cost.count}
-        return LatencyState(self._inference.state(), units, list(self._errors))
+        return LatencyState(self._inference.state(), units, list(self._errors), self._busy.state())
 
     def restore(self, state: LatencyState) -> None:
         """Go on from a state. ValueError where it is another version's; the model is as new then."""
         fresh = LatencyModel()
         try:
             fresh._inference.restore(state.inference)
+            fresh._busy.restore(state.busy)
             for kind, unit in state.units.items():
                 fresh._units[kind].restore(unit)
         except KeyError as error:
             raise ValueError(f"there is no kind of call named {error}") from None
-        self._inference, self._units = fresh._inference, fresh._units
+        self._inference, self._units, self._busy = fresh._inference, fresh._units, fresh._busy
         self._errors.extend(state.errors)
 
     @property
@@ -293,6 +323,36 @@ class LatencyModel:
         """Seconds of a call of one of the `UNIT_KINDS`; 0 while unknown."""
         return self._units[kind].predict(tokens)
 
+    def mean_unit(self, kind: str, tokens: int) -> float:
+        """The same without the guard for its deviations."""
+        return self._units[kind].mean(tokens)
+
+    def knows_unit(self, kind: str, tokens: int) -> bool:
+        """Calls of that kind as wide as this were measured by themselves."""
+        return self._units[kind].knows(tokens)
+
+    def idle_seconds(self, tokens: int, context_tokens: int) -> float:
+        """Of a step with this much inference, the seconds in which training costs nothing: its rows wait for
+        memory, and the arithmetic for them. 0 where nothing has shown it."""
+        if not self._busy.count:
+            return 0.0
+        busy = max(0.0, self._busy.predict(_busy_features(tokens)))
+        return max(0.0, self.predict_inference(tokens, context_tokens) - busy)
+
+    def window_seconds(self, rows: int) -> float:
+        """Seconds of work of training's rows in the requests' batch; 0 while unknown."""
+        if not self.overlaps:
+            return self._units["forward"].predict(rows)
+        return self._busy.weight(0) * rows / 64.0
+
+    def window_rows_within(self, seconds: float) -> int:
+        """How many rows of training take so much work in the requests' batch; 0 while unknown."""
+        if not self.overlaps:
+            return self._units["forward"].tokens_within(seconds)
+        price = self._busy.weight(0) / 64.0
+        most = 2 * self._widest_batch
+        return min(most, int(seconds / price)) if price > 0.0 else most
+
     def unit_tokens_within(self, kind: str, seconds: float) -> int:
         """How many tokens a call of that kind has in so many seconds; 0 while unknown."""
         return self._units[kind].tokens_within(seconds)
@@ -301,8 +361,35 @@ class LatencyModel:
         """How many tokens a call of that kind has while nobody waits; see `UnitCost`."""
         return self._units[kind].unhurried_tokens(seconds, widest)
 
+    def observe_step(
+        self, tokens: int, context_tokens: int, windows: int, beside: float, seconds: float
+    ) -> float:
+        """A step of requests took `seconds` for its forward, which had `windows` rows of training, and for
+        the calls beside it, which should take `beside` by themselves. Returns the windows' seconds of work.
+
+        Where memory concealed all arithmetic, the step only says how much that was at most; where it should
+        not have, less is believed from step to step, until the next ones show it.
+        """
+        if not windows and not beside:
+            self.observe_inference(tokens, context_tokens, seconds)
+            return 0.0
+        alone = self.predict_inference(tokens, context_tokens)
+        if not self.overlaps:
+            work = max(1e-6, seconds - alone)
+            self.observe_unit("forward", windows, work)
+            return work
+        features, arithmetic = _busy_features(tokens + windows), max(0.0, seconds - beside)
+        expected = self._busy.predict(features)
+        is_shown = seconds > alone * (1.0 + self.guard / 2.0) or not self._busy.count
+        if is_shown or expected + beside > FILLED * alone:
+            if not is_shown:
+                arithmetic = FILLED * min(arithmetic, expected)
+            self._busy.update(int(windows > 0), features, arithmetic, max(alone, 1e-6))
+            self._widest_batch = max(self._widest_batch, tokens + windows)
+        return self.window_seconds(windows)
+
     def observe_inference(self, tokens: int, context_tokens: int, seconds: float) -> None:
-        """A step without training forward rows took `seconds` for its forward."""
+        """A step without training took `seconds` for its forward."""
         if tokens == 0:
             return
         predicted = self.predict_inference(tokens, context_tokens)
@@ -320,3 +407,8 @@ class LatencyModel:
 def _features(tokens: int, context_tokens: int) -> list[float]:
     above = [max(0, tokens - knee) / 64.0 for knee in KNEES]
     return [1.0, tokens / 64.0, *above, context_tokens / 4096.0]
+
+
+def _busy_features(rows: int) -> list[float]:
+    """Attention has little arithmetic beside the products. While all steps were alike rows cost nothing."""
+    return [rows / 64.0, 1.0]

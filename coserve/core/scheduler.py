@@ -36,8 +36,8 @@ from coserve.core.training_sequence import TILE
 @dataclass(frozen=True)
 class SchedulerLimits:
     """Per-step and per-server limits. `headroom` slabs are kept from training for requests to grow into;
-    training's forward can rest between any two of the model's `num_layers`. Jobs have at least
-    `min_training_share` of the time, whatever the targets."""
+    training's forward can rest between any two of the model's `num_layers`, jobs have at
+    least `min_training_share` of the time, whatever the targets."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -87,7 +87,7 @@ class Scheduler:
         self._num_with_targets = 0
         self._adapter_ready = adapter_ready
         self._adapter_released = adapter_released
-        self._steps_with_inference = 0
+        self._unprobed = 0  # steps with inference since one that showed what it takes alone
 
     # ------------------------------------------------------------------ requests in and out
 
@@ -146,12 +146,14 @@ class Scheduler:
 
     def commit(self, plan: StepPlan) -> None:
         """The plan's inference was run: cursors move, full blocks become known to the prefix cache."""
+        size = self.limits.block_size
         for span in plan.inference:
             request = span.request
             if not request.finished:
-                request.cursor = span.start + span.length
+                request.cursor = end = span.start + span.length
                 self.outputs.tokens += span.samples
-                self._remember_blocks(request, span.start)
+                if end // size > span.start // size:
+                    self._remember_blocks(request, span.start)
                 if self.shares.contended and span.kind is SpanKind.DECODE:
                     self.shares.charge(request, 1)
 
@@ -171,7 +173,9 @@ class Scheduler:
             if request.status is not RequestStatus.RUNNING or budget == 0:
                 continue
             length = min(request.forward_owed, budget)
-            if length and self._grow(request, request.cursor + length, plan):
+            end = request.cursor + length
+            fits = end <= len(request.block_table) * self.limits.block_size
+            if length and (fits or self._grow(request, end, plan)):
                 budget -= length
                 plan.inference.append(self._span(request, length))
         if plan.preempted:
@@ -247,30 +251,39 @@ class Scheduler:
 
     def _schedule_training(self, plan: StepPlan, token_budget: int, now: float) -> None:
         if plan.inference:
-            alone = self.model.predict_inference(plan.inference_tokens, plan.context_tokens)
+            tokens, context = plan.inference_tokens, plan.context_tokens
+            alone = self.model.predict_inference(tokens, context)
             plan.inference_alone = plan.predicted = alone
-            self._steps_with_inference += 1
-            probing = not self.model.trained or self._steps_with_inference % PROBE_EVERY == 0
-            if probing or not self.training.has_work:
+            # Where prompts always had company nothing would show what theirs take.
+            rare = self.model.overlaps and tokens > len(plan.inference)
+            self._unprobed += PROBE_EVERY // 4 if rare else 1
+            probing = self._unprobed >= PROBE_EVERY
+            self._unprobed = 0 if probing else self._unprobed
+            plan.in_order = probing and self.model.overlaps
+            if not self.model.trained or not self.training.has_work or (probing and not plan.in_order):
                 return
             # Whoever can't begin in this step, or had less of it after training, waits for no more of that.
             held_back = self._trained_since > 0.0 and not all(span.samples for span in plan.inference)
             retreats = self.left_waiting or plan.preempted or held_back
             wanted = 0.0 if retreats else self.training_budget(alone, now)
-            plan.training_budget = max(self.control.allow(wanted), self.minimum.budget(alone))
+            plan.concealed = 0.0 if plan.in_order else self.model.idle_seconds(tokens, context)
+            exposed = max(self.control.allow(wanted), self.minimum.budget(alone))
+            plan.training_budget = exposed + plan.concealed
         elif self.waiting and not self.training.has_work:
             return
         else:
             plan.training_budget = IDLE_QUANTUM
         # A tile more than the budget at worst: smaller windows would cost training its exactness to the bit.
+        rows = 0 if plan.in_order else max(token_budget, TILE)
         share = self.training.plan(
-            plan.training_budget, max(token_budget, TILE), self.limits.headroom, mixed=bool(plan.inference)
+            plan.training_budget, rows, self.limits.headroom, mixed=bool(plan.inference)
         )
         plan.training_forward, plan.apart = list(share.forward.values()), share.apart
         plan.training_backward = list(share.backward.values())
         plan.training_budget = max(share.budget, share.spent)
-        for span in () if plan.apart else plan.training_forward:
-            plan.predicted += self.model.predict_unit("forward", span.length)
+        if plan.window_rows:
+            windows = self.model.window_seconds(plan.window_rows)
+            plan.predicted += max(0.0, windows - plan.concealed)
 
     def training_budget(self, alone: float, now: float) -> float:
         """Seconds of training that every request's target leaves in a step whose inference takes `alone`.

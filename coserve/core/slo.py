@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 IDLE_QUANTUM = 0.2  # seconds of training in a step that nobody waits for
 WIDEST = 256  # tokens of one call: neither products nor attention gain from more on a CPU
+WIDEST_ON_GPU = 2048  # of a layer's: the same work with fewer launches
+CALLS_BESIDE = 8  # a forward at most, on a GPU: it waits for their launches
 UNIT_SECONDS = 0.04  # of a call, or a layer of a window, while nobody waits: an arrival waits for half of it
 AUTO_RATIO = 1.2  # of the predicted inference-only step
 AUTO_FLOOR = 0.012  # seconds between tokens below which no reader sees a difference

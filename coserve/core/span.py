@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+
+import msgspec
 
 from coserve.core.request import Request
 from coserve.core.training_sequence import TrainingSequence
@@ -18,8 +19,7 @@ class SpanKind(enum.Enum):
     TRAIN_BACKWARD = "train_backward"
 
 
-@dataclass(frozen=True, slots=True)
-class InferenceSpan:
+class InferenceSpan(msgspec.Struct, frozen=True):
     """Tokens [start, start + length) of a request. `samples`: the last of them yields a new token."""
 
     kind: SpanKind
@@ -29,8 +29,7 @@ class InferenceSpan:
     samples: bool
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingSpan:
+class TrainingSpan(msgspec.Struct, frozen=True):
     """Forward: tokens [start, start + length) of the microbatch. Backward: units [start, start + length) of
     the pass under way."""
 

@@ -14,21 +14,35 @@ class StepPlan:
     """Spans of one step, inference rows ordered by adapter so that neighbours share a LoRA segment.
 
     Predictions are seconds, 0 while the latency model can't tell: `inference_alone` for the inference rows,
-    `predicted` for the whole forward. `training_budget` is what training may take in this step. To make room,
-    microbatches in `downgraded` now keep less, those in `evicted` nothing. `apart`: the forward windows are a
-    batch of their own that runs after the requests', layer by layer, and may rest.
+    `predicted` for the whole forward. `training_budget` is what training may take in this step, `concealed`
+    of it beside the forward in seconds that cost nothing. To make room, microbatches in `downgraded` now keep
+    less, those in `evicted` nothing. `apart`: the forward windows are a batch of their own that runs after
+    the requests', layer by layer, and may rest. `in_order`: calls run after the forward though they could run
+    beside it, which shows what each takes by itself.
     """
 
     inference: list[InferenceSpan] = field(default_factory=list)
     training_forward: list[TrainingSpan] = field(default_factory=list)
     training_backward: list[TrainingSpan] = field(default_factory=list)
     apart: bool = False
+    in_order: bool = False
     preempted: list[Request] = field(default_factory=list)
     evicted: list[TrainingSequence] = field(default_factory=list)
     downgraded: list[TrainingSequence] = field(default_factory=list)
     training_budget: float = 0.0
+    concealed: float = 0.0
     inference_alone: float = 0.0
     predicted: float = 0.0
+
+    @property
+    def window_rows(self) -> int:
+        """Training's rows in the requests' batch."""
+        return 0 if self.apart else sum(span.length for span in self.training_forward)
+
+    @property
+    def end(self) -> float:
+        """Seconds from the step's begin to the deadline of what runs after the requests' batch."""
+        return self.inference_alone + self.training_budget - self.concealed
 
     @property
     def empty(self) -> bool:

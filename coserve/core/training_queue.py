@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from coserve.core.block_pool import BlockPool
 from coserve.core.latency_model import LatencyModel
-from coserve.core.slo import UNIT_SECONDS, WIDEST
+from coserve.core.slo import UNIT_SECONDS, WIDEST, WIDEST_ON_GPU
 from coserve.core.span import SpanKind, TrainingSpan
 from coserve.core.training_sequence import TILE, TrainingSequence
 
@@ -106,6 +106,7 @@ class TrainingQueue:
         self._blocks = blocks
         self._model = model
         self._num_layers = num_layers
+        self._widest = WIDEST_ON_GPU if model.overlaps else WIDEST
         self._jobs: dict[str, JobQueue] = {}
         self.credit = 0.0
         self._resting: list[TrainingSpan] = []
@@ -376,20 +377,23 @@ class TrainingQueue:
     def _next_window(
         self, sequence: TrainingSequence, plan: TrainingPlan, max_tokens: int
     ) -> tuple[TrainingSpan, float, bool] | None:
-        """With requests a window goes in their batch if the budget pays for it whole, else apart; without,
-        all windows are one batch apart, no wider than one call. None where no window can be had now."""
+        """With requests a window goes in their batch if the budget pays for it whole or the device conceals
+        such work, else apart; without, all windows are one batch apart, no wider than one call. None where no
+        window can be had now."""
         if max_tokens <= 0:
             return None
         start, model, layers = sequence.cursor, self._model, self._num_layers
         if plan.mixed:
-            length = sequence.window(max_tokens, model.unit_tokens_within("forward", plan.left))
-            cost = model.predict_unit("forward", length)
+            length = sequence.window(max_tokens, model.window_rows_within(plan.left))
+            cost = model.window_seconds(length)
+            if self._model.overlaps and length:
+                return TrainingSpan(SpanKind.TRAIN_FORWARD, sequence, start, length), cost, False
             if length and (cost <= plan.left or not plan.empty):
                 cost = cost if cost <= plan.left else math.inf  # what was saved up pays for small units only
                 return TrainingSpan(SpanKind.TRAIN_FORWARD, sequence, start, length), cost, False
         if plan.mixed:
             affordable = model.unit_tokens_within("apart", min(UNIT_SECONDS, plan.left) * layers)
-            widest = max(TILE, min(affordable, WIDEST))
+            widest = max(TILE, min(affordable, self._widest))
         else:
             widest = self._idle_tokens("apart", layers)
         if plan.forward_tokens >= widest:
@@ -400,14 +404,20 @@ class TrainingQueue:
 
     def call_length(self, sequence: TrainingSequence, index: int, most: int, seconds: float | None) -> int:
         """How many units from `index` on, `most` at most and one at least, run as one call of no more tokens
-        than `WIDEST`: beside requests what takes `seconds`, without (None) what an arrival can wait for."""
+        than its kind may have: beside requests what takes `seconds`, without (None) what an arrival waits
+        for."""
         kind = sequence.unit_kind(index)
         tokens = self._idle_tokens(kind) if seconds is None else self._model.unit_tokens_within(kind, seconds)
-        return sequence.call_length(index, most, min(tokens, WIDEST))
+        return sequence.call_length(index, most, min(tokens, self._most_tokens(kind)))
 
     def _idle_tokens(self, kind: str, layers: int = 1) -> int:
         """What an arrival can wait for, but no less than a tile, nor than what wastes little."""
-        return max(TILE, self._model.unhurried_unit_tokens(kind, UNIT_SECONDS * layers, WIDEST))
+        most = self._most_tokens(kind)
+        return max(TILE, self._model.unhurried_unit_tokens(kind, UNIT_SECONDS * layers, most))
+
+    def _most_tokens(self, kind: str) -> int:
+        """Of one call; the head's have logits, of which many rows would be much memory."""
+        return WIDEST if kind in ("score", "loss") else self._widest
 
     def call_seconds(self, sequence: TrainingSequence, index: int, length: int) -> float:
         """How long so many units from `index` on should take as one call; 0 while unknown. Of a call that

@@ -79,7 +79,8 @@ class Engine:
             self.model_config, self.pool, self.slots, config.max_cpu_loras, self.decoder.head
         )
         self.live = LiveSnapshots(self.slots, self.blocks)
-        self.model = LatencyModel()
+        on_gpu = device.type == "cuda"
+        self.model = LatencyModel(overlaps=on_gpu)
         self._setting = latency_file.setting(self.model_config, device, dtype)
         if config.latency_file:
             latency_file.restore(self.model, Path(config.latency_file), self._setting)
@@ -99,7 +100,6 @@ class Engine:
             adapter_released=self.adapters.release,
         )
         self.admission = Admission(self.scheduler, config.max_num_queued_reqs)
-        on_gpu = device.type == "cuda"
         self.streams: Streams = CudaStreams() if on_gpu else InOrder()
         graphs = CudaGraphs() if on_gpu else None
         self.runner = ModelRunner(self.decoder, self.kv, self.pool, self.slots, graphs)
@@ -128,22 +128,25 @@ class Engine:
         self._take_in_adapters()
         plan = self.scheduler.schedule(time.time())
         self.jobs.prepare(plan)
-        deadline = started + plan.inference_alone + plan.training_budget
+        deadline = started + plan.end
         arrivals = None if plan.inference else self.arrivals
         if not plan.empty:
-            is_shared = self.jobs.begin_beside(plan)
-            result = self.runner.run(plan, self.jobs.microbatches)
+            self.streams.begin_step()
+            result = self.runner.run(plan, self.jobs.microbatches, lambda: self.jobs.begin_beside(plan))
             self.streams.wait()
             forward = time.perf_counter() - started
             self._commit_inference(plan, result)
-            if not is_shared and (plan.apart or not plan.training_forward):
-                self.model.observe_inference(plan.inference_tokens, plan.context_tokens, forward)
+            ran, beside = self.jobs.end_beside()
+            both = time.perf_counter() - started if ran else forward
+            windows = self.model.observe_step(
+                plan.inference_tokens, plan.context_tokens, plan.window_rows, beside, both
+            )
             # Answers are on their way: what is left of the budget belongs to training's own units.
             if plan.apart:
                 self._forward_apart(plan, deadline)
             else:
-                self.jobs.commit_forward(plan, plan.inference_alone, forward)
-            self.jobs.run_backward(plan, deadline, arrivals)
+                self.jobs.commit_forward(plan, windows, max(forward - plan.inference_alone, 0.0))
+            self.jobs.run_backward(plan, deadline, arrivals, ran)
         self.jobs.advance(deadline, arrivals)
         seconds = time.perf_counter() - started
         self.scheduler.account(seconds, self.jobs.step_seconds)
@@ -163,7 +166,7 @@ class Engine:
         if self.runner.is_resting:
             self.jobs.rest_forward(plan, seconds, seconds / layers)
         else:
-            self.jobs.commit_forward(plan, 0.0, seconds)
+            self.jobs.commit_forward(plan, seconds, seconds)
 
     def _commit_inference(self, plan: StepPlan, result: StepResult) -> None:
         self.scheduler.commit(plan)

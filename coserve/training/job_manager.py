@@ -16,6 +16,7 @@ from contextlib import suppress
 from functools import partial
 
 from coserve.core.adapter_slots import AdapterSlots
+from coserve.core.calls_beside import CallBeside, calls_beside
 from coserve.core.latency_model import LatencyModel
 from coserve.core.live_snapshots import LiveSnapshots
 from coserve.core.step_plan import StepPlan
@@ -71,7 +72,7 @@ class JobManager:
         self._pending = PendingJobs(self._places, listener)
         self._queue, self._model, self._listener, self._live = queue, model, listener, live
         self._streams = streams or InOrder()
-        self._beside: Call | None = None
+        self._beside: list[tuple[CallBeside, Call]] = []
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._jobs: dict[str, RunningJob] = {}
         self._forward_tokens = 0
@@ -188,17 +189,15 @@ class JobManager:
                 self._jobs[sequence.job_id].place(sequence.sequence_id, extent, sequence.level)
                 logger.debug("%s keeps %s", sequence.sequence_id, _policies(sequence))
 
-    def commit_forward(self, plan: StepPlan, alone: float, seconds: float) -> None:
-        """The plan's forward windows ran in a step forward of `seconds`, of which inference alone would
-        have taken `alone`."""
+    def commit_forward(self, plan: StepPlan, seconds: float, exposed: float) -> None:
+        """The plan's forward windows ran: `seconds` of work, by which the step became `exposed` longer."""
         rows = sum(span.length for span in plan.training_forward)
         if not rows:
             return
-        training = max(seconds - alone, 1e-6)
-        self._charge_forward(plan, training)
+        self._charge_forward(plan, seconds, exposed)
         self._forward_tokens += rows
-        earlier = self._queue.awake() if plan.apart else 0.0
-        self._model.observe_unit("apart" if plan.apart else "forward", rows, training + earlier)
+        if plan.apart:
+            self._model.observe_unit("apart", rows, seconds + self._queue.awake())
         for span in plan.training_forward:
             span.sequence.cursor += span.length
             if self._queue.release_head(span.sequence):
@@ -206,24 +205,46 @@ class JobManager:
 
     def rest_forward(self, plan: StepPlan, seconds: float, layer_seconds: float) -> None:
         """The plan's forward windows stopped between two layers after `seconds`, a layer's time each."""
-        self._charge_forward(plan, seconds)
+        self._charge_forward(plan, seconds, seconds)
         self._queue.rest(plan.training_forward, seconds, layer_seconds)
 
-    def _charge_forward(self, plan: StepPlan, seconds: float) -> None:
+    def _charge_forward(self, plan: StepPlan, seconds: float, exposed: float) -> None:
         rows = sum(span.length for span in plan.training_forward)
-        self.step_seconds += seconds
+        self.step_seconds += exposed
         for span in plan.training_forward:
             self._charge(span.sequence.job_id, seconds * span.length / rows)
 
-    def begin_beside(self, plan: StepPlan) -> bool:
-        """Before the step's forward: launch the first planned backward call to run beside it, where the
-        device can; whether one was."""
+    def begin_beside(self, plan: StepPlan) -> None:
+        """Once a forward with requests is launched: launch planned backward calls to run beside it, where the
+        device can."""
         if not (self._streams.overlaps and plan.training_backward):
-            return False
-        span, seconds = plan.training_backward[0], plan.training_budget if plan.inference else None
-        length = self._queue.call_length(span.sequence, span.start, span.length, seconds)
-        self._beside = self._launch(span.sequence, length)
-        return True
+            return
+        calls = calls_beside(plan, self._queue, self._model)
+        if calls:
+            with self._streams.beside():
+                for call in calls:
+                    self._beside.append((call, self._run(call.sequence, call.length)))
+                    if self._beside[-1][1].error is not None:
+                        break
+
+    def end_beside(self) -> tuple[int, float]:
+        """After the forward's answers: wait for the calls that ran beside it, and account for them; how many
+        units they had, and the seconds that these should take by themselves."""
+        if not self._beside:
+            return 0, 0.0
+        began, beside, units, seconds = time.perf_counter(), self._beside, 0, 0.0
+        self._beside = []
+        self._streams.join()
+        self.step_seconds += time.perf_counter() - began
+        for planned, call in beside:
+            if call.error is not None:
+                self._fail(call.sequence, call.error)
+                break
+            self._charge(call.sequence.job_id, planned.seconds)
+            self._pay(call)
+            units += call.length
+            seconds += planned.seconds
+        return units, seconds
 
     def _finish_layer(self, sequence: TrainingSequence) -> None:
         """A layer's call that rests goes on to its end before what it reads is somebody else's."""
@@ -232,35 +253,34 @@ class JobManager:
             self._finish(self._launch(sequence, sequence.resting.length))
             self.step_seconds += time.perf_counter() - began
 
-    def run_backward(self, plan: StepPlan, deadline: float, arrivals: Callable[[], bool] | None) -> None:
-        """Run the planned backward units, neighbours as one call, as far as they end before `deadline`
-        (time.perf_counter()) by their prediction; the first only has to begin before it. With `arrivals`
-        until a message waits. A call rests between two pieces where it has to (`Stop`). A call that ran
-        beside the forward is the first of them."""
-        began, calls = time.perf_counter(), 0
+    def run_backward(
+        self, plan: StepPlan, deadline: float, arrivals: Callable[[], bool] | None, ran: int = 0
+    ) -> None:
+        """Run the planned backward units but for the `ran` first, neighbours as one call, as far as they end
+        before `deadline` (time.perf_counter()) by their prediction; the step's first only has to begin before
+        it. With `arrivals` until a message waits. A call rests between pieces where it has to (`Stop`)."""
+        began, is_first = time.perf_counter(), ran == 0
         for span in plan.training_backward:
-            left = span.length if span.start == span.sequence.unit_cursor else 0  # else finished meanwhile
-            while left:
-                if self._beside is not None:
-                    call, self._beside = self._beside, None
-                elif span.sequence.job_id not in self._jobs:
-                    break
-                else:
-                    now, sequence = time.perf_counter(), span.sequence
-                    index = sequence.unit_cursor
-                    seconds = deadline - now if plan.inference else None
-                    length = self._queue.call_length(sequence, index, left, seconds)
-                    ends = now + (self._queue.call_seconds(sequence, index, length) if calls else 0.0)
-                    if ends >= deadline or (arrivals is not None and arrivals()):
-                        self.step_seconds += now - began
-                        return
-                    call = self._launch(sequence, length, (deadline, arrivals))
+            sequence, beside = span.sequence, min(ran, span.length)
+            ran -= beside
+            left = span.length - beside
+            if sequence.unit_cursor != span.start + beside:
+                continue  # finished meanwhile
+            while left and sequence.job_id in self._jobs:
+                now, index = time.perf_counter(), sequence.unit_cursor
+                seconds = deadline - now if plan.inference else None
+                length = self._queue.call_length(sequence, index, left, seconds)
+                ends = now + (0.0 if is_first else self._queue.call_seconds(sequence, index, length))
+                if ends >= deadline or (arrivals is not None and arrivals()):
+                    self.step_seconds += now - began
+                    return
+                call = self._launch(sequence, length, (deadline, arrivals))
                 self._finish(call)
                 if not call.done:
                     self.step_seconds += time.perf_counter() - began
                     return
                 left -= call.length
-                calls += 1
+                is_first = False
         self.step_seconds += time.perf_counter() - began
 
     def advance(self, deadline: float, arrivals: Callable[[], bool] | None) -> None:
@@ -298,18 +318,20 @@ class JobManager:
         if until is not None and not self._streams.overlaps:
             stop = Stop(*until, sequence.resting.piece if sequence.resting is not None else 0.0)
         with self._streams.beside():
-            try:
-                done = self._jobs[sequence.job_id].run_units(sequence, length, stop or never)
-            except Exception as error:
-                return Call(sequence, length, error=error)
+            return self._run(sequence, length, stop)
+
+    def _run(self, sequence: TrainingSequence, length: int, stop: Stop | None = None) -> Call:
+        try:
+            done = self._jobs[sequence.job_id].run_units(sequence, length, stop or never)
+        except Exception as error:
+            return Call(sequence, length, error=error)
         return Call(sequence, length, done, 0.0 if stop is None else stop.longest)
 
     def _finish(self, call: Call) -> None:
         """Wait for the call launched last, and account for it."""
         seconds, sequence = self._streams.join(), call.sequence
         if call.error is not None:
-            # One job's fault must not take the engine, and everybody's requests, down with it.
-            self._end(self._jobs[sequence.job_id], "failed", _as_error(sequence.job_id, call.error))
+            self._fail(sequence, call.error)
             return
         self._charge(sequence.job_id, seconds)
         whole = seconds + (sequence.resting.seconds if sequence.resting is not None else 0.0)
@@ -318,8 +340,17 @@ class JobManager:
             return
         index = sequence.unit_cursor
         kind, tokens = sequence.unit_kind(index), sequence.tokens_of(index, call.length)
-        sequence.pay_units(call.length)
         self._model.observe_unit(kind, tokens, whole)
+        self._pay(call)
+
+    def _fail(self, sequence: TrainingSequence, error: Exception) -> None:
+        """One job's fault must not take the engine, and everybody's requests, down with it."""
+        self._end(self._jobs[sequence.job_id], "failed", _as_error(sequence.job_id, error))
+
+    def _pay(self, call: Call) -> None:
+        """The call's units have run."""
+        sequence = call.sequence
+        sequence.pay_units(call.length)
         if sequence.done:
             self._backward_tokens += sequence.num_tokens if sequence.trains else 0
             self._queue.release(sequence)

@@ -70,10 +70,16 @@ class ModelRunner:
         self._standing = StandingBatches(decoder, kv)
         self._graphs = None if graphs is None else BucketedForward(decoder, kv, pool, slots, graphs)
 
-    def run(self, plan: StepPlan, microbatches: Mapping[str, WindowSource]) -> StepResult:
+    def run(
+        self,
+        plan: StepPlan,
+        microbatches: Mapping[str, WindowSource],
+        launched: Callable[[], None] = lambda: None,
+    ) -> StepResult:
         """Forward all of the plan's inference spans and training windows (but those apart), and sample.
 
         `microbatches` holds those of `plan.training_forward` by sequence id; their activations are written.
+        On a GPU `launched` is called once the forward is on its way, before the sampling waits for it.
         Nothing of the plan is committed: cursors and tokens are the caller's.
         """
         if plan.apart:
@@ -82,11 +88,13 @@ class ModelRunner:
             return StepResult()
         with torch.inference_mode():
             if self._graphs is None and not plan.training_forward and self._standing.takes(plan.inference):
+                launched()
                 return self._decode(plan)
             x_TH = None if self._graphs is None else self._graphs.forward(plan)
             if x_TH is None:
                 batch = build_forward_batch(plan, microbatches, self._kv, self._pool, self._slots)
                 x_TH = self._decoder.forward(batch)
+            launched()
             self._score_prompts(plan, x_TH)
             return self._sample(plan, x_TH)
 

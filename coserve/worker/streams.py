@@ -1,9 +1,9 @@
 """Where the device runs training's units: after what was asked before, or beside it on a second stream.
 
 On a GPU the forward has a stream of high priority and units have one of low priority. A unit begins when what
-the forward's stream was given before it is done, and what it wrote becomes visible to that stream by an event
-when it is joined: before the step commits. Nothing runs beside across two steps, so memory changes hands
-between steps alone.
+the forward's stream was given before the step, or before the last wait for it, is done, and what it wrote
+becomes visible to that stream by an event when it is joined: before the step commits. Nothing runs beside
+across two steps, so memory changes hands between steps alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ class Streams(Protocol):
     """What is asked of the device. `overlaps`: what is launched beside runs while the forward does."""
 
     overlaps: bool
+
+    def begin_step(self) -> None:
+        """What is launched beside from now on sees all that the forward's stream was given so far."""
+        ...
 
     def beside(self) -> AbstractContextManager[None]:
         """What is launched inside is one unit."""
@@ -41,6 +45,9 @@ class InOrder:
 
     def __init__(self) -> None:
         self._seconds = 0.0
+
+    def begin_step(self) -> None:
+        """Everything given is done."""
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -66,10 +73,14 @@ class CudaStreams:
         torch.cuda.set_stream(self._forward)
         self._units = torch.cuda.Stream(priority=0)
         self._began, self._ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._ready = torch.cuda.Event()
+
+    def begin_step(self) -> None:
+        self._forward.record_event(self._ready)
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        self._units.wait_stream(self._forward)
+        self._units.wait_event(self._ready)
         with torch.cuda.stream(self._units):
             self._began.record()
             yield
@@ -82,3 +93,4 @@ class CudaStreams:
 
     def wait(self) -> None:
         self._forward.synchronize()
+        self.begin_step()

@@ -25,15 +25,14 @@ class LinearCosts:
     """A step with requests costs a floor; tokens, and those of a unit, have their price."""
 
     layers = 2
-    overhead = 0.0
+    overhead = launch = 0.0
     calls_beside = 0
 
-    def forward(self, inference: Sequence[InferenceSpan], windows: Sequence[TrainingSpan]) -> float:
+    def forward(
+        self, inference: Sequence[InferenceSpan], windows: Sequence[TrainingSpan]
+    ) -> tuple[float, float]:
         floor = STEP_FLOOR if inference else 0.0
-        return floor + PER_TOKEN * (sum(s.length for s in inference) + sum(s.length for s in windows))
-
-    def idle_arithmetic(self, inference: Sequence[InferenceSpan], windows: Sequence[TrainingSpan]) -> float:
-        return 0.0
+        return floor + PER_TOKEN * (sum(s.length for s in inference) + sum(s.length for s in windows)), 0.0
 
     def unit(self, kind: str, tokens: int, context: int) -> float:
         return PER_UNIT_TOKEN * tokens * (2.0 if kind == "layer_c" else 1.0)

@@ -71,10 +71,10 @@ def test_a_unit_beside_each_forward_changes_no_bit(tmp_path: Path, monkeypatch: 
     assert world.same_bits(got_adapter, adapter)
 
     text = " ".join(log)
-    assert "launch forward join" in text
+    assert "forward launch join" in text
     for step in text.split("commit"):
         order = [word for word in step.split() if word != "forward"]
-        assert order == ["launch", "join"] * (len(order) // 2), "one unit at a time, joined before the commit"
+        assert order == ["launch", "join"] * (len(order) // 2), "joined before anything else begins"
 
 
 def test_a_fault_beside_the_forward_ends_the_job_alone(
