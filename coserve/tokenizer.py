@@ -104,7 +104,9 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with `add_special_tokens` those the model expects around it (bos)."""
-        ids: list[int] = self._backend.encode(_valid(text), add_special_tokens=add_special_tokens).ids
+        # Of the library's calls only that for batches lets other threads run meanwhile.
+        (encoding,) = self._backend.encode_batch([_valid(text)], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         if add_special_tokens and self._bos_to_add is not None and ids[:1] != [self._bos_to_add]:
             ids.insert(0, self._bos_to_add)
         return ids

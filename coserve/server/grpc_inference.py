@@ -19,6 +19,7 @@ from coserve.server.grpc_convert import plain
 from coserve.server.grpc_gen import inference_pb2 as pb
 from coserve.server.grpc_gen import inference_pb2_grpc
 from coserve.server.grpc_guard import key_of
+from coserve.server.preparing import prepared
 
 
 class Inference(inference_pb2_grpc.InferenceServiceServicer):
@@ -31,7 +32,8 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream the output of one prompt."""
-        generation = self._prepare(plain(request), key_of(self._context, context.invocation_metadata()))
+        key = key_of(self._context, context.invocation_metadata())
+        generation = await prepared(lambda: self._prepare(plain(request), key), request.ByteSize())
         async with aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
                 yield self._response(delta, generation)

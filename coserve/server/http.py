@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -63,7 +63,7 @@ def request_id(headers: dict[bytes, bytes]) -> str:
 
 
 async def read_json(request: Request) -> Fields:
-    """The body as a JSON object.
+    """The body as a JSON object; `request.state.size` is its length in bytes.
 
     Raises UnsupportedMediaType, PayloadTooLarge (over 32 MiB), or InvalidRequest.
     """
@@ -71,6 +71,7 @@ async def read_json(request: Request) -> Fields:
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise errors.UnsupportedMediaType("The body must be JSON: send Content-Type: application/json.")
     body = await read_body(request, MAX_JSON_BYTES)
+    request.state.size = len(body)
     try:
         return Fields(_decode(body))
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
@@ -118,11 +119,12 @@ async def _cancel(*tasks: asyncio.Future[Any]) -> None:
 class EventStream(Response):
     """Server-sent events: `data: JSON`, ended by `data: [DONE]`, also after an error.
 
-    `events` has had its first item taken already (`first`), so whatever can be refused was refused before
-    the status line. A client that leaves closes the iterator.
+    `events` come in lists of those that go out together, and have had the first list taken already
+    (`first`), so whatever can be refused was refused before the status line. A client that leaves closes the
+    iterator.
     """
 
-    def __init__(self, first: object, events: AsyncIterator[object]) -> None:
+    def __init__(self, first: Sequence[object], events: AsyncIterator[Sequence[object]]) -> None:
         super().__init__(
             headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
             media_type="text/event-stream",
@@ -132,8 +134,8 @@ class EventStream(Response):
         self._events = events
 
     @classmethod
-    async def open(cls, request: Request, events: AsyncIterator[object]) -> EventStream:
-        """Wait for the first event; its error is the request's error."""
+    async def open(cls, request: Request, events: AsyncIterator[Sequence[object]]) -> EventStream:
+        """Wait for the first events; their error is the request's error."""
         try:
             first = await until_disconnect(request, _next(events))
         except BaseException:
@@ -156,24 +158,24 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await self._send(send, self._first)
             try:
-                async for event in events:
-                    await self._send(send, event)
+                async for together in events:
+                    await self._send(send, together)
             except OSError:
                 return
             except Exception as error:
                 if not isinstance(error, errors.CoserveError):
                     logger.error("unexpected error in a stream", exc_info=error)
                     error = internal_error()
-                await self._send(send, envelope(error))
+                await self._send(send, [envelope(error)])
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
     @staticmethod
-    async def _send(send: Send, event: object) -> None:
-        body = b"data: " + _encode(event) + b"\n\n"
+    async def _send(send: Send, events: Sequence[object]) -> None:
+        body = b"".join([b"data: " + _encode(event) + b"\n\n" for event in events])
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-async def _next(events: AsyncIterator[object]) -> object:
+async def _next(events: AsyncIterator[Sequence[object]]) -> Sequence[object]:
     return await anext(events)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
@@ -10,7 +12,9 @@ from coserve.server.application.chat import read_conversation
 from coserve.server.application.sampling import check_token_ids
 from coserve.server.auth import TUNE, USE
 from coserve.server.context import Context
+from coserve.server.fields import Fields
 from coserve.server.http import Route, json_response, read_json
+from coserve.server.preparing import prepared
 
 
 def routes(context: Context) -> list[Route]:
@@ -34,16 +38,18 @@ def routes(context: Context) -> list[Route]:
         await context.adapters.unload(name)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
+    def read_ids(fields: Fields) -> list[int]:
+        prompt = fields.string("prompt")
+        if prompt is not None:
+            return tokenizer.encode(prompt, add_special_tokens=fields.boolean("add_special_tokens", True))
+        if fields.has("messages"):
+            return read_conversation(fields, tokenizer).token_ids
+        raise InvalidRequest("prompt or messages is required.", param="prompt")
+
     async def tokenize(request: Request) -> Response:
         fields = await read_json(request)
         context.adapters.resolve(fields.string("model"))
-        prompt = fields.string("prompt")
-        if prompt is not None:
-            ids = tokenizer.encode(prompt, add_special_tokens=fields.boolean("add_special_tokens", True))
-        elif fields.has("messages"):
-            ids = read_conversation(fields, tokenizer).token_ids
-        else:
-            raise InvalidRequest("prompt or messages is required.", param="prompt")
+        ids = await prepared(partial(read_ids, fields), request.state.size)
         strings = (
             [tokenizer.token_text(token) for token in ids] if fields.boolean("return_token_strs") else None
         )

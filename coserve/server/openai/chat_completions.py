@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -27,6 +28,7 @@ from coserve.server.context import Context
 from coserve.server.fields import Fields
 from coserve.server.http import EventStream, Route, json_response, read_json, until_disconnect
 from coserve.server.openai.logprobs import chat_logprobs, prompt_logprobs
+from coserve.server.preparing import prepared
 
 _KNOWN = (
     "messages model max_completion_tokens max_tokens temperature top_p frequency_penalty presence_penalty "
@@ -168,21 +170,24 @@ class _Answer:
 
     # ------------------------------------------------------------------ streamed
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
-        """Chunks: role, content or tool calls, one finish chunk a choice, then usage when asked for."""
+    async def events(self) -> AsyncIterator[list[dict[str, Any]]]:
+        """Chunks, those of one delta together: role, content or tool calls, one finish chunk a choice, then
+        usage when asked for."""
         parsers = {sample.index: self.parser() for sample in self.generation.samples}
         started: set[int] = set()
         async with aclosing(self.generation.deltas()) as deltas:
             async for delta in deltas:
+                chunks = []
                 if delta.index not in started:
                     started.add(delta.index)
-                    yield self._chunk(delta.index, {"role": "assistant", "content": ""})
+                    chunks.append(self._chunk(delta.index, {"role": "assistant", "content": ""}))
                     if self.echoed:
-                        yield self._chunk(delta.index, {"content": self.echoed})
-                for chunk in self._pieces(delta, parsers[delta.index]):
-                    yield chunk
+                        chunks.append(self._chunk(delta.index, {"content": self.echoed}))
+                chunks += self._pieces(delta, parsers[delta.index])
+                if chunks:
+                    yield chunks
         if self.options.include_usage:
-            yield {**self._head(), "choices": [], "usage": usage_body(self.generation.usage)}
+            yield [{**self._head(), "choices": [], "usage": usage_body(self.generation.usage)}]
 
     def _pieces(self, delta: Delta, parser: ToolCallParser | None) -> list[dict[str, Any]]:
         text, calls = delta.text, []
@@ -254,7 +259,9 @@ def routes(context: Context) -> list[Route]:
     """This resource's routes."""
 
     async def create(request: Request) -> Response:
-        answer = _Answer(context, await read_json(request), request.state.key, request.state.request_id)
+        fields, state = await read_json(request), request.state
+        make = partial(_Answer, context, fields, state.key, state.request_id)
+        answer = await prepared(make, state.size)
         if answer.options.stream:
             return await EventStream.open(request, answer.events())
         return json_response(await until_disconnect(request, answer.body()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -27,6 +28,7 @@ from coserve.server.fields import Fields
 from coserve.server.http import EventStream, Route, json_response, read_json, until_disconnect
 from coserve.server.openai.chat_completions import KNOWN_FIELDS, StreamOptions, usage_body
 from coserve.server.openai.logprobs import completion_logprobs, prompt_logprobs
+from coserve.server.preparing import prepared
 from coserve.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024
@@ -143,18 +145,21 @@ class _Answer:
 
     # ------------------------------------------------------------------ streamed
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
+    async def events(self) -> AsyncIterator[list[dict[str, Any]]]:
         offsets: dict[int, int] = {}
         async with aclosing(self.generation.deltas()) as deltas:
             async for delta in deltas:
+                chunks = []
                 if delta.index not in offsets:
                     offsets[delta.index] = 0
                     if self.echo:
-                        yield self._echo_chunk(delta, offsets)
+                        chunks.append(self._echo_chunk(delta, offsets))
                 if delta.text or delta.finish_reason is not None or self.logprobs is not None:
-                    yield self._delta_chunk(delta, offsets)
+                    chunks.append(self._delta_chunk(delta, offsets))
+                if chunks:
+                    yield chunks
         if self.options.include_usage:
-            yield {**self._head(), "choices": [], "usage": usage_body(self.generation.usage)}
+            yield [{**self._head(), "choices": [], "usage": usage_body(self.generation.usage)}]
 
     def _echo_chunk(self, delta: Delta, offsets: dict[int, int]) -> dict[str, Any]:
         prompt = self.prompt_of(delta.index)
@@ -211,7 +216,8 @@ def routes(context: Context) -> list[Route]:
         fields = await read_json(request)
         if not fields.has("prompt"):
             raise InvalidRequest("prompt is required.", param="prompt", code="missing_required_parameter")
-        answer = _Answer(context, fields, request.state.key, request.state.request_id)
+        state = request.state
+        answer = await prepared(partial(_Answer, context, fields, state.key, state.request_id), state.size)
         if answer.options.stream:
             return await EventStream.open(request, answer.events())
         return json_response(await until_disconnect(request, answer.body()))
