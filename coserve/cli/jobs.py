@@ -14,9 +14,9 @@ from coserve.cli.values import pairs
 app = typer.Typer(help="List, follow and steer fine-tuning jobs.", no_args_is_help=False)
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id (ftjob-...).")]
 _DETAILS = (
-    "id", "status", "method", "model", "adapter", "fine_tuned_model", "init_from", "training_file",
-    "validation_file", "step", "total_steps", "epoch", "loss", "valid_loss", "tokens_per_second", "share",
-    "trained_tokens", "seed", "priority",
+    "id", "status", "status_reason", "method", "model", "adapter", "fine_tuned_model", "init_from",
+    "training_file", "validation_file", "step", "total_steps", "epoch", "loss", "valid_loss",
+    "tokens_per_second", "share", "trained_tokens", "seed", "priority",
 )  # fmt: skip
 _TIMES = ("created_at", "started_at", "estimated_finish", "finished_at")
 
