@@ -29,7 +29,7 @@ from coserve.core.slo import AUTO_FLOOR, AUTO_RATIO, LatencyTargets
 from coserve.errors import ConfigError
 
 LOADS = (0.25, 0.5, 0.75, 0.95)
-SATURATING = 1200  # requests of the flood at most
+SATURATING = 1024  # requests of the flood at most
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--trace", default="azure", help=names)
     parser.add_argument("--load", type=float, action="append", help="of saturation; repeatable")
     parser.add_argument("--seconds", type=float, default=0.0, help="simulated time of a run (0: by device)")
+    parser.add_argument("--warm", type=float, default=0.0, help="seconds at first that U and eta leave out")
     parser.add_argument("--prompt-tokens", type=int, default=0, help="longest prompt (0: by device)")
     parser.add_argument("--output-tokens", type=int, default=0, help="longest output (0: by device)")
     parser.add_argument("--slo-tpot-ms", type=float, default=0.0, help="0: automatic")
@@ -107,7 +108,7 @@ def simulator(how: argparse.Namespace, jobs: int, tpot: float = 0.0, seats: int 
 def saturated(how: argparse.Namespace, arrivals: list[traces.Arrival]) -> list[tuple[float, float]]:
     """What floods complete with half the seats, a quarter ...: TPOT p50 and generated tokens a second."""
     found = []
-    for seats in (how.max_num_seqs >> halved for halved in range(7)):
+    for seats in (how.max_num_seqs >> halved for halved in range(5)):
         if seats:
             flood = saturation(simulator(how, 0, seats=seats), arrivals[: 4 * seats])
             found.append((flood.tpot, flood.tokens))
@@ -132,8 +133,8 @@ def describe(outcome: Outcome) -> dict[str, Any]:
         "served": len(outcome.served),
         "unfinished": outcome.unfinished,
         "requests_per_second": len(outcome.served) / outcome.seconds,
-        "generated_tokens_per_second": outcome.generated_tokens / outcome.seconds,
-        "trained_tokens_per_second": sum(outcome.trained_tokens.values()) / outcome.seconds,
+        "generated_tokens_per_second": outcome.pace[0],
+        "trained_tokens_per_second": outcome.pace[1],
         "ttft_ms_p50_p99": quantiles(outcome.ttfts),
         "tpot_ms_p50_p99": quantiles(outcome.tpots),
         "itl_ms_p50_p99": quantiles(outcome.gaps),
@@ -146,10 +147,12 @@ def describe(outcome: Outcome) -> dict[str, Any]:
 
 
 def arithmetic(how: argparse.Namespace, outcome: Outcome) -> float:
-    """The part of the device's arithmetic that the requests took (were no prefix cached)."""
+    """The part of the device's arithmetic that the requests took (were no prefix cached), by what a generated
+    token and its part of a prompt cost."""
     costs = CostModel(DEVICES[how.device], SHAPES[how.shape])
     begun = [s for s in (*outcome.served, *outcome.pending) if s.tokens]
-    return sum(costs.request_seconds(s.arrival.prompt_tokens, s.tokens) for s in begun) / outcome.seconds
+    seconds = sum(costs.request_seconds(s.arrival.prompt_tokens, s.tokens) for s in begun)
+    return outcome.pace[0] * seconds / max(1, sum(s.tokens for s in begun))
 
 
 def tell(row: dict[str, Any], alone: float) -> str:
@@ -175,13 +178,13 @@ def measure(how: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Column]
     for load in how.load or ((0.5,) if how.quick else LOADS):
         shaped = traces.at_rate(arrivals, load * limit, how.seconds)
         asked = how.slo_tpot_ms / 1e3
-        serving = simulator(how, 0, asked).run(shaped, how.seconds)
+        serving = simulator(how, 0, asked).run(shaped, how.seconds, warm=how.warm)
         if how.slo_tpot_ratio:
             asked = how.slo_tpot_ratio * (common.quantile(serving.tpots, 0.5) or 0.0)
-            serving = simulator(how, 0, asked).run(shaped, how.seconds)
+            serving = simulator(how, 0, asked).run(shaped, how.seconds, warm=how.warm)
         # The automatic target promises each step a ratio; requests are held to it at the alone run's p99.
         target = asked or max(AUTO_FLOOR, AUTO_RATIO * (common.quantile(serving.tpots, 0.99) or 0.0))
-        both = simulator(how, how.jobs, asked).run(shaped, how.seconds)
+        both = simulator(how, how.jobs, asked).run(shaped, how.seconds, warm=how.warm)
         columns.append(Column(load, serving, both, target))
         pair = [
             {

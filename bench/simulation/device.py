@@ -101,12 +101,12 @@ class CostModel:
         pairs = 0.0
         adapters: set[str | None] = {None}
         for span in inference:
-            adapters.add(span.request.adapter)
             length, start = span.length, span.start
             rows += length
-            sampled += span.samples
             context += start + length
             pairs += length * (start + (length + 1) / 2)
+        sampled = sum(span.samples for span in inference)
+        adapters.update(span.request.adapter for span in inference)
         for window in windows:
             rows += window.length
             pairs += window.length * (window.start + window.length / 2)

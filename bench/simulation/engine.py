@@ -104,12 +104,10 @@ class SimulatedEngine:
 
     def _answer(self, plan: StepPlan) -> None:
         self.scheduler.commit(plan)
-        for span in plan.inference:
-            request = span.request
-            if span.samples and not request.finished:
-                self.sampled.append(request)
-                if request.append(TOKEN) is not None:
-                    self.scheduler.finish(request)
+        self.sampled = [s.request for s in plan.inference if s.samples and not s.request.finished]
+        for request in self.sampled:
+            if request.append(TOKEN) is not None:
+                self.scheduler.finish(request)
 
     def _charge_forward(self, plan: StepPlan, seconds: float) -> int:
         rows = sum(span.length for span in plan.training_forward)

@@ -84,6 +84,14 @@ class Sample:
     share: float
 
 
+class Before(NamedTuple):
+    """What had happened after so many seconds."""
+
+    seconds: float = 0.0
+    generated: int = 0
+    trained: int = 0
+
+
 @dataclass
 class Outcome:
     """What a run gave."""
@@ -99,6 +107,7 @@ class Outcome:
     waits: list[float]  # from an arrival to the step that could take it in
     preemptions: int
     evictions: int
+    before: Before  # it was warm
 
     @property
     def unfinished(self) -> int:
@@ -108,7 +117,14 @@ class Outcome:
     @property
     def generated_tokens(self) -> int:
         """Of all requests."""
-        return sum(served.tokens for served in (*self.served, *self.pending))
+        return sum(served.tokens for served in (*self.served, *self.pending)) - self.before.generated
+
+    @property
+    def pace(self) -> tuple[float, float]:
+        """Tokens generated and trained a second, once warm."""
+        seconds = self.seconds - self.before.seconds
+        trained = sum(self.trained_tokens.values()) - self.before.trained
+        return self.generated_tokens / seconds, trained / seconds
 
     @property
     def gaps(self) -> list[float]:
@@ -232,11 +248,17 @@ class Simulator(SimulatedEngine):
 
     # ------------------------------------------------------------------ what is done
 
-    def run(self, arrivals: Sequence[Arrival], seconds: float, *, sample_every: float = 1.0) -> Outcome:
-        """Serve the arrivals (ordered by time) for so many simulated seconds."""
-        taken, steps, samples = 0, 0, []
+    def run(
+        self, arrivals: Sequence[Arrival], seconds: float, *, warm: float = 0.0, sample_every: float = 1.0
+    ) -> Outcome:
+        """Serve the arrivals (ordered by time) for so many simulated seconds, of which the `warm` first don't
+        count for the pace."""
+        taken, steps, samples, before = 0, 0, [], Before()
         due, mark = 0.0, (0.0, 0.0)
         while self.now < seconds:
+            if before.seconds < warm <= self.now:
+                generated = sum(served.tokens for served in (*self._done, *self._served.values()))
+                before = Before(self.now, generated, sum(self._trained.values()))
             while taken < len(arrivals) and arrivals[taken].time <= self.now:
                 self._add(arrivals[taken])
                 taken += 1
@@ -277,19 +299,21 @@ class Simulator(SimulatedEngine):
             waits=self._waits,
             preemptions=self.scheduler.num_preemptions,
             evictions=self.scheduler.training.num_evictions,
+            before=before,
         )
 
     def _account(self, plan: StepPlan) -> None:
         """The last step's tokens to their requests, its length to the model's errors."""
         if plan.inference_alone and (plan.apart or not plan.training_forward):
             self._errors.append(abs((self.answered - self.began) / plan.inference_alone - 1.0))
+        answered, all_served = self.answered, self._served
         for request in self.sampled:
-            served = self._served[request.sequence_id]
+            served = all_served[request.sequence_id]
             if served.first is None:
-                served.first = self.answered
+                served.first = answered
             else:
-                served.gaps.append(self.answered - served.last)
-            served.last = self.answered
+                served.gaps.append(answered - served.last)
+            served.last = answered
             served.tokens += 1
             if request.finished:
                 self._done.append(self._served.pop(request.sequence_id))

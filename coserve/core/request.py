@@ -68,6 +68,11 @@ class Request(Sequence):
         return len(self.token_ids)
 
     @property
+    def forward_owed(self) -> int:
+        """Tokens whose K and V are still to be computed."""
+        return len(self.token_ids) - self.cursor
+
+    @property
     def num_output_tokens(self) -> int:
         """Sampled so far."""
         return len(self.token_ids) - self.num_prompt_tokens
@@ -90,9 +95,10 @@ class Request(Sequence):
     def append(self, token_id: int) -> tuple[str, int | None] | None:
         """Take a sampled token; returns (finish_reason, stop_token_id) when it was the last one."""
         self.token_ids.append(token_id)
-        if token_id in self._stop_ids and self.num_output_tokens > self.sampling.min_tokens:
+        output = len(self.token_ids) - self.num_prompt_tokens
+        if token_id in self._stop_ids and output > self.sampling.min_tokens:
             return ("stop", token_id)
-        if self.num_output_tokens >= self._max_tokens:
+        if output >= self._max_tokens:
             return ("length", None)
         return None
 

@@ -7,7 +7,7 @@ goes to training. All decisions are made here, from plain numbers; time is passe
 from __future__ import annotations
 
 import itertools
-from bisect import bisect
+from bisect import bisect, insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -140,8 +140,9 @@ class Scheduler:
         budget = self._schedule_running(plan, self.limits.max_num_batched_tokens, now)
         if not plan.preempted:
             self._schedule_waiting(plan, budget, now)
-        plan.inference.sort(key=lambda span: (span.request.adapter or "", span.kind is SpanKind.PREFILL))
-        self._schedule_training(plan, self.limits.max_num_batched_tokens - plan.inference_tokens, now)
+        if any(span.kind is SpanKind.PREFILL or span.request.adapter for span in plan.inference):
+            plan.inference.sort(key=lambda span: (span.request.adapter or "", span.kind is SpanKind.PREFILL))
+        self._schedule_training(plan, now)
         return plan
 
     def commit(self, plan: StepPlan) -> None:
@@ -166,16 +167,21 @@ class Scheduler:
     def _schedule_running(self, plan: StepPlan, budget: int, now: float) -> int:
         """Those that owe one token first; then prompts, as far as the others can wait for them. Returns what
         is left for prompts that wait."""
-        prompts = False
-        for request in sorted(self.running, key=self._by_shares if self.shares.contended else _by_order):
-            if request.forward_owed > 1 and not prompts:
+        prompts, size = False, self.limits.block_size
+        in_order = sorted(self.running, key=self.shares.rank) if self.shares.contended else self.running
+        decoding: list[Request] = []
+        reading: list[Request] = []
+        for request in in_order:
+            (reading if request.forward_owed > 1 else decoding).append(request)
+        for request in (*decoding, *reading):
+            owed = request.forward_owed
+            if owed > 1 and not prompts:
                 prompts, budget = True, min(budget, self._prompt_tokens(plan, now))
             if request.status is not RequestStatus.RUNNING or budget == 0:
                 continue
-            length = min(request.forward_owed, budget)
+            length = owed if owed < budget else budget
             end = request.cursor + length
-            fits = end <= len(request.block_table) * self.limits.block_size
-            if length and (fits or self._grow(request, end, plan)):
+            if length and (end <= len(request.block_table) * size or self._grow(request, end, plan)):
                 budget -= length
                 plan.inference.append(self._span(request, length))
         if plan.preempted:
@@ -224,7 +230,7 @@ class Scheduler:
                 request.cursor, self.left_waiting, self.out_of_memory = 0, True, True
                 break
             self.waiting.remove(request)
-            self.running.append(request)
+            insort(self.running, request, key=_order)
             if request.status is RequestStatus.WAITING:
                 self._count_admission(request)
             request.status = RequestStatus.RUNNING
@@ -249,9 +255,10 @@ class Scheduler:
         if self.shares.contended:
             self.shares.charge(request, request.forward_owed)
 
-    def _schedule_training(self, plan: StepPlan, token_budget: int, now: float) -> None:
+    def _schedule_training(self, plan: StepPlan, now: float) -> None:
+        tokens = plan.inference_tokens
         if plan.inference:
-            tokens, context = plan.inference_tokens, plan.context_tokens
+            context = plan.context_tokens
             alone = self.model.predict_inference(tokens, context)
             plan.inference_alone = plan.predicted = alone
             # Where prompts always had company nothing would show what theirs take.
@@ -274,7 +281,7 @@ class Scheduler:
         else:
             plan.training_budget = IDLE_QUANTUM
         # A tile more than the budget at worst: smaller windows would cost training its exactness to the bit.
-        rows = 0 if plan.in_order else max(token_budget, TILE)
+        rows = 0 if plan.in_order else max(self.limits.max_num_batched_tokens - tokens, TILE)
         share = self.training.plan(
             plan.training_budget, rows, self.limits.headroom, mixed=bool(plan.inference)
         )
@@ -336,9 +343,6 @@ class Scheduler:
             if victim is request:
                 return False
         return True
-
-    def _by_shares(self, request: Request) -> tuple[bool, tuple[int, float, float, str]]:
-        return (request.forward_owed > 1, self.shares.rank(request))
 
     def _preempt(self, request: Request, plan: StepPlan) -> None:
         self.running.remove(request)
@@ -403,10 +407,6 @@ class Scheduler:
             parent = hashes[-1] if hashes else root_key(request.adapter)
             hashes.append(block_key(parent, request.token_ids[start : start + size]))
         return hashes[index]
-
-
-def _by_order(request: Request) -> tuple[bool, tuple[int, float, str]]:
-    return (request.forward_owed > 1, request.order)
 
 
 def _order(request: Request) -> tuple[int, float, str]:

@@ -27,7 +27,8 @@ def demands_of(
 ) -> list[Demand]:
     """A demand for each set of targets among the requests; `any_own`: some have others than `default`."""
     if not any_own:
-        arrivals = [r.arrival for r in (*running, *waiting) if r.num_output_tokens == 0]
+        new = [r for r in (*running, *waiting) if len(r.token_ids) == r.num_prompt_tokens]
+        arrivals = [r.arrival for r in new]
         return [Demand(default, now - min(arrivals) if arrivals else None, True)]
     found: dict[LatencyTargets, tuple[float | None, bool]] = {}
     for request in (*running, *waiting):
