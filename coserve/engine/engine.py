@@ -132,11 +132,11 @@ class Engine:
         arrivals = None if plan.inference else self.arrivals
         if not plan.empty:
             self.streams.begin_step()
-            result = self.runner.run(plan, self.jobs.microbatches, lambda: self.jobs.begin_beside(plan))
+            result = self.runner.run(plan, self.jobs.microbatches, lambda: self.jobs.calls.begin_beside(plan))
             self.streams.wait()
             forward = time.perf_counter() - started
             self._commit_inference(plan, result)
-            ran, beside = self.jobs.end_beside()
+            ran, beside = self.jobs.calls.end_beside()
             both = time.perf_counter() - started if ran else forward
             windows = self.model.observe_step(
                 plan.inference_tokens, plan.context_tokens, plan.window_rows, beside, both
@@ -146,7 +146,7 @@ class Engine:
                 self._forward_apart(plan, deadline)
             else:
                 self.jobs.commit_forward(plan, windows, max(forward - plan.inference_alone, 0.0))
-            self.jobs.run_backward(plan, deadline, arrivals, ran)
+            self.jobs.calls.run_planned(plan, deadline, arrivals, ran)
         self.jobs.advance(deadline, arrivals)
         seconds = time.perf_counter() - started
         self.scheduler.account(seconds, self.jobs.step_seconds)

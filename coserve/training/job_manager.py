@@ -16,12 +16,11 @@ from contextlib import suppress
 from functools import partial
 
 from coserve.core.adapter_slots import AdapterSlots
-from coserve.core.calls_beside import CallBeside, calls_beside
 from coserve.core.latency_model import LatencyModel
 from coserve.core.live_snapshots import LiveSnapshots
 from coserve.core.step_plan import StepPlan
 from coserve.core.training_queue import TrainingQueue
-from coserve.core.training_sequence import RestingCall, TrainingSequence
+from coserve.core.training_sequence import TrainingSequence
 from coserve.errors import (
     AdapterNotLive,
     CoserveError,
@@ -33,6 +32,7 @@ from coserve.errors import (
 )
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.models.decoder import Decoder
+from coserve.training.backward_calls import BackwardCalls
 from coserve.training.divergence import Diverged, diverged
 from coserve.training.job import JobSpec
 from coserve.training.job_listener import JobListener
@@ -40,7 +40,7 @@ from coserve.training.job_places import JobPlaces
 from coserve.training.microbatch import Microbatch
 from coserve.training.pending_jobs import PendingJobs
 from coserve.training.running_job import RunningJob
-from coserve.training.unit_calls import Call, Stop, never
+from coserve.training.unit_calls import Stop, never
 from coserve.worker.kv_tensors import KVTensors
 from coserve.worker.streams import InOrder, Streams
 
@@ -66,17 +66,15 @@ class JobManager:
         memory: int | None = None,
     ) -> None:
         """`memory` are the bytes that jobs may hold outside the pool; None: no bound."""
-        self.step_seconds = 0.0
+        self._seconds = 0.0  # of the step, beside the calls'
         self._decoder, self._pool, self._kv = decoder, pool, kv
         self._places = JobPlaces(decoder.config, pool, slots, live, memory)
         self._pending = PendingJobs(self._places, listener)
         self._queue, self._model, self._listener, self._live = queue, model, listener, live
-        self._streams = streams or InOrder()
-        self._beside: list[tuple[CallBeside, Call]] = []
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._jobs: dict[str, RunningJob] = {}
+        self.calls = BackwardCalls(self._jobs, queue, model, streams or InOrder(), self._charge, self._fail)
         self._forward_tokens = 0
-        self._backward_tokens = 0
 
     # ------------------------------------------------------------------ state
 
@@ -84,6 +82,11 @@ class JobManager:
     def has_work(self) -> bool:
         """Some job could use device time now, or waits for its last checkpoint."""
         return self._queue.has_work or any(job.is_writing for job in self._jobs.values())
+
+    @property
+    def step_seconds(self) -> float:
+        """What jobs have taken of the step."""
+        return self._seconds + self.calls.seconds
 
     @property
     def microbatches(self) -> Mapping[str, Microbatch]:
@@ -102,8 +105,8 @@ class JobManager:
 
     def take_token_counts(self) -> tuple[int, int]:
         """Forward and backward tokens since the last call."""
-        counts = (self._forward_tokens, self._backward_tokens)
-        self._forward_tokens = self._backward_tokens = 0
+        counts = (self._forward_tokens, self.calls.tokens)
+        self._forward_tokens = self.calls.tokens = 0
         return counts
 
     # ------------------------------------------------------------------ calls
@@ -168,11 +171,11 @@ class JobManager:
     def prepare(self, plan: StepPlan) -> None:
         """Before the forward: forget what was evicted or downgraded, give memory to microbatches that
         begin."""
-        self.step_seconds = 0.0
+        self._seconds = self.calls.seconds = 0.0
         if plan.evicted:
             self._forget_evicted(plan.evicted)
         for sequence in plan.downgraded:
-            self._finish_layer(sequence)
+            self.calls.finish_layer(sequence)
         microbatches = self.microbatches
         for sequence in plan.downgraded:
             if sequence.sequence_id not in microbatches:
@@ -210,78 +213,9 @@ class JobManager:
 
     def _charge_forward(self, plan: StepPlan, seconds: float, exposed: float) -> None:
         rows = sum(span.length for span in plan.training_forward)
-        self.step_seconds += exposed
+        self._seconds += exposed
         for span in plan.training_forward:
             self._charge(span.sequence.job_id, seconds * span.length / rows)
-
-    def begin_beside(self, plan: StepPlan) -> None:
-        """Once a forward with requests is launched: launch planned backward calls to run beside it, where the
-        device can."""
-        if not (self._streams.overlaps and plan.training_backward):
-            return
-        calls = calls_beside(plan, self._queue, self._model)
-        if calls:
-            with self._streams.beside():
-                for call in calls:
-                    self._beside.append((call, self._run(call.sequence, call.length)))
-                    if self._beside[-1][1].error is not None:
-                        break
-
-    def end_beside(self) -> tuple[int, float]:
-        """After the forward's answers: wait for the calls that ran beside it, and account for them; how many
-        units they had, and the seconds that these should take by themselves."""
-        if not self._beside:
-            return 0, 0.0
-        began, beside, units, seconds = time.perf_counter(), self._beside, 0, 0.0
-        self._beside = []
-        self._streams.join()
-        self.step_seconds += time.perf_counter() - began
-        for planned, call in beside:
-            if call.error is not None:
-                self._fail(call.sequence, call.error)
-                break
-            self._charge(call.sequence.job_id, planned.seconds)
-            self._pay(call)
-            units += call.length
-            seconds += planned.seconds
-        return units, seconds
-
-    def _finish_layer(self, sequence: TrainingSequence) -> None:
-        """A layer's call that rests goes on to its end before what it reads is somebody else's."""
-        if sequence.resting is not None and sequence.units[sequence.unit_cursor].kind == "layer":
-            began = time.perf_counter()
-            self._finish(self._launch(sequence, sequence.resting.length))
-            self.step_seconds += time.perf_counter() - began
-
-    def run_backward(
-        self, plan: StepPlan, deadline: float, arrivals: Callable[[], bool] | None, ran: int = 0
-    ) -> None:
-        """Run the planned backward units but for the `ran` first, neighbours as one call, as far as they end
-        before `deadline` (time.perf_counter()) by their prediction; the step's first only has to begin before
-        it. With `arrivals` until a message waits. A call rests between pieces where it has to (`Stop`)."""
-        began, is_first = time.perf_counter(), ran == 0
-        for span in plan.training_backward:
-            sequence, beside = span.sequence, min(ran, span.length)
-            ran -= beside
-            left = span.length - beside
-            if sequence.unit_cursor != span.start + beside:
-                continue  # finished meanwhile
-            while left and sequence.job_id in self._jobs:
-                now, index = time.perf_counter(), sequence.unit_cursor
-                seconds = deadline - now if plan.inference else None
-                length = self._queue.call_length(sequence, index, left, seconds)
-                ends = now + (0.0 if is_first else self._queue.call_seconds(sequence, index, length))
-                if ends >= deadline or (arrivals is not None and arrivals()):
-                    self.step_seconds += now - began
-                    return
-                call = self._launch(sequence, length, (deadline, arrivals))
-                self._finish(call)
-                if not call.done:
-                    self.step_seconds += time.perf_counter() - began
-                    return
-                left -= call.length
-                is_first = False
-        self.step_seconds += time.perf_counter() - began
 
     def advance(self, deadline: float, arrivals: Callable[[], bool] | None) -> None:
         """After a step: checkpoints that are written; optimizer steps whose gradients are complete, as far as
@@ -297,7 +231,7 @@ class JobManager:
             if not job.is_writing and (arrivals is not None or began < deadline):
                 self._complete(job, Stop(deadline, arrivals))
                 seconds = time.perf_counter() - began
-                self.step_seconds += seconds
+                self._seconds += seconds
                 self._charge(job.spec.job_id, seconds)
             rests = bool(job.sequences) and all(s.done for s in job.sequences)
             self._queue.owe_update(job.spec.job_id, rests)
@@ -306,56 +240,9 @@ class JobManager:
 
     # ------------------------------------------------------------------ parts
 
-    def _launch(
-        self,
-        sequence: TrainingSequence,
-        length: int,
-        until: tuple[float, Callable[[], bool] | None] | None = None,
-    ) -> Call:
-        """Run the sequence's next units as one call on the units' stream, for `_finish`. With `until` it may
-        rest, unless the device runs it while others go on anyway."""
-        stop = None
-        if until is not None and not self._streams.overlaps:
-            stop = Stop(*until, sequence.resting.piece if sequence.resting is not None else 0.0)
-        with self._streams.beside():
-            return self._run(sequence, length, stop)
-
-    def _run(self, sequence: TrainingSequence, length: int, stop: Stop | None = None) -> Call:
-        try:
-            done = self._jobs[sequence.job_id].run_units(sequence, length, stop or never)
-        except Exception as error:
-            return Call(sequence, length, error=error)
-        return Call(sequence, length, done, 0.0 if stop is None else stop.longest)
-
-    def _finish(self, call: Call) -> None:
-        """Wait for the call launched last, and account for it."""
-        seconds, sequence = self._streams.join(), call.sequence
-        if call.error is not None:
-            self._fail(sequence, call.error)
-            return
-        self._charge(sequence.job_id, seconds)
-        whole = seconds + (sequence.resting.seconds if sequence.resting is not None else 0.0)
-        if not call.done:
-            sequence.resting = RestingCall(call.length, whole, call.piece)
-            return
-        index = sequence.unit_cursor
-        kind, tokens = sequence.unit_kind(index), sequence.tokens_of(index, call.length)
-        self._model.observe_unit(kind, tokens, whole)
-        self._pay(call)
-
-    def _fail(self, sequence: TrainingSequence, error: Exception) -> None:
+    def _fail(self, job_id: str, error: Exception) -> None:
         """One job's fault must not take the engine, and everybody's requests, down with it."""
-        self._end(self._jobs[sequence.job_id], "failed", _as_error(sequence.job_id, error))
-
-    def _pay(self, call: Call) -> None:
-        """The call's units have run."""
-        sequence = call.sequence
-        sequence.pay_units(call.length)
-        if sequence.done:
-            self._backward_tokens += sequence.num_tokens if sequence.trains else 0
-            self._queue.release(sequence)
-            if sequence.trains and self._queue.keeps_gradients(sequence.job_id):
-                self._jobs[sequence.job_id].keep_gradients()
+        self._end(self._jobs[job_id], "failed", _as_error(job_id, error))
 
     def _charge(self, job_id: str, seconds: float) -> None:
         self._queue.charge(job_id, seconds)

@@ -100,14 +100,14 @@ def test_a_resting_layer_is_finished_before_its_memory_goes(model, data, tmp_pat
     slab = quiet.engine.kv.slab_bytes
     local = train(model, busy, lambda: False, kv_cache_memory_bytes=256 * slab, max_model_len=512)
     queue, finished = local.engine.scheduler.training, []
-    finish = local.engine.jobs._finish_layer
+    finish = local.engine.jobs.calls.finish_layer
 
     def noted(sequence: TrainingSequence) -> None:
         rests = sequence.resting is not None
         finish(sequence)
         finished.append(rests and sequence.resting is None)
 
-    monkeypatch.setattr(local.engine.jobs, "_finish_layer", noted)
+    monkeypatch.setattr(local.engine.jobs.calls, "finish_layer", noted)
     chance = random.Random(3)
     local.engine.arrivals = lambda: chance.random() < 0.5
     asked = 0

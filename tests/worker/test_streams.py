@@ -39,7 +39,7 @@ class Overlapping(InOrder):
 def overlapping(model: Path, log: list[str], monkeypatch: pytest.MonkeyPatch) -> LocalEngine:
     local = world.make_engine(model, max_num_batched_tokens=64)
     engine = local.engine
-    engine.jobs._streams = engine.streams = Overlapping(log)
+    engine.jobs.calls.streams = engine.streams = Overlapping(log)
 
     def noted(name: str, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
