@@ -1,12 +1,16 @@
-"""How many threads compute: affinity, the cgroup's quota, the model's size."""
+"""How many threads compute, by affinity, the cgroup's quota and the model's size; how large the pool is."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
+import torch
 
+from coserve.config import DEMO_MODEL_DIR, EngineConfig
 from coserve.engine import device
+from coserve.models.config import ModelConfig
+from coserve.worker.kv_tensors import slab_bytes
 
 
 @pytest.fixture
@@ -37,3 +41,12 @@ def test_the_older_cgroups_say_it_in_two_files(cores, tmp_path, quota, expected)
 def test_two_threads_of_one_core_count_once_where_the_mask_has_both(cores, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5, 2})
     assert device.usable_cores(tmp_path) == 2
+
+
+def test_the_pool_keeps_to_what_the_cgroup_allows(monkeypatch) -> None:
+    """Else a container with little memory on a large machine has a pool that it is killed for filling."""
+    config, model = EngineConfig(model=""), ModelConfig.from_dir(DEMO_MODEL_DIR)
+    slab = slab_bytes(model, config.block_size, torch.float32)
+    monkeypatch.setattr(device, "memory_limit", lambda: 1000 * slab)
+    blocks = device.memory_plan(config, model, 256, torch.device("cpu"), torch.float32)
+    assert blocks == 450, "half of nine tenths"
