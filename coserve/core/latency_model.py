@@ -380,7 +380,7 @@ class LatencyModel:
             return work
         features, arithmetic = _busy_features(tokens + windows), max(0.0, seconds - beside)
         expected = self._busy.predict(features)
-        is_shown = seconds > alone * (1.0 + self.guard / 2.0) or not self._busy.count
+        is_shown = seconds > alone * (1.0 + self.guard) or not self._busy.count
         if is_shown or expected + beside > FILLED * alone:
             if not is_shown:
                 arithmetic = FILLED * min(arithmetic, expected)

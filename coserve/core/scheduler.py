@@ -261,8 +261,8 @@ class Scheduler:
             context = plan.context_tokens
             alone = self.model.predict_inference(tokens, context)
             plan.inference_alone = plan.predicted = alone
-            # Where prompts always had company nothing would show what theirs take.
-            rare = self.model.overlaps and tokens > len(plan.inference)
+            # Where large parts of prompts always had company nothing would show what those steps take.
+            rare = self.model.overlaps and tokens > 2 * len(plan.inference)
             self._unprobed += PROBE_EVERY // 4 if rare else 1
             probing = self._unprobed >= PROBE_EVERY
             self._unprobed = 0 if probing else self._unprobed
