@@ -50,7 +50,7 @@ class Decisions:
         """Microseconds of the decisions of one step."""
         began = time.perf_counter_ns()
         plan = self.scheduler.schedule(1.0)
-        self.scheduler.commit(plan)
+        self.scheduler.commit(plan, 0.0)
         took = time.perf_counter_ns() - began
         for span in plan.inference:
             span.request.append(1)

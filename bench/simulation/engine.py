@@ -99,11 +99,11 @@ class SimulatedEngine:
         if plan.apart:
             self._forward_apart(plan, noise, deadline if plan.inference else next_arrival)
         self._backward(plan, noise, deadline, math.inf if plan.inference else next_arrival, ran)
-        self.scheduler.account(self.now - self.began, self._exposed)
+        self.scheduler.account(self.now - self.began, self._exposed, self.now - self.answered)
         return plan
 
     def _answer(self, plan: StepPlan) -> None:
-        self.scheduler.commit(plan)
+        self.scheduler.commit(plan, self.now)
         self.sampled = [s.request for s in plan.inference if s.samples and not s.request.finished]
         for request in self.sampled:
             if request.append(TOKEN) is not None:

@@ -32,8 +32,9 @@ UNIT_KEEP, UNIT_RIDGE = 0.9, 0.01  # a width that is seldom seen may be of a bus
 GRACE, STALL = 8, 3.0  # after so many calls, one counts at most so many times what was expected
 WASTE = 0.05  # of a narrow call's time per token beside a wide one's
 FILLED = 0.95  # of a forward's time
-# Forward windows in a batch with requests, and apart; a layer's backward goes by its policy.
-UNIT_KINDS = ("forward", "apart", "score", "loss", "layer_a", "layer_b", "layer_c")
+WINDOW_RATE = 0.1  # of a step with windows, in what they are known to cost
+# Forward windows apart from requests; a layer's backward goes by its policy.
+UNIT_KINDS = ("apart", "score", "loss", "layer_a", "layer_b", "layer_c")
 
 
 class FitState(msgspec.Struct, frozen=True):
@@ -59,6 +60,7 @@ class LatencyState(msgspec.Struct, frozen=True):
     units: dict[str, UnitState]
     errors: list[float]
     busy: FitState = FitState(0, {})
+    windows: float = 1.0
 
 
 class StratifiedFit:
@@ -254,11 +256,13 @@ class LatencyModel:
         self._widest_batch = 0  # rows, with training's
         self._units = {kind: UnitCost() for kind in UNIT_KINDS}
         self._errors: deque[float] = deque(maxlen=GUARD_STEPS)
+        self._windows = 1.0  # of a step's time by its rows, what it takes where some are training's
 
     def state(self) -> LatencyState:
         """What it has learnt."""
         units = {kind: cost.state() for kind, cost in self._units.items() if cost.count}
-        return LatencyState(self._inference.state(), units, list(self._errors), self._busy.state())
+        shared = self._busy.state(), self._windows
+        return LatencyState(self._inference.state(), units, list(self._errors), *shared)
 
     def restore(self, state: LatencyState) -> None:
         """Go on from a state. ValueError where it is another version's; the model is as new then."""
@@ -272,6 +276,7 @@ class LatencyModel:
             raise ValueError(f"there is no kind of call named {error}") from None
         self._inference, self._units, self._busy = fresh._inference, fresh._units, fresh._busy
         self._errors.extend(state.errors)
+        self._windows = state.windows
 
     @property
     def observations(self) -> int:
@@ -339,16 +344,20 @@ class LatencyModel:
         busy = max(0.0, self._busy.predict(_busy_features(tokens)))
         return max(0.0, self.predict_inference(tokens, context_tokens) - busy)
 
-    def window_seconds(self, rows: int) -> float:
-        """Seconds of work of training's rows in the requests' batch; 0 while unknown."""
-        if not self.overlaps:
-            return self._units["forward"].predict(rows)
-        return self._busy.weight(0) * rows / 64.0
+    def window_seconds(self, rows: int, tokens: int, context_tokens: int) -> float:
+        """Seconds by which `rows` of training lengthen a batch of requests with `tokens` that look at
+        `context_tokens`: little while the weights' way from memory takes longer than the arithmetic. On a
+        device that runs calls beside a forward, the seconds of their arithmetic. 0 while unknown."""
+        if self.overlaps:
+            return self._busy.weight(0) * rows / 64.0
+        alone = self.predict_inference(tokens, context_tokens)
+        return max(0.0, self._windows * self.predict_inference(tokens + rows, context_tokens + rows) - alone)
 
-    def window_rows_within(self, seconds: float) -> int:
-        """How many rows of training take so much work in the requests' batch; 0 while unknown."""
+    def window_rows_within(self, seconds: float, tokens: int, context_tokens: int) -> int:
+        """How many rows of training take no more than `seconds` so."""
         if not self.overlaps:
-            return self._units["forward"].tokens_within(seconds)
+            whole = self.predict_inference(tokens, context_tokens) + seconds
+            return self.tokens_within(whole / self._windows, tokens, context_tokens)
         price = self._busy.weight(0) / 64.0
         most = 2 * self._widest_batch
         return min(most, int(seconds / price)) if price > 0.0 else most
@@ -375,9 +384,11 @@ class LatencyModel:
             return 0.0
         alone = self.predict_inference(tokens, context_tokens)
         if not self.overlaps:
-            work = max(1e-6, seconds - alone)
-            self.observe_unit("forward", windows, work)
-            return work
+            expected = self.predict_inference(tokens + windows, context_tokens + windows)
+            if expected > 0.0:
+                ratio = min(max(seconds / expected, 1.0 / STALL), STALL)
+                self._windows += WINDOW_RATE * (ratio - self._windows)
+            return max(1e-6, seconds - alone)
         features, arithmetic = _busy_features(tokens + windows), max(0.0, seconds - beside)
         expected = self._busy.predict(features)
         is_shown = seconds > alone * (1.0 + self.guard) or not self._busy.count
@@ -386,7 +397,7 @@ class LatencyModel:
                 arithmetic = FILLED * min(arithmetic, expected)
             self._busy.update(int(windows > 0), features, arithmetic, max(alone, 1e-6))
             self._widest_batch = max(self._widest_batch, tokens + windows)
-        return self.window_seconds(windows)
+        return self.window_seconds(windows, tokens, context_tokens)
 
     def observe_inference(self, tokens: int, context_tokens: int, seconds: float) -> None:
         """A step without training took `seconds` for its forward."""

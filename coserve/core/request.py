@@ -57,6 +57,7 @@ class Request(Sequence):
         self.num_expected_cached = 0  # when it came, where anybody asked
         self.num_preemptions = 0
         self.scheduled_at: float | None = None
+        self.pace_from: float | None = None  # its tokens are due from there on
         self._stop_ids = frozenset(sampling.stop_token_ids) | (
             frozenset() if sampling.ignore_eos else frozenset(eos_token_ids)
         )

@@ -21,6 +21,7 @@ from coserve.core.request import Request, RequestStatus
 from coserve.core.slo import (
     IDLE_QUANTUM,
     LEAST_PROMPT_TOKENS,
+    PACE,
     PROBE_EVERY,
     BudgetControl,
     LatencyTargets,
@@ -29,7 +30,7 @@ from coserve.core.slo import (
 from coserve.core.span import InferenceSpan, SpanKind
 from coserve.core.step_demands import Demand, demands_of
 from coserve.core.step_plan import StepPlan
-from coserve.core.training_queue import TrainingQueue
+from coserve.core.training_queue import Beside, TrainingQueue
 from coserve.core.training_sequence import TILE
 
 
@@ -77,7 +78,7 @@ class Scheduler:
         self.prefix_hits = 0
         self.shares = FairShares()
         self.control = BudgetControl()
-        self._trained_since = 0.0  # seconds of the last step
+        self._since_answers = 0.0  # seconds of the last step that training had
         self.minimum = MinimumShare(limits.min_training_share)
         self.outputs = Outputs()
         self.left_waiting = False  # the last step had no room for somebody,
@@ -87,7 +88,8 @@ class Scheduler:
         self._num_with_targets = 0
         self._adapter_ready = adapter_ready
         self._adapter_released = adapter_released
-        self._unprobed = 0  # steps with inference since one that showed what it takes alone
+        self._seen = 0  # steps without training's rows that the model had learnt from,
+        self._unprobed = 0  # and the steps with inference since then
 
     # ------------------------------------------------------------------ requests in and out
 
@@ -145,12 +147,15 @@ class Scheduler:
         self._schedule_training(plan, now)
         return plan
 
-    def commit(self, plan: StepPlan) -> None:
+    def commit(self, plan: StepPlan, now: float) -> None:
         """The plan's inference was run: cursors move, full blocks become known to the prefix cache."""
         size = self.limits.block_size
         for span in plan.inference:
             request = span.request
             if not request.finished:
+                if span.samples:
+                    targets, count = request.targets or self.targets, request.num_output_tokens
+                    request.pace_from = targets.pace(request.pace_from, count, now)
                 request.cursor = end = span.start + span.length
                 self.outputs.tokens += span.samples
                 if end // size > span.start // size:
@@ -158,9 +163,10 @@ class Scheduler:
                 if self.shares.contended and span.kind is SpanKind.DECODE:
                     self.shares.charge(request, 1)
 
-    def account(self, seconds: float, training: float) -> None:
-        """A step took `seconds`, `training` of them for jobs, who are owed a part while they have work."""
-        self._trained_since = training
+    def account(self, seconds: float, training: float, after_answers: float) -> None:
+        """A step took `seconds`, `training` of them for jobs, who are owed a part while they have work, and
+        `after_answers` since its tokens."""
+        self._since_answers = after_answers if training else 0.0
         if self.training.has_work:
             self.minimum.account(seconds, training)
 
@@ -194,21 +200,36 @@ class Scheduler:
     def _prompt_tokens(self, plan: StepPlan, now: float) -> int:
         """Prompt tokens of a step: so many that those who decode in it keep their target, who have waited for
         the training that followed their last token already."""
-        return self.prompt_tokens(plan.inference_tokens, plan.context_tokens, now, self._trained_since)
+        return self.prompt_tokens(plan.inference_tokens, plan.context_tokens, now, self._since_answers)
 
-    def prompt_tokens(self, tokens: int, context: int, now: float, spent: float = 0.0) -> int:
+    def prompt_tokens(self, tokens: int, context: int, now: float, spent: float | None = None) -> int:
         """Prompt tokens beside decoding rows of `tokens` that look at `context` keys; the last answers were
-        `spent` seconds ago. No more than the model may know the time of."""
+        `spent` seconds ago (None: of any step, of rows that are neither early nor late). No more than the
+        model may know the time of. Prompts move in any case where the rows by themselves are too slow for
+        their target already; else what the rows leave in the steps to come is enough for that."""
         alone, most = self.model.predict_inference(tokens, context), self.model.most_to_try
         if alone == 0.0:
             return min(most, self.limits.max_num_batched_tokens)
         demands = self.demands(now)
         late = max((d.wait / d.targets.patience for d in demands if d.wait is not None), default=0.0)
         limit = min(
-            (d.targets.prompt_limit(alone, late * d.targets.patience) for d in demands if d.decodes),
-            default=self.targets.prompt_limit(alone, late * self.targets.patience),
+            (
+                d.targets.prompt_limit(
+                    alone, late * d.targets.patience, None if spent is None else d.early, spent or 0.0
+                )
+                for d in demands
+                if d.decodes
+            ),
+            default=self.targets.prompt_limit(alone, late * self.targets.patience, None, spent or 0.0),
         )
-        return max(LEAST_PROMPT_TOKENS, min(most, self.model.tokens_within(limit - spent, tokens, context)))
+        least = 0 if self._keeps_pace(alone, demands) else LEAST_PROMPT_TOKENS
+        return max(least, min(most, self.model.tokens_within(limit, tokens, context)))
+
+    @staticmethod
+    def _keeps_pace(seconds: float, demands: list[Demand]) -> bool:
+        """Whether steps of so many seconds leave something of the tightest explicit time per token."""
+        tpot = min((d.targets.tpot for d in demands if d.targets.tpot > 0.0), default=0.0)
+        return seconds < PACE * tpot
 
     def _schedule_waiting(self, plan: StepPlan, budget: int, now: float) -> None:
         self.num_deferred, self.left_waiting, self.out_of_memory = 0, False, False
@@ -222,6 +243,10 @@ class Scheduler:
             if request.adapter is not None and not self._adapter_ready(request.adapter):
                 self.num_deferred += 1
                 continue
+            if not self._has_turn(request, now):
+                self.left_waiting = True
+                self._leave_device(request)
+                break
             self._match_prefix(request)
             length = min(request.forward_owed, budget)
             end = request.cursor + length
@@ -240,6 +265,16 @@ class Scheduler:
             plan.inference.append(span)
             budget = min(budget - length, tokens_in_time(span, plan, self.model, self.targets, now))
 
+    def _has_turn(self, request: Request, now: float) -> bool:
+        """Whether those that run keep an explicit time per token with one more beside them. Who waits here
+        waits for a first token; let in, he would slow down all of them, himself too."""
+        if not self.running:
+            return True
+        demands = self.demands(now)
+        context = sum(r.num_tokens for r in (*self.running, request))
+        seconds = self.model.predict_inference(len(self.running) + 1, context)
+        return all(d.targets.tpot == 0.0 for d in demands) or self._keeps_pace(seconds, demands)
+
     def _has_room(self, request: Request) -> bool:
         """Room for all its tokens and a block for each that runs. Who comes in with less soon takes memory
         from others, or gives up its own, and is computed again."""
@@ -256,51 +291,83 @@ class Scheduler:
             self.shares.charge(request, request.forward_owed)
 
     def _schedule_training(self, plan: StepPlan, now: float) -> None:
-        tokens = plan.inference_tokens
+        tokens, beside = plan.inference_tokens, None
         if plan.inference:
             context = plan.context_tokens
             alone = self.model.predict_inference(tokens, context)
             plan.inference_alone = plan.predicted = alone
-            # Where large parts of prompts always had company nothing would show what those steps take.
-            rare = self.model.overlaps and tokens > 2 * len(plan.inference)
-            self._unprobed += PROBE_EVERY // 4 if rare else 1
-            probing = self._unprobed >= PROBE_EVERY
-            self._unprobed = 0 if probing else self._unprobed
+            probing = self._probes(plan)
             plan.in_order = probing and self.model.overlaps
             if not self.model.trained or not self.training.has_work or (probing and not plan.in_order):
                 return
-            # Whoever can't begin in this step, or had less of it after training, waits for no more of that.
-            held_back = self._trained_since > 0.0 and not all(span.samples for span in plan.inference)
-            retreats = self.left_waiting or plan.preempted or held_back
-            wanted = 0.0 if retreats else self.training_budget(alone, now)
+            demands = self.demands(now)
+            retreats = self.left_waiting or plan.preempted
+            wanted = 0.0 if retreats else self.training_budget(plan, demands, now)
+            if self.model.overlaps:  # most of it runs beside the forward, whose answers wait for it
+                wanted = min(wanted, self._before_answers(alone, wanted, demands))
             plan.concealed = 0.0 if plan.in_order else self.model.idle_seconds(tokens, context)
             exposed = max(self.control.allow(wanted), self.minimum.budget(alone))
             plan.training_budget = exposed + plan.concealed
+            beside = self._beside(plan, demands)
         elif self.waiting and not self.training.has_work:
             return
         else:
             plan.training_budget = IDLE_QUANTUM
-        # A tile more than the budget at worst: smaller windows would cost training its exactness to the bit.
         rows = 0 if plan.in_order else max(self.limits.max_num_batched_tokens - tokens, TILE)
-        share = self.training.plan(
-            plan.training_budget, rows, self.limits.headroom, mixed=bool(plan.inference)
-        )
+        share = self.training.plan(plan.training_budget, rows, self.limits.headroom, beside)
         plan.training_forward, plan.apart = list(share.forward.values()), share.apart
         plan.training_backward = list(share.backward.values())
         plan.training_budget = max(share.budget, share.spent)
         if plan.window_rows:
-            windows = self.model.window_seconds(plan.window_rows)
-            plan.predicted += max(0.0, windows - plan.concealed)
+            plan.predicted += max(0.0, share.window_seconds - plan.concealed)
 
-    def training_budget(self, alone: float, now: float) -> float:
-        """Seconds of training that every request's target leaves in a step whose inference takes `alone`.
+    def _probes(self, plan: StepPlan) -> bool:
+        """Whether this step with inference goes without training, or with it in order, for the model to see
+        one alone. Where large parts of prompts always had company nothing would show what such a step takes.
+        """
+        rare = self.model.overlaps and plan.inference_tokens > 2 * len(plan.inference)
+        self._unprobed += PROBE_EVERY // 4 if rare else 1
+        probes = self._unprobed >= PROBE_EVERY
+        if probes or (self._seen != self.model.observations and not self.model.overlaps):
+            self._unprobed = 0
+        self._seen = self.model.observations
+        return probes
 
-        None after somebody was refused for a target: places come free sooner without.
+    def training_budget(self, plan: StepPlan, demands: list[Demand], now: float) -> float:
+        """Seconds of training that every request's target leaves in a step with this inference.
+
+        None after somebody was refused for a target: places come free sooner without. Nor while a prompt
+        isn't through that has no explicit time per token to wait for beside it.
         """
         if now < self.pressed_until:
             return 0.0
-        guard = self.model.guard
-        return min(d.targets.training_budget(alone, guard, d.wait) for d in self.demands(now))
+        alone, guard = plan.inference_alone, self.model.guard
+        sampling = [span for span in plan.inference if span.samples]
+        context = sum(span.start + span.length + 1 for span in sampling)
+        owed = max(0, sum(r.forward_owed for r in self.running) - plan.inference_tokens)
+        following = self.model.predict_inference(len(sampling) + owed, context + owed)
+        budgets = (
+            0.0
+            if owed and d.targets.tpot == 0.0
+            else d.targets.training_budget(alone, following, guard, d.wait, d.early)
+            for d in demands
+        )
+        return min(budgets)
+
+    def _beside(self, plan: StepPlan, demands: list[Demand]) -> Beside:
+        """What training meets in this step. Windows may lengthen the requests' own batch, whose tokens wait
+        for it after the training since the last ones, but not beside a prompt: its rows leave the arithmetic
+        no time to spare."""
+        alone, budget, in_batch = plan.inference_alone, plan.training_budget, None
+        if plan.inference_tokens == len(plan.inference):
+            in_batch = max(self._before_answers(alone, budget, demands), self.minimum.budget(alone))
+        paced = any(demand.early is not None for demand in demands)
+        return Beside(plan.inference_tokens, plan.context_tokens, in_batch, paced)
+
+    def _before_answers(self, alone: float, budget: float, demands: list[Demand]) -> float:
+        """Seconds of a training budget that this step's answers may wait for."""
+        spent = self._since_answers
+        return max(0.0, min(d.targets.batch_budget(alone, budget, d.early, spent) for d in demands))
 
     def demands(self, now: float) -> list[Demand]:
         """What the requests ask of a step: one demand for each set of targets among them."""

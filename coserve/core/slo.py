@@ -12,8 +12,11 @@ UNIT_SECONDS = 0.04  # of a call, or a layer of a window, while nobody waits; an
 AUTO_RATIO = 1.2  # of the predicted inference-only step
 AUTO_FLOOR = 0.012  # seconds between tokens below which no reader sees a difference
 PROBE_EVERY = 16  # steps with inference between two that carry no training, to see it alone
-AUTO_GUARD = 0.1  # most of the model's error that counts then: half of what the ratio leaves
+MOST_GUARD = 0.1  # of the model's error that counts: half of what the automatic ratio leaves
 SAFETY = 0.9  # of an explicit target
+PACE = 0.97  # of an explicit time per token, that a request's tokens keep on average
+LONGEST = 1.1  # of it, that one gap may take where those before took less
+LATEST = 2.0  # times it, that a request is behind at most: what was lost before can't be made good
 RISE_STEPS = 3  # with requests, from none to all of the budget
 SHARE_WINDOW = 10.0  # seconds over which jobs have their minimum share
 PROMPT_RATIO = 3.0  # of the decoding rows' own time, that a step with a part of a prompt may take
@@ -64,38 +67,74 @@ class LatencyTargets:
     ttft: float = 0.0
     tpot: float = 0.0
 
-    def step_target(self, inference_alone: float) -> float:
-        """How long a step with running requests may take."""
-        if self.tpot > 0.0:
-            return self.tpot * SAFETY
-        return max(AUTO_RATIO * inference_alone, AUTO_FLOOR)
-
     @property
     def patience(self) -> float:
         """Seconds without a first token after which a request is late."""
         return self.ttft / 2 if self.ttft > 0.0 else PATIENCE
 
-    def prompt_limit(self, decode_alone: float, oldest_first_token_wait: float | None) -> float:
-        """How long a step of decoding rows that take `decode_alone` may become by parts of prompts. Without a
-        target it grows once somebody has waited longer than `PATIENCE`: a queue costs more than a gap."""
+    def due(self, pace_from: float, num_tokens: int) -> float:
+        """When the token after `num_tokens` is due at an explicit time per token, the first of them having
+        come at `pace_from`."""
+        return pace_from + PACE * self.tpot * num_tokens
+
+    def pace(self, pace_from: float | None, num_tokens: int, now: float) -> float:
+        """`pace_from` once the token after `num_tokens` has come: later, where that is further behind than
+        can be made good."""
+        if pace_from is None:
+            return now
+        late = now - self.due(pace_from, num_tokens) - LATEST * self.tpot
+        return pace_from + max(0.0, late) if self.tpot > 0.0 else pace_from
+
+    def prompt_limit(
+        self,
+        decode_alone: float,
+        oldest_first_token_wait: float | None,
+        early: float | None = None,
+        spent: float = 0.0,
+    ) -> float:
+        """How long a step of decoding rows that take `decode_alone` may become by parts of prompts; the rows'
+        last tokens came `spent` seconds before it, their next ones are due in `early` (None: nobody's are).
+        Without a target it grows once somebody has waited longer than `PATIENCE`: a queue costs more than a
+        gap."""
         if self.tpot > 0.0:
-            return self.tpot * SAFETY
+            due = PACE * self.tpot if early is None else early
+            return min(due, LONGEST * self.tpot - spent)
         late = (oldest_first_token_wait or 0.0) / self.patience
-        return max(PROMPT_RATIO * decode_alone, AUTO_FLOOR) * min(max(1.0, late), MOST_LATE)
+        return max(PROMPT_RATIO * decode_alone, AUTO_FLOOR) * min(max(1.0, late), MOST_LATE) - spent
 
     def training_budget(
-        self, inference_alone: float, guard: float, oldest_first_token_wait: float | None
+        self,
+        inference_alone: float,
+        following: float,
+        guard: float,
+        oldest_first_token_wait: float | None,
+        early: float | None = None,
     ) -> float:
         """Seconds of training that a step with inference can carry.
 
-        `inference_alone` is the predicted time of its inference, `guard` the model's own relative error, and
-        `oldest_first_token_wait` how long the longest-waiting request has had no first token. The automatic
-        target promises nobody a time, so the error takes half of it at most: on a machine whose steps vary
-        by a fifth training would stand still otherwise.
+        `inference_alone` is the predicted time of its inference, `following` that of the step after it, whose
+        tokens training delays; `guard` is the model's own relative error, `oldest_first_token_wait` how long
+        the longest-waiting request has had no first token, and the tokens of this step are due in `early`
+        seconds (None: they are first ones). What a request's earlier gaps left or took too much is settled by
+        the later ones, so the error takes little.
         """
-        if self.tpot == 0.0:
-            guard = min(guard, AUTO_GUARD)
-        budget = self.step_target(inference_alone) - inference_alone * (1.0 + guard)
+        guard = 1.0 + min(guard, MOST_GUARD)
+        if self.tpot > 0.0:
+            saved = 0.0 if early is None else early - inference_alone
+            gap = min(PACE * self.tpot + saved, LONGEST * self.tpot)
+            budget = gap - following * guard
+        else:
+            budget = max(AUTO_RATIO * inference_alone, AUTO_FLOOR) - inference_alone * guard
         if self.ttft > 0.0 and oldest_first_token_wait is not None:
             budget = min(budget, self.ttft * SAFETY - oldest_first_token_wait - inference_alone)
         return max(0.0, budget)
+
+    def batch_budget(
+        self, inference_alone: float, training_budget: float, early: float | None, spent: float
+    ) -> float:
+        """Seconds of a step's `training_budget` that may come before its answers, in their own batch; the
+        last answers were `spent` seconds ago, the next tokens are due in `early`."""
+        if self.tpot == 0.0:
+            return training_budget - spent
+        gap = LONGEST * self.tpot - spent
+        return (gap if early is None else min(gap, early)) - inference_alone

@@ -11,11 +11,13 @@ from coserve.core.slo import LatencyTargets
 
 class Demand(NamedTuple):
     """One set of targets: the seconds that the longest-waiting of its requests has had no first token (None:
-    all have theirs), and whether any of them decodes."""
+    all have theirs), whether any of them decodes, and the seconds until the first of those has its next token
+    due (None: without an explicit time per token)."""
 
     targets: LatencyTargets
     wait: float | None
     decodes: bool
+    early: float | None = None
 
 
 def demands_of(
@@ -27,14 +29,23 @@ def demands_of(
 ) -> list[Demand]:
     """A demand for each set of targets among the requests; `any_own`: some have others than `default`."""
     if not any_own:
-        new = [r for r in (*running, *waiting) if len(r.token_ids) == r.num_prompt_tokens]
-        arrivals = [r.arrival for r in new]
-        return [Demand(default, now - min(arrivals) if arrivals else None, True)]
-    found: dict[LatencyTargets, tuple[float | None, bool]] = {}
+        return [_demand(default, (*running, *waiting), now)]
+    groups: dict[LatencyTargets, list[Request]] = {}
     for request in (*running, *waiting):
-        targets = request.targets or default
-        oldest, decodes = found.get(targets, (None, False))
-        if request.num_output_tokens == 0:
-            oldest = request.arrival if oldest is None else min(oldest, request.arrival)
-        found[targets] = (oldest, decodes or request.num_output_tokens > 0)
-    return [Demand(t, None if oldest is None else now - oldest, d) for t, (oldest, d) in found.items()]
+        groups.setdefault(request.targets or default, []).append(request)
+    return [_demand(targets, requests, now) for targets, requests in groups.items()]
+
+
+def _demand(targets: LatencyTargets, requests: Sequence[Request], now: float) -> Demand:
+    arrivals = [r.arrival for r in requests if r.num_output_tokens == 0]
+    wait = now - min(arrivals) if arrivals else None
+    decodes = len(arrivals) < len(requests)
+    if targets.tpot == 0.0:
+        return Demand(targets, wait, decodes)
+    due = (
+        targets.due(r.pace_from, r.num_output_tokens)
+        for r in requests
+        if r.pace_from is not None and r.forward_owed == 1
+    )
+    first = min(due, default=None)
+    return Demand(targets, wait, decodes, None if first is None else first - now)

@@ -16,7 +16,7 @@ from coserve.core.block_pool import BlockPool
 from coserve.core.latency_model import LatencyModel
 from coserve.core.slo import UNIT_SECONDS, WIDEST, WIDEST_ON_GPU
 from coserve.core.span import SpanKind, TrainingSpan
-from coserve.core.training_sequence import TILE, TrainingSequence
+from coserve.core.training_sequence import NARROW, TILE, TrainingSequence
 
 CACHE_FLOOR = 8  # one slab in so many stays the prefix cache's, but for what training needs at the least
 EVICTIONS_TO_LOWEST = 2
@@ -61,17 +61,40 @@ class JobQueue:
         return next((s for s in self.in_flight if not s.forward_done), None)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """The requests of a step: rows and keys of their batch, the seconds by which windows may lengthen it
+    (None: they may not), and whether a pace of theirs saves time for later steps."""
+
+    tokens: int
+    context: int
+    in_batch: float | None = None
+    paced: bool = False
+
+
 @dataclass
 class TrainingPlan:
-    """Training's part of a step of `budget` seconds: forward windows, `apart` or in the requests' batch, and
-    backward units, by sequence. `spent` is what they should take."""
+    """Training's part of a step of `budget` seconds: forward windows, `apart` or in the batch of the requests
+    `beside` it, and backward units, by sequence. `spent` is what they should take, `window_seconds` the
+    windows of it."""
 
     budget: float
-    mixed: bool
+    beside: Beside | None = None
     forward: dict[str, TrainingSpan] = field(default_factory=dict)
     backward: dict[str, TrainingSpan] = field(default_factory=dict)
     apart: bool = False
     spent: float = 0.0
+    window_seconds: float = 0.0
+
+    @property
+    def mixed(self) -> bool:
+        """There are requests in the step."""
+        return self.beside is not None
+
+    @property
+    def paced(self) -> bool:
+        """And a pace of theirs saves time for later steps."""
+        return self.beside is not None and self.beside.paced
 
     @property
     def left(self) -> float:
@@ -96,6 +119,7 @@ class TrainingPlan:
             span = TrainingSpan(span.kind, span.sequence, before.start, before.length + span.length)
         chosen[span.sequence.sequence_id] = span
         self.spent += cost
+        self.window_seconds += cost if span.kind is SpanKind.TRAIN_FORWARD else 0.0
 
 
 class TrainingQueue:
@@ -282,18 +306,22 @@ class TrainingQueue:
         self.num_evictions += 1
         return sequence
 
-    def plan(self, budget: float, max_tokens: int, kv_headroom: int, *, mixed: bool) -> TrainingPlan:
+    def plan(
+        self, budget: float, max_tokens: int, kv_headroom: int, beside: Beside | None = None
+    ) -> TrainingPlan:
         """Forward windows and backward units for a step, in the order of fairness.
 
-        `budget` is in seconds, `max_tokens` bounds the forward windows, `kv_headroom` slabs stay free for
-        requests. What steps beside requests leave of their budgets is saved up in `credit`, as much as one
-        unit costs, and pays for a step's last unit, so training keeps moving where a target leaves less than
-        one. A step without inference runs at least one unit. It ends early rather than let others run away
-        from a job that has had all it can have of one step. Windows that rest go on before anything else
-        begins, beside requests once a layer is paid for.
+        `budget` is in seconds; `max_tokens` bounds the forward windows, `kv_headroom` slabs stay free for
+        requests, and those of the step, if any, are `beside` it. What steps beside
+        requests leave of their budgets is saved up in `credit`, as much as one unit costs, and pays for a
+        step's last unit (where requests are `paced`, which saves their time for later steps already, for its
+        only one), so training keeps moving where a target leaves less than one. A step without inference runs
+        at least one unit. It ends early rather than let others run away from a job that has had all it can
+        have of one step. Windows that rest go on before anything else begins, beside requests once a layer is
+        paid for.
         """
-        plan = TrainingPlan(budget, mixed)
-        if mixed and budget <= 0.0:
+        plan = TrainingPlan(budget, beside)
+        if plan.mixed and budget <= 0.0:
             return plan
         refused = self._layer_seconds
         if not self.resting:
@@ -301,8 +329,8 @@ class TrainingQueue:
         elif self._pays(plan, self._layer_seconds):
             plan.apart = True
             plan.forward = {span.sequence.sequence_id: span for span in self.resting}
-            plan.spent = self._layers_within(budget, self._layer_seconds)
-        if mixed:
+            plan.spent = self._layers_within(plan, self._layer_seconds)
+        if plan.mixed:
             self.credit = max(0.0, min(self.credit + plan.left, max(UNIT_SECONDS, refused)))
         return plan
 
@@ -325,7 +353,7 @@ class TrainingQueue:
             span, cost, apart = choice
             if not self._pays(plan, cost):
                 return cost if cost < math.inf else 0.0
-            plan.add(span, self._layers_within(plan.left, cost) if apart and plan.mixed else cost)
+            plan.add(span, self._layers_within(plan, cost) if apart and plan.mixed else cost)
             plan.apart = plan.apart or apart
             # While costs are unknown they are 0: one unit of each kind a step until they are learnt.
             virtual[job.job_id] += max(cost, 1e-4) / job.weight
@@ -337,14 +365,15 @@ class TrainingQueue:
         """Whether the step can have a span of this cost."""
         if not plan.mixed:
             return plan.empty or cost <= plan.left
-        return cost <= plan.left + self.credit
+        return cost <= plan.left + (self.credit if plan.empty or not plan.paced else 0.0)
 
-    def _layers_within(self, seconds: float, layer_seconds: float) -> float:
-        """What the layers that run in so many seconds take, and one more where what was saved up pays for it;
-        one runs in any case."""
+    def _layers_within(self, plan: TrainingPlan, layer_seconds: float) -> float:
+        """What the layers that run in the seconds left take, and one more where what was saved up pays for
+        it; one runs in any case."""
         if not layer_seconds:
             return 0.0
-        paid = min(int(seconds / layer_seconds) + 1, int((seconds + self.credit) / layer_seconds))
+        saved = 0.0 if plan.paced else self.credit
+        paid = min(int(plan.left / layer_seconds) + 1, int((plan.left + saved) / layer_seconds))
         return layer_seconds * max(1, paid)
 
     def _next_span(
@@ -377,19 +406,26 @@ class TrainingQueue:
     def _next_window(
         self, sequence: TrainingSequence, plan: TrainingPlan, max_tokens: int
     ) -> tuple[TrainingSpan, float, bool] | None:
-        """With requests a window goes in their batch if the budget pays for it whole or the device conceals
-        such work, else apart; without, all windows are one batch apart, no wider than one call. None where no
-        window can be had now."""
+        """With requests a window goes in their batch as far as the budget pays for it or the device conceals
+        it, else apart; without, all windows are one batch apart, no wider than one call. None where no window
+        can be had now. One that the next step's batch could have, if training left it this one's time, can't
+        be paid for until then."""
         if max_tokens <= 0:
             return None
         start, model, layers = sequence.cursor, self._model, self._num_layers
-        if plan.mixed:
-            length = sequence.window(max_tokens, model.window_rows_within(plan.left))
-            cost = model.window_seconds(length)
-            if self._model.overlaps and length:
-                return TrainingSpan(SpanKind.TRAIN_FORWARD, sequence, start, length), cost, False
-            if length and (cost <= plan.left or not plan.empty):
-                cost = cost if cost <= plan.left else math.inf  # what was saved up pays for small units only
+        beside = plan.beside
+        if beside is not None and (model.overlaps or beside.in_batch is not None):
+            tokens, context = beside.tokens + plan.forward_tokens, beside.context
+            left = plan.left
+            if beside.in_batch is not None and not model.overlaps:
+                left = min(left, beside.in_batch - plan.window_seconds)
+            rows = model.window_rows_within(left, tokens, context)
+            length = sequence.window(max_tokens, rows, in_batch=not model.overlaps)
+            cost = model.window_seconds(length, tokens, context)
+            least = model.window_seconds(NARROW, beside.tokens, context)
+            if not model.overlaps and cost > left and (not plan.empty or least <= plan.budget):
+                cost = math.inf
+            if length and (model.overlaps or cost <= left or cost == math.inf):
                 return TrainingSpan(SpanKind.TRAIN_FORWARD, sequence, start, length), cost, False
         if plan.mixed:
             affordable = model.unit_tokens_within("apart", min(UNIT_SECONDS, plan.left) * layers)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from coserve.core.sequence import Sequence
 
 TILE = 64  # sums over tokens run in tiles of this many, so cuts at multiples of it change no bit
+NARROW = 16  # tokens of a window in the requests' batch at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,17 +184,23 @@ class TrainingSequence(Sequence):
         open_layers = unit.height + 1
         return min(self.level, open_layers + (self.layers if self.level > self.layers else 0))
 
-    def window(self, most: int, affordable: int) -> int:
+    def window(self, most: int, affordable: int, *, in_batch: bool = False) -> int:
         """Length of the next forward window: at most `most` tokens, and about as many as are `affordable`.
 
-        A job that set its own width gets it (the caller weighs its cost); others are cut at tile edges.
+        A job that set its own width gets it (the caller weighs its cost); others are cut at tile edges, or
+        anywhere beside requests, `in_batch` of theirs: no forward's bits depend on where it is cut.
         """
         owed = self.forward_owed
         if self.window_tokens:
             length = min(self.window_tokens, owed, most)
             return length if length == owed or self.window_tokens % TILE else length // TILE * TILE
+        if in_batch:
+            return min(owed, most, max(affordable, NARROW))
         limit = min(most, max(affordable, TILE))
-        return owed if owed <= limit else (self.cursor + limit) // TILE * TILE - self.cursor
+        if owed <= limit:
+            return owed
+        to_edge = (self.cursor + limit) // TILE * TILE - self.cursor
+        return to_edge if to_edge > 0 else limit
 
     def restart(self) -> None:
         """Its activations are gone: the pass under way is owed again. What earlier passes scored stays."""

@@ -149,7 +149,7 @@ class Engine:
             self.jobs.calls.run_planned(plan, deadline, arrivals, ran)
         self.jobs.advance(deadline, arrivals)
         seconds = time.perf_counter() - started
-        self.scheduler.account(seconds, self.jobs.step_seconds)
+        self.scheduler.account(seconds, self.jobs.step_seconds, seconds - forward)
         self.stats.step_done(plan, seconds, forward)
 
     def _forward_apart(self, plan: StepPlan, deadline: float) -> None:
@@ -169,7 +169,7 @@ class Engine:
             self.jobs.commit_forward(plan, seconds, seconds)
 
     def _commit_inference(self, plan: StepPlan, result: StepResult) -> None:
-        self.scheduler.commit(plan)
+        self.scheduler.commit(plan, time.time())
         outputs = []
         for span in plan.inference:
             request = span.request

@@ -82,7 +82,7 @@ def test_requests_take_levels_before_work_and_the_newest_goes_first() -> None:
     plan = None
     while plan is None or not plan.downgraded:
         plan = sim.step()
-        sim.model.observe_unit("forward", 64, 1.0)
+        sim.model.observe_step(1, 10, 64, 0.0, 1.0)
     assert plan.downgraded == [second] and not plan.evicted
     assert policies(second) == "AB" and second.cursor >= cursor
     sim.run()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from coserve.core.calls_beside import calls_beside
 from coserve.core.latency_model import LatencyModel
-from coserve.core.slo import CALLS_BESIDE, SAFETY
+from coserve.core.slo import CALLS_BESIDE, LONGEST
 from coserve.core.span import SpanKind, TrainingSpan
 from coserve.core.step_plan import StepPlan
 from tests.core.simulation import Simulation
@@ -56,16 +56,17 @@ def test_windows_that_the_forward_conceals_are_not_taken_for_free() -> None:
     model = LatencyModel(overlaps=True)
     for _ in range(40):
         model.observe_inference(24, 5000, 5e-3)
-    assert model.window_seconds(64) == 0.0 == model.window_rows_within(1.0), "nothing was shown"
+    assert model.window_seconds(64, 24, 5000) == 0.0, "nothing was shown"
+    assert model.window_rows_within(1.0, 24, 5000) == 0
     model.observe_step(24, 5000, 64, 0.0, 5e-3)
-    assert 88 <= model.window_rows_within(1.0) <= 176, "twice as many as were seen, at most"
+    assert 88 <= model.window_rows_within(1.0, 24, 5000) <= 176, "twice as many as were seen, at most"
     for step in range(200):
         rows, work = (0, 64, 128)[step % 3], min(0.1e-3 * step, 4.5e-3)
         model.observe_step(24, 5000, rows, work, max(5e-3, 2e-5 * (24 + rows) + work))
     for rows in (64, 128):
-        assert model.window_seconds(rows) == pytest.approx(2e-5 * rows, rel=0.2)
+        assert model.window_seconds(rows, 24, 5000) == pytest.approx(2e-5 * rows, rel=0.2)
     model.observe_step(24, 5000, 64, 0.0, 5e-3)
-    assert model.window_seconds(64) == pytest.approx(64 * 2e-5, rel=0.2), "concealed again: no news"
+    assert model.window_seconds(64, 24, 5000) == pytest.approx(64 * 2e-5, rel=0.2), "concealed again: no news"
 
 
 def test_calls_run_beside_requests_once_their_cost_is_known() -> None:
@@ -100,11 +101,12 @@ def test_training_beside_takes_what_is_idle_and_the_target_is_kept(idle: float, 
         sim.job("job", [512] * 200, slabs=10)
         for _ in range(300):
             sim.step()
-        began, before, late = sim.now, sim.training_seconds, 0
+        began, before, late, answered = sim.now, sim.training_seconds, 0, sim.answered
         for _ in range(300):
             plan = sim.step()
-            late += sim.now - sim.began > max(plan.inference_alone, SAFETY * tpot) + UNIT
-        assert late <= 3
+            late += sim.answered - answered > max(plan.inference_alone, LONGEST * tpot) + UNIT
+            answered = sim.answered
+        assert late <= 3 and sim.now - began <= 300 * tpot
         trained.append((sim.training_seconds - before) / (sim.now - began))
     assert trained[1] > trained[0] + 0.4 * idle
 

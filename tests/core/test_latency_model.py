@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coserve.core.latency_model import LatencyModel, LatencyState, UnitCost
-from coserve.core.slo import AUTO_FLOOR, RISE_STEPS, BudgetControl, LatencyTargets, MinimumShare
+from coserve.core.slo import (
+    AUTO_FLOOR,
+    LATEST,
+    LONGEST,
+    PACE,
+    RISE_STEPS,
+    BudgetControl,
+    LatencyTargets,
+    MinimumShare,
+)
 
 
 def learnt(floor: float, per_token: float, per_context: float) -> LatencyModel:
@@ -96,7 +105,7 @@ def test_calls_that_nobody_waits_for_are_short_but_waste_little(
 @pytest.mark.parametrize(
     ("targets", "alone", "expected"),
     [
-        (LatencyTargets(tpot=0.05), 0.02, 0.9 * 0.05 - 0.02),
+        (LatencyTargets(tpot=0.05), 0.02, PACE * 0.05 - 0.02),
         (LatencyTargets(tpot=0.05), 0.06, 0.0),
         (LatencyTargets(), 0.1, 0.2 * 0.1),
         (LatencyTargets(), 0.002, AUTO_FLOOR - 0.002),
@@ -105,26 +114,41 @@ def test_calls_that_nobody_waits_for_are_short_but_waste_little(
 def test_the_target_leaves_the_rest_to_training(
     targets: LatencyTargets, alone: float, expected: float
 ) -> None:
-    assert targets.training_budget(alone, 0.0, None) == pytest.approx(expected)
+    assert targets.training_budget(alone, alone, 0.0, None) == pytest.approx(expected)
 
 
-def test_the_automatic_target_lets_training_move_however_unsure_the_model_is() -> None:
-    targets = LatencyTargets()
-    assert targets.training_budget(0.1, 0.05, None) == pytest.approx(0.015)
-    assert targets.training_budget(0.1, 0.1, None) == pytest.approx(0.01)
-    assert targets.training_budget(0.1, 3.0, None) == pytest.approx(0.01)
+def test_training_moves_however_unsure_the_model_is() -> None:
+    auto, explicit = LatencyTargets(), LatencyTargets(tpot=0.15)
+    assert auto.training_budget(0.1, 0.1, 0.05, None) == pytest.approx(0.015)
+    for guard in (0.1, 3.0):
+        assert auto.training_budget(0.1, 0.1, guard, None) == pytest.approx(0.01)
+        assert explicit.training_budget(0.1, 0.1, guard, None) == pytest.approx(PACE * 0.15 - 0.11)
 
 
-def test_the_models_error_comes_off_the_budget() -> None:
+def test_what_earlier_gaps_left_or_took_is_settled_by_the_next_ones() -> None:
     targets = LatencyTargets(tpot=0.05)
-    assert targets.training_budget(0.02, 0.5, None) == pytest.approx(0.9 * 0.05 - 0.03)
+    pace = PACE * 0.05
+    assert targets.due(1.0, 4) == pytest.approx(1.0 + 4 * pace)
+    assert targets.training_budget(0.02, 0.01, 0.0, None, 0.02) == pytest.approx(pace - 0.01)
+    assert targets.training_budget(0.02, 0.01, 0.0, None, 0.015) == pytest.approx(pace - 0.015)
+    assert targets.training_budget(0.02, 0.01, 0.0, None, -0.03) == 0.0
+    assert targets.training_budget(0.02, 0.01, 0.0, None, 0.8) == pytest.approx(LONGEST * 0.05 - 0.01)
+
+
+def test_a_request_that_fell_far_behind_starts_its_pace_again() -> None:
+    targets = LatencyTargets(tpot=0.05)
+    assert targets.pace(None, 0, 7.0) == 7.0
+    assert targets.pace(1.0, 4, 1.0 + 5 * PACE * 0.05) == 1.0
+    later = targets.pace(1.0, 4, 90.0)
+    assert targets.due(later, 4) == pytest.approx(90.0 - LATEST * 0.05)
+    assert LatencyTargets().pace(1.0, 4, 90.0) == 1.0
 
 
 def test_a_first_token_that_runs_late_takes_the_budget() -> None:
     targets = LatencyTargets(ttft=0.2, tpot=0.1)
-    assert targets.training_budget(0.02, 0.0, 0.0) == pytest.approx(0.07)
-    assert targets.training_budget(0.02, 0.0, 0.15) == pytest.approx(0.01)
-    assert targets.training_budget(0.02, 0.0, 0.5) == 0.0
+    assert targets.training_budget(0.02, 0.02, 0.0, 0.0) == pytest.approx(PACE * 0.1 - 0.02)
+    assert targets.training_budget(0.02, 0.02, 0.0, 0.15) == pytest.approx(0.01)
+    assert targets.training_budget(0.02, 0.02, 0.0, 0.5) == 0.0
 
 
 def roofline(tokens: int, context: int) -> float:
@@ -156,7 +180,15 @@ def test_a_prompt_takes_more_of_a_step_the_longer_somebody_waits() -> None:
     assert targets.prompt_limit(0.04, None) == targets.prompt_limit(0.04, 0.1) == pytest.approx(0.12)
     assert targets.prompt_limit(0.04, 1.0) == pytest.approx(0.24)
     assert targets.prompt_limit(0.04, 5.0) == targets.prompt_limit(0.04, 50.0) == pytest.approx(0.3)
-    assert LatencyTargets(tpot=0.05).prompt_limit(0.04, 10.0) == pytest.approx(0.045)
+    explicit = LatencyTargets(tpot=0.05)
+    assert explicit.prompt_limit(0.04, 10.0) == pytest.approx(PACE * 0.05)
+
+
+def test_a_prompts_part_leaves_the_readers_their_pace() -> None:
+    targets = LatencyTargets(tpot=0.05)
+    assert targets.prompt_limit(0.02, None, early=0.03) == 0.03
+    assert targets.prompt_limit(0.02, None, early=0.5) == pytest.approx(LONGEST * 0.05)
+    assert targets.prompt_limit(0.02, None, early=0.5, spent=0.04) == pytest.approx(LONGEST * 0.05 - 0.04)
 
 
 def test_what_was_learnt_can_be_saved() -> None:

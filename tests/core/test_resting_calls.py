@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coserve.core.training_queue import TrainingQueue
+from coserve.core.training_queue import Beside, TrainingQueue
 from coserve.core.training_sequence import RestingCall, TrainingSequence
 from tests.core.simulation import Simulation
 
@@ -24,7 +24,7 @@ def resting() -> tuple[TrainingQueue, TrainingSequence]:
 
 
 def spans(queue: TrainingQueue, budget: float) -> list[tuple[int, int]]:
-    plan = queue.plan(budget, 0, 8, mixed=True)
+    plan = queue.plan(budget, 0, 8, Beside(1, 10))
     assert plan.spent <= max(budget, PIECE) + 1e-9, "no more than pieces that the budget pays"
     return [(span.start, span.length) for span in plan.backward.values()]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coserve.core.request import RequestStatus
-from coserve.core.slo import RISE_STEPS, UNIT_SECONDS
+from coserve.core.slo import LONGEST, UNIT_SECONDS
 from coserve.core.span import SpanKind
 
 from .simulation import Simulation
@@ -197,10 +199,13 @@ def test_training_keeps_to_what_the_target_leaves() -> None:
     for _ in range(20):
         sim.step()
     sim.job("job", [512] * 60, slabs=20)
+    answers = []
     for _ in range(200):
         sim.step()
-    steady = sim.durations[60:220]
-    assert sum(d > 20e-3 for d in steady) <= 3, "only while costs are being learnt"
+        answers.append(sim.answered)
+    gaps = [b - a for a, b in pairwise(answers[40:])]
+    assert sum(gap > LONGEST * 20e-3 for gap in gaps) <= 3, "only while costs are being learnt"
+    assert sum(gaps) / len(gaps) <= 20e-3
     trained = sum(s.length for p in sim.plans[60:] for s in p.training_backward)
     assert trained > 0
 
@@ -326,21 +331,23 @@ def test_a_burst_takes_training_off_the_device_in_the_next_step_and_it_comes_bac
     for index, size in enumerate((8, 20, 40, 90)):
         sim.request(f"warm-{index}", size, 12)
     sim.run()
-    sim.job("job", [4000], slabs=4)
+    sim.job("job", [9000], slabs=4)
     sim.request("reader", 8, 400)
     budgets = []
     for _ in range(40):
         plan = sim.step()
         budgets.append(plan.training_budget)
     assert max(budgets) > 5e-3
-    burst = [sim.request(f"burst-{index}", 8, 12) for index in range(4)]
+    burst, came = [sim.request(f"burst-{index}", 8, 12) for index in range(4)], len(sim.plans)
     assert sim.step().training_budget == 0.0 and sim.durations[-1] < 10e-3
     while sim.scheduler.waiting:
         assert sim.step().training_budget == 0.0 or not sim.scheduler.waiting
     while not all(request.finished for request in burst):
         sim.step()
-    back = [plan.training_budget for plan in sim.plans[-30:] if plan.training_budget > 0.0]
-    assert back[:RISE_STEPS] == sorted(back[:RISE_STEPS]) and len(set(back[:RISE_STEPS])) == RISE_STEPS
+    for _ in range(10):
+        sim.step()
+    back = [plan.training_budget for plan in sim.plans[came:] if plan.training_budget > 0.0]
+    assert back[0] < 0.8 * max(back)
     assert max(back) == pytest.approx(max(budgets), rel=0.1)
 
 
@@ -353,11 +360,11 @@ def test_a_prompt_beside_readers_who_waited_for_training_is_shorter_and_then_tra
     reader, gaps, answered = sim.request("reader", 8, 60), [], 0.0
     while not reader.finished:
         if reader.num_output_tokens == 30 and not any(r.sequence_id == "late" for r in sim.scheduler.running):
-            late = sim.request("late", 400, 2)
+            late = sim.request("late", 700, 2)
         sim.step()
         gaps.append(sim.answered - answered)
         answered = sim.answered
     parts = [p for p in sim.plans if any(s.request is late and not s.samples for s in p.inference)]
     assert len(parts) > 1 and parts[0].inference_tokens < parts[1].inference_tokens
     assert all(plan.training_budget == 0.0 for plan in parts[:1])
-    assert max(gaps[2:]) <= 30e-3 and sim.training_seconds > 0.0
+    assert max(gaps[2:]) <= LONGEST * 30e-3 and sim.training_seconds > 0.0

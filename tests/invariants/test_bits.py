@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from coserve.core.training_sequence import TrainingSequence
 from coserve.engine import messages as m
 
 from . import world
@@ -106,3 +107,17 @@ def test_windows_at_tile_edges_change_no_bit_of_a_job(engine, data, tmp_path) ->
         world.finish(local, spec.job_id)
     adapters = [world.final_adapter(spec) for spec in specs]
     assert world.same_bits(adapters[1], adapters[0]) and world.same_bits(adapters[2], adapters[0])
+
+
+@pytest.mark.parametrize("cut", [1, 7, 24, 40])
+def test_forward_windows_cut_anywhere_change_no_bit(engine, data, tmp_path, monkeypatch, cut) -> None:
+    """Beside requests windows are as wide as a step can pay for."""
+    specs = [world.make_job(data, tmp_path / name, n_epochs=1) for name in ("whole", "cut")]
+    for spec in specs:
+        local = engine()
+        world.submit(local, spec)
+        world.finish(local, spec.job_id)
+        monkeypatch.setattr(
+            TrainingSequence, "window", lambda self, most, *_, **__: min(cut, self.forward_owed, most)
+        )
+    assert world.same_bits(*map(world.final_adapter, specs))

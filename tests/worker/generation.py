@@ -83,7 +83,7 @@ class Generation:
             self.batched_adapters, len({span.request.adapter for span in plan.inference})
         )
         result = self.runner.run(plan, {})
-        self.scheduler.commit(plan)
+        self.scheduler.commit(plan, 0.0)
         for span in plan.inference:
             request = span.request
             if request.finished or not span.samples:
