@@ -346,10 +346,11 @@ class Scheduler:
         context = sum(span.start + span.length + 1 for span in sampling)
         owed = max(0, sum(r.forward_owed for r in self.running) - plan.inference_tokens)
         following = self.model.predict_inference(len(sampling) + owed, context + owed)
+        least = self.model.predict_inference(1, 1)
         budgets = (
             0.0
             if owed and d.targets.tpot == 0.0
-            else d.targets.training_budget(alone, following, guard, d.wait, d.early)
+            else d.targets.training_budget(alone, following, guard, d.wait, d.early, least)
             for d in demands
         )
         return min(budgets)

@@ -109,14 +109,15 @@ class LatencyTargets:
         guard: float,
         oldest_first_token_wait: float | None,
         early: float | None = None,
+        least: float = 0.0,
     ) -> float:
         """Seconds of training that a step with inference can carry.
 
         `inference_alone` is the predicted time of its inference, `following` that of the step after it, whose
         tokens training delays; `guard` is the model's own relative error, `oldest_first_token_wait` how long
         the longest-waiting request has had no first token, and the tokens of this step are due in `early`
-        seconds (None: they are first ones). What a request's earlier gaps left or took too much is settled by
-        the later ones, so the error takes little.
+        seconds (None: they are first ones); a step of one row takes `least`. What a request's earlier gaps
+        left or took too much is settled by the later ones, so the error takes little.
         """
         guard = 1.0 + min(guard, MOST_GUARD)
         if self.tpot > 0.0:
@@ -124,10 +125,20 @@ class LatencyTargets:
             gap = min(PACE * self.tpot + saved, LONGEST * self.tpot)
             budget = gap - following * guard
         else:
-            budget = max(AUTO_RATIO * inference_alone, AUTO_FLOOR) - inference_alone * guard
+            ratio = self._automatic_ratio(1.0 - least / inference_alone if least else 0.0)
+            budget = max(ratio * inference_alone, AUTO_FLOOR) - inference_alone * guard
         if self.ttft > 0.0 and oldest_first_token_wait is not None:
             budget = min(budget, self.ttft * SAFETY - oldest_first_token_wait - inference_alone)
         return max(0.0, budget)
+
+    @staticmethod
+    def _automatic_ratio(load: float) -> float:
+        """`AUTO_RATIO` where the rows of a step wait for nothing but memory; less with the part `load` of the
+        step that more rows would add to. Requests leave later then and more of them share the steps that
+        follow: with load rho a step longer by x makes a wait (1 + x) (1 - rho) / (1 - rho (1 + x)) times as
+        long, as in a queue with one server, and that is kept to `AUTO_RATIO`."""
+        extra, load = AUTO_RATIO - 1.0, max(0.0, load)
+        return 1.0 + extra * (1.0 - load) / (1.0 + extra * load)
 
     def batch_budget(
         self, inference_alone: float, training_budget: float, early: float | None, spent: float

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from coserve.core.latency_model import LatencyModel, LatencyState, UnitCost
 from coserve.core.slo import (
     AUTO_FLOOR,
+    AUTO_RATIO,
     LATEST,
     LONGEST,
     PACE,
@@ -123,6 +124,17 @@ def test_training_moves_however_unsure_the_model_is() -> None:
     for guard in (0.1, 3.0):
         assert auto.training_budget(0.1, 0.1, guard, None) == pytest.approx(0.01)
         assert explicit.training_budget(0.1, 0.1, guard, None) == pytest.approx(PACE * 0.15 - 0.11)
+
+
+def test_the_automatic_ratio_falls_with_the_load() -> None:
+    """A queue's waits, not a step, are kept to the ratio: none of it is left where rows take all the time."""
+    targets = LatencyTargets()
+    budgets = [targets.training_budget(0.1, 0.1, 0.0, None, least=part * 0.1) for part in (1.0, 0.5, 0.25)]
+    assert budgets[0] == pytest.approx(0.02)
+    for budget, load in zip(budgets, (0.0, 0.5, 0.75), strict=True):
+        longer = 1.0 + budget / 0.1
+        assert longer * (1.0 - load) / (1.0 - load * longer) == pytest.approx(AUTO_RATIO)
+    assert targets.training_budget(0.1, 0.1, 0.0, None, least=1e-9) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_what_earlier_gaps_left_or_took_is_settled_by_the_next_ones() -> None:
