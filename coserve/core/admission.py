@@ -93,7 +93,7 @@ class Admission:
         if not model.trained:
             return 0.0, 0.0
         ahead = scheduler.ahead_of(request)
-        request.num_expected_cached = scheduler.cached_tokens(request)
+        request.num_expected_cached = scheduler.prefixes.cached_tokens(request)
         own = request.forward_owed - request.num_expected_cached
         owed = own + sum(r.forward_owed for r in scheduler.running if r.forward_owed > 1)
         owed += sum(r.forward_owed - r.num_expected_cached for r in ahead)

@@ -16,21 +16,19 @@ from coserve.core.deadlines import tokens_in_time
 from coserve.core.fair_shares import FairShares
 from coserve.core.latency_model import LatencyModel
 from coserve.core.outputs import Outputs
-from coserve.core.prefix_cache import block_key, root_key
 from coserve.core.request import Request, RequestStatus
+from coserve.core.request_prefixes import RequestPrefixes
 from coserve.core.slo import (
     IDLE_QUANTUM,
     LEAST_PROMPT_TOKENS,
     PACE,
-    PROBE_EVERY,
-    BudgetControl,
     LatencyTargets,
-    MinimumShare,
 )
 from coserve.core.span import InferenceSpan, SpanKind
 from coserve.core.step_demands import Demand, demands_of
 from coserve.core.step_plan import StepPlan
-from coserve.core.training_queue import Beside, TrainingQueue
+from coserve.core.training_budgets import TrainingBudgets
+from coserve.core.training_queue import TrainingQueue
 from coserve.core.training_sequence import TILE
 
 
@@ -74,12 +72,9 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = 0
         self.num_deferred = 0  # waiting requests whose adapter wasn't on the device in the last step
-        self.prefix_queries = 0
-        self.prefix_hits = 0
+        self.prefixes = RequestPrefixes(blocks, limits.block_size)
         self.shares = FairShares()
-        self.control = BudgetControl()
-        self._since_answers = 0.0  # seconds of the last step that training had
-        self.minimum = MinimumShare(limits.min_training_share)
+        self.budgets = TrainingBudgets(model, limits.min_training_share)
         self.outputs = Outputs()
         self.left_waiting = False  # the last step had no room for somebody,
         self.out_of_memory = False  # and that for want of blocks
@@ -88,8 +83,6 @@ class Scheduler:
         self._num_with_targets = 0
         self._adapter_ready = adapter_ready
         self._adapter_released = adapter_released
-        self._seen = 0  # steps without training's rows that the model had learnt from,
-        self._unprobed = 0  # and the steps with inference since then
 
     # ------------------------------------------------------------------ requests in and out
 
@@ -149,26 +142,22 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, now: float) -> None:
         """The plan's inference was run: cursors move, full blocks become known to the prefix cache."""
-        size = self.limits.block_size
         for span in plan.inference:
             request = span.request
             if not request.finished:
                 if span.samples:
                     targets, count = request.targets or self.targets, request.num_output_tokens
                     request.pace_from = targets.pace(request.pace_from, count, now)
-                request.cursor = end = span.start + span.length
+                request.cursor = span.start + span.length
                 self.outputs.tokens += span.samples
-                if end // size > span.start // size:
-                    self._remember_blocks(request, span.start)
+                self.prefixes.remember(request, span.start)
                 if self.shares.contended and span.kind is SpanKind.DECODE:
                     self.shares.charge(request, 1)
 
     def account(self, seconds: float, training: float, after_answers: float) -> None:
         """A step took `seconds`, `training` of them for jobs, who are owed a part while they have work, and
         `after_answers` since its tokens."""
-        self._since_answers = after_answers if training else 0.0
-        if self.training.has_work:
-            self.minimum.account(seconds, training)
+        self.budgets.account(seconds, training, after_answers, owes=self.training.has_work)
 
     def _schedule_running(self, plan: StepPlan, budget: int, now: float) -> int:
         """Those that owe one token first; then prompts, as far as the others can wait for them. Returns what
@@ -200,7 +189,7 @@ class Scheduler:
     def _prompt_tokens(self, plan: StepPlan, now: float) -> int:
         """Prompt tokens of a step: so many that those who decode in it keep their target, who have waited for
         the training that followed their last token already."""
-        return self.prompt_tokens(plan.inference_tokens, plan.context_tokens, now, self._since_answers)
+        return self.prompt_tokens(plan.inference_tokens, plan.context_tokens, now, self.budgets.since_answers)
 
     def prompt_tokens(self, tokens: int, context: int, now: float, spent: float | None = None) -> int:
         """Prompt tokens beside decoding rows of `tokens` that look at `context` keys; the last answers were
@@ -247,7 +236,7 @@ class Scheduler:
                 self.left_waiting = True
                 self._leave_device(request)
                 break
-            self._match_prefix(request)
+            self.prefixes.match(request)
             length = min(request.forward_owed, budget)
             end = request.cursor + length
             if not (self._has_room(request) and self._grow(request, end, plan, admit=True)):
@@ -283,32 +272,20 @@ class Scheduler:
 
     def _count_admission(self, request: Request) -> None:
         """A request begins; one that was preempted does not begin again, and pays for its prompt once."""
-        if self.blocks.cache is not None:
-            request.num_cached_tokens = request.cursor
-            self.prefix_queries += request.num_tokens
-            self.prefix_hits += request.cursor
+        self.prefixes.count(request)
         if self.shares.contended:
             self.shares.charge(request, request.forward_owed)
 
     def _schedule_training(self, plan: StepPlan, now: float) -> None:
         tokens, beside = plan.inference_tokens, None
         if plan.inference:
-            context = plan.context_tokens
-            alone = self.model.predict_inference(tokens, context)
-            plan.inference_alone = plan.predicted = alone
-            probing = self._probes(plan)
-            plan.in_order = probing and self.model.overlaps
-            if not self.model.trained or not self.training.has_work or (probing and not plan.in_order):
+            plan.inference_alone = plan.predicted = self.model.predict_inference(tokens, plan.context_tokens)
+            owed = sum(r.forward_owed for r in self.running) - tokens
+            probes = self.budgets.probes(plan)
+            if not self.model.trained or not self.training.has_work or (probes and not plan.in_order):
                 return
-            demands = self.demands(now)
-            retreats = self.left_waiting or plan.preempted
-            wanted = 0.0 if retreats else self.training_budget(plan, demands, now)
-            if self.model.overlaps:  # most of it runs beside the forward, whose answers wait for it
-                wanted = min(wanted, self._before_answers(alone, wanted, demands))
-            plan.concealed = 0.0 if plan.in_order else self.model.idle_seconds(tokens, context)
-            exposed = max(self.control.allow(wanted), self.minimum.budget(alone))
-            plan.training_budget = exposed + plan.concealed
-            beside = self._beside(plan, demands)
+            retreats = self.left_waiting or bool(plan.preempted) or now < self.pressed_until
+            beside = self.budgets.allot(plan, self.demands(now), max(0, owed), retreats=retreats)
         elif self.waiting and not self.training.has_work:
             return
         else:
@@ -320,55 +297,6 @@ class Scheduler:
         plan.training_budget = max(share.budget, share.spent)
         if plan.window_rows:
             plan.predicted += max(0.0, share.window_seconds - plan.concealed)
-
-    def _probes(self, plan: StepPlan) -> bool:
-        """Whether this step with inference goes without training, or with it in order, for the model to see
-        one alone. Where large parts of prompts always had company nothing would show what such a step takes.
-        """
-        rare = self.model.overlaps and plan.inference_tokens > 2 * len(plan.inference)
-        self._unprobed += PROBE_EVERY // 4 if rare else 1
-        probes = self._unprobed >= PROBE_EVERY
-        if probes or (self._seen != self.model.observations and not self.model.overlaps):
-            self._unprobed = 0
-        self._seen = self.model.observations
-        return probes
-
-    def training_budget(self, plan: StepPlan, demands: list[Demand], now: float) -> float:
-        """Seconds of training that every request's target leaves in a step with this inference.
-
-        None after somebody was refused for a target: places come free sooner without. Nor while a prompt
-        isn't through that has no explicit time per token to wait for beside it.
-        """
-        if now < self.pressed_until:
-            return 0.0
-        alone, guard = plan.inference_alone, self.model.guard
-        sampling = [span for span in plan.inference if span.samples]
-        context = sum(span.start + span.length + 1 for span in sampling)
-        owed = max(0, sum(r.forward_owed for r in self.running) - plan.inference_tokens)
-        following = self.model.predict_inference(len(sampling) + owed, context + owed)
-        least = self.model.predict_inference(1, 1)
-        budgets = (
-            0.0
-            if owed and d.targets.tpot == 0.0
-            else d.targets.training_budget(alone, following, guard, d.wait, d.early, least)
-            for d in demands
-        )
-        return min(budgets)
-
-    def _beside(self, plan: StepPlan, demands: list[Demand]) -> Beside:
-        """What training meets in this step. Windows may lengthen the requests' own batch, whose tokens wait
-        for it after the training since the last ones, but not beside a prompt: its rows leave the arithmetic
-        no time to spare."""
-        alone, budget, in_batch = plan.inference_alone, plan.training_budget, None
-        if plan.inference_tokens == len(plan.inference):
-            in_batch = max(self._before_answers(alone, budget, demands), self.minimum.budget(alone))
-        paced = any(demand.early is not None for demand in demands)
-        return Beside(plan.inference_tokens, plan.context_tokens, in_batch, paced)
-
-    def _before_answers(self, alone: float, budget: float, demands: list[Demand]) -> float:
-        """Seconds of a training budget that this step's answers may wait for."""
-        spent = self._since_answers
-        return max(0.0, min(d.targets.batch_budget(alone, budget, d.early, spent) for d in demands))
 
     def demands(self, now: float) -> list[Demand]:
         """What the requests ask of a step: one demand for each set of targets among them."""
@@ -426,55 +354,6 @@ class Scheduler:
         request.block_table = []
         if request.adapter is not None:
             self._adapter_released(request.adapter)
-
-    # ------------------------------------------------------------------ prefix cache
-
-    def _match_prefix(self, request: Request) -> None:
-        """Share the longest cached run of full blocks, leaving at least one token to compute."""
-        cache = self.blocks.cache
-        if cache is None or request.sampling.prompt_logprobs is not None:
-            return
-        size = self.limits.block_size
-        limit = (request.num_tokens - 1) // size
-        for index in range(limit):
-            block = cache.lookup(self._key(request, index))
-            if block is None:
-                break
-            self.blocks.share(block)
-            request.block_table.append(block)
-        request.cursor = len(request.block_table) * size
-
-    def cached_tokens(self, request: Request) -> int:
-        """Tokens of a request that the prefix cache holds now; nothing is shared yet."""
-        cache, size = self.blocks.cache, self.limits.block_size
-        if cache is None or request.sampling.prompt_logprobs is not None:
-            return 0
-        count = 0
-        for index in range((request.num_tokens - 1) // size):
-            if cache.lookup(self._key(request, index)) is None:
-                break
-            count += size
-        return count
-
-    def _remember_blocks(self, request: Request, start: int) -> None:
-        """Blocks that became full with the tokens from `start` on."""
-        cache = self.blocks.cache
-        if cache is None:
-            return
-        size = self.limits.block_size
-        for index in range(start // size, request.cursor // size):
-            block = request.block_table[index]
-            if not cache.holds(block):
-                cache.insert(self._key(request, index), block)
-
-    def _key(self, request: Request, index: int) -> bytes:
-        """Key of the request's block `index`, extending the request's chain as needed."""
-        hashes, size = request.block_hashes, self.limits.block_size
-        while len(hashes) <= index:
-            start = len(hashes) * size
-            parent = hashes[-1] if hashes else root_key(request.adapter)
-            hashes.append(block_key(parent, request.token_ids[start : start + size]))
-        return hashes[index]
 
 
 def _order(request: Request) -> tuple[int, float, str]:

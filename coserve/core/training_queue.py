@@ -6,16 +6,16 @@ A job that was idle comes back at the others' virtual time, so it can't claim wh
 
 from __future__ import annotations
 
-import itertools
 import math
 from bisect import bisect_right
 from collections import Counter
-from dataclasses import dataclass, field
 
 from coserve.core.block_pool import BlockPool
+from coserve.core.job_queue import JobQueue
 from coserve.core.latency_model import LatencyModel
 from coserve.core.slo import UNIT_SECONDS, WIDEST, WIDEST_ON_GPU
 from coserve.core.span import SpanKind, TrainingSpan
+from coserve.core.training_plan import Beside, TrainingPlan
 from coserve.core.training_sequence import NARROW, TILE, TrainingSequence
 
 CACHE_FLOOR = 8  # one slab in so many stays the prefix cache's, but for what training needs at the least
@@ -23,103 +23,6 @@ EVICTIONS_TO_LOWEST = 2
 EVICTIONS_TO_WAIT = 5
 LEAST_AWAY, MOST_AWAY = 0.05, 60.0  # seconds
 LEAD = 0.02  # seconds of virtual time that a job may run ahead of one that waits for the next step
-MAX_IN_FLIGHT = 2  # microbatches of one job that hold activations: one goes forward, one backward
-
-
-@dataclass
-class JobQueue:
-    """A job's microbatches of the current optimizer step, in index order. `weight` is its `own_weight`, from
-    its priority, and its part of its tenant's `share`."""
-
-    job_id: str
-    own_weight: float
-    tenant: str = ""
-    share: float = 1.0
-    weight: float = 1.0
-    virtual_time: float = 0.0
-    keeps_gradients: bool = False  # after each microbatch, since a step was lost to requests
-    owes_update: bool = False
-    sequences: list[TrainingSequence] = field(default_factory=list)
-
-    @property
-    def in_flight(self) -> list[TrainingSequence]:
-        """The first unfinished microbatches, as many as may hold activations: one where memory was taken from
-        them, so that what comes free serves the one that is done first."""
-        first = list(itertools.islice((s for s in self.sequences if not s.done), MAX_IN_FLIGHT))
-        return first[:1] if any(s.evictions for s in first) else first
-
-    def unit_candidate(self) -> TrainingSequence | None:
-        """The first microbatch in flight with a unit to run. Gradients are added in index order, so only the
-        first of all may go backward; scores may be taken ahead."""
-        for place, sequence in enumerate(self.in_flight):
-            if sequence.forward_done and (place == 0 or not sequence.trains):
-                return sequence
-        return None
-
-    def forward_candidate(self) -> TrainingSequence | None:
-        """The next microbatch with forward tokens to pay, within the limit in flight."""
-        return next((s for s in self.in_flight if not s.forward_done), None)
-
-
-@dataclass(frozen=True)
-class Beside:
-    """The requests of a step: rows and keys of their batch, the seconds by which windows may lengthen it
-    (None: they may not), and whether a pace of theirs saves time for later steps."""
-
-    tokens: int
-    context: int
-    in_batch: float | None = None
-    paced: bool = False
-
-
-@dataclass
-class TrainingPlan:
-    """Training's part of a step of `budget` seconds: forward windows, `apart` or in the batch of the requests
-    `beside` it, and backward units, by sequence. `spent` is what they should take, `window_seconds` the
-    windows of it."""
-
-    budget: float
-    beside: Beside | None = None
-    forward: dict[str, TrainingSpan] = field(default_factory=dict)
-    backward: dict[str, TrainingSpan] = field(default_factory=dict)
-    apart: bool = False
-    spent: float = 0.0
-    window_seconds: float = 0.0
-
-    @property
-    def mixed(self) -> bool:
-        """There are requests in the step."""
-        return self.beside is not None
-
-    @property
-    def paced(self) -> bool:
-        """And a pace of theirs saves time for later steps."""
-        return self.beside is not None and self.beside.paced
-
-    @property
-    def left(self) -> float:
-        """Seconds."""
-        return self.budget - self.spent
-
-    @property
-    def empty(self) -> bool:
-        """Nothing was planned yet."""
-        return not (self.forward or self.backward)
-
-    @property
-    def forward_tokens(self) -> int:
-        """Of all windows."""
-        return sum(span.length for span in self.forward.values())
-
-    def add(self, span: TrainingSpan, cost: float) -> None:
-        """Plan a window, or units that go on where those of the same sequence end."""
-        chosen = self.forward if span.kind is SpanKind.TRAIN_FORWARD else self.backward
-        before = chosen.get(span.sequence.sequence_id)
-        if before is not None:
-            span = TrainingSpan(span.kind, span.sequence, before.start, before.length + span.length)
-        chosen[span.sequence.sequence_id] = span
-        self.spent += cost
-        self.window_seconds += cost if span.kind is SpanKind.TRAIN_FORWARD else 0.0
 
 
 class TrainingQueue:

@@ -90,8 +90,8 @@ class StatsKeeper:
             steps=self._steps,
             arrival_waits=self._waits,
             preemptions=scheduler.num_preemptions - self._preemptions,
-            prefix_queries=scheduler.prefix_queries - self._prefix[0],
-            prefix_hits=scheduler.prefix_hits - self._prefix[1],
+            prefix_queries=scheduler.prefixes.queries - self._prefix[0],
+            prefix_hits=scheduler.prefixes.hits - self._prefix[1],
             finetune_forward_tokens=forward,
             finetune_backward_tokens=backward,
             finetune_share=self._share if engine.jobs.has_work else 0.0,
@@ -103,7 +103,7 @@ class StatsKeeper:
         )
         self._steps, self._waits = [], []
         self._preemptions = scheduler.num_preemptions
-        self._prefix = (scheduler.prefix_queries, scheduler.prefix_hits)
+        self._prefix = (scheduler.prefixes.queries, scheduler.prefixes.hits)
         self._reclaims = (queue.num_downgrades, queue.num_evictions)
         self._swaps = dict(adapters.swaps)
         return stats

@@ -43,7 +43,7 @@ def test_a_class_without_a_target_is_automatic_beside_a_loose_server() -> None:
     assert demand.targets == LatencyTargets() and not demand.decodes
     plan = sim.step()
     plan.inference_alone = 20e-3
-    budget = sim.scheduler.training_budget(plan, sim.scheduler.demands(sim.now), sim.now)
+    budget = sim.scheduler.budgets.wanted(plan, sim.scheduler.demands(sim.now), 0)
     least = sim.model.predict_inference(1, 1)
     automatic = LatencyTargets().training_budget(20e-3, 20e-3, 0.0, None, least=least)
     assert budget == pytest.approx(automatic, rel=0.3) and budget < 4e-3

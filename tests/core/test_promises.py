@@ -252,7 +252,7 @@ def test_no_job_starves_beside_requests_whatever_its_priority(tpot: float) -> No
 def test_where_the_target_leaves_nothing_jobs_have_their_minimum_share_and_no_more(share: float) -> None:
     sim = Simulation(blocks=4000, max_tokens=MAX_TOKENS, tpot=3e-3)
     warm_up(sim)
-    sim.scheduler.minimum = MinimumShare(share)
+    sim.scheduler.budgets.minimum = MinimumShare(share)
     for index in range(6):
         sim.request(f"reader-{index}", 8, 100_000)
     sim.job("job", [512] * 60, slabs=20)

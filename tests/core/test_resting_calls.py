@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from coserve.core.training_queue import Beside, TrainingQueue
+from coserve.core.training_plan import Beside
+from coserve.core.training_queue import TrainingQueue
 from coserve.core.training_sequence import RestingCall, TrainingSequence
 from tests.core.simulation import Simulation
 

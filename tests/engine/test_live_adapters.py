@@ -174,14 +174,14 @@ def test_a_paused_job_answers_and_caches_its_prefixes(model, data, tmp_path, ans
         local.add(name, PROMPT, LONG, live_job=JOB)
         local.run_until(lambda want=name: want in local.finished, 2000)
         assert local.tokens[name] == answers[2]
-    assert local.engine.scheduler.prefix_hits > 0, "the second found the first one's KV"
-    hits = local.engine.scheduler.prefix_hits
+    assert local.engine.scheduler.prefixes.hits > 0, "the second found the first one's KV"
+    hits = local.engine.scheduler.prefixes.hits
     assert local.call(lambda i: m.ControlJob(call_id=i, job_id=JOB, action="resume")).error is None
     local.run_until(lambda: step_of(local) == 3, 20_000)
     assert len(local.engine.blocks.cache) == 0, "KV of a step that nobody can ask for any more"
     local.add("later", PROMPT, LONG, live_job=JOB)
     local.run_until(lambda: "later" in local.finished, 20_000)
-    assert local.tokens["later"] == answers[3] and local.engine.scheduler.prefix_hits == hits
+    assert local.tokens["later"] == answers[3] and local.engine.scheduler.prefixes.hits == hits
 
 
 def test_a_cancelled_job_leaves_its_rows_to_who_reads_them(model, data, tmp_path, answers) -> None:

@@ -72,7 +72,7 @@ def test_a_cached_prefix_changes_no_bit(engine, adapter, alone) -> None:
     local = engine()
     assert together(local, adapter) == alone
     assert together(local, adapter) == alone
-    assert local.engine.scheduler.prefix_hits > 0
+    assert local.engine.scheduler.prefixes.hits > 0
 
 
 def test_training_beside_it_changes_no_bit(engine, adapter, alone, data, tmp_path) -> None:

@@ -21,7 +21,7 @@ def test_same_prompt_under_base_and_adapters_never_shares_a_prefix(model, adapte
     for _ in range(2):
         for adapter in [None, *adapters]:
             assert warm.generate(PROMPT, world.GREEDY, adapter) == cold[adapter and adapter.name]
-    assert warm.engine.scheduler.prefix_hits > 0
+    assert warm.engine.scheduler.prefixes.hits > 0
 
 
 def test_a_broken_adapter_is_an_error(model, adapters, tmp_path: Path) -> None:
