@@ -30,8 +30,8 @@ class Home:
         self.server: ServerThread | None = None
 
     def start(self) -> ServerThread:
-        self.server = ServerThread(self.state)
-        self.server.engine.auto_train = False
+        # From the start: jobs that go on by themselves would race with what a test says of them.
+        self.server = ServerThread(self.state, auto_train=False)
         return self.server
 
     def stop(self) -> None:
