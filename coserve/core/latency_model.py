@@ -109,6 +109,11 @@ class StratifiedFit:
         """The highest stratum that was seen; 0 before any."""
         return max(self._strata, default=0)
 
+    @property
+    def next_size(self) -> int:
+        """The size above those of the highest stratum: no more than should show what twice as much costs."""
+        return STRATA[self.largest] if self.largest < len(STRATA) else sys.maxsize
+
     def update(self, stratum: int, x: list[float], y: float, scale: float) -> None:
         """One observation: features `x`, measured `y` > 0; its error counts relative to `scale`."""
         size = self._size
@@ -221,17 +226,12 @@ class UnitCost:
         floor = self.predict(0)
         price = (self.predict(1024) - floor) / 1024
         if price == 0.0:
-            return min(1024, self._doubled()) if self.count and seconds >= floor else 0
-        return max(0, min(int((seconds - floor) / price), self._doubled()))
+            return min(1024, self._fit.next_size) if self.count and seconds >= floor else 0
+        return max(0, min(int((seconds - floor) / price), self._fit.next_size))
 
     def knows(self, tokens: int) -> bool:
         """A call of about so many tokens, or of more, was measured."""
         return bool(self.count) and bisect(STRATA, tokens) <= self._fit.largest
-
-    def _doubled(self) -> int:
-        """No more than a call could have that should show what the next width costs."""
-        highest = self._fit.largest
-        return STRATA[highest] if highest < len(STRATA) else 1 << 30
 
     def unhurried_tokens(self, seconds: float, widest: int) -> int:
         """How many tokens a call has that should take `seconds` on average, up to the `widest`, but no fewer
@@ -292,10 +292,7 @@ class LatencyModel:
     def most_to_try(self) -> int:
         """Tokens of a step whose time may be known: twice the widest that was measured. The first ones have
         few, on a machine that may be slower than any."""
-        widest = self._inference.largest
-        if not self.trained or widest == 0:
-            return UNTRIED
-        return sys.maxsize if widest == len(STRATA) else max(UNTRIED, 2 * STRATA[widest - 1])
+        return max(UNTRIED, self._inference.next_size) if self.trained else UNTRIED
 
     def predict_inference(self, tokens: int, context_tokens: int) -> float:
         """Seconds of a step with this much inference and no training; 0 while unknown."""

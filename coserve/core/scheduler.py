@@ -257,12 +257,13 @@ class Scheduler:
     def _has_turn(self, request: Request, now: float) -> bool:
         """Whether those that run keep an explicit time per token with one more beside them. Who waits here
         waits for a first token; let in, he would slow down all of them, himself too."""
-        if not self.running:
+        if not self.running or not (self.targets.tpot or self._num_with_targets):
             return True
         demands = self.demands(now)
+        if all(d.targets.tpot == 0.0 for d in demands):
+            return True
         context = sum(r.num_tokens for r in (*self.running, request))
-        seconds = self.model.predict_inference(len(self.running) + 1, context)
-        return all(d.targets.tpot == 0.0 for d in demands) or self._keeps_pace(seconds, demands)
+        return self._keeps_pace(self.model.predict_inference(len(self.running) + 1, context), demands)
 
     def _has_room(self, request: Request) -> bool:
         """Room for all its tokens and a block for each that runs. Who comes in with less soon takes memory

@@ -50,14 +50,14 @@ class TrainingBudgets:
         if self._model.overlaps:  # most of it runs beside the forward, whose answers wait for it
             wanted = min(wanted, self._before_answers(alone, wanted, demands))
         plan.concealed = 0.0 if plan.in_order else self._model.idle_seconds(tokens, context)
-        exposed = max(self._control.allow(wanted), self.minimum.budget(alone))
+        least = self.minimum.budget(alone)
+        exposed = max(self._control.allow(wanted), least)
         plan.training_budget = exposed + plan.concealed
         # Windows may lengthen the requests' own batch, but not beside a prompt: its rows leave the arithmetic
         # no time to spare.
         in_batch = None
         if tokens == len(plan.inference):
-            before = self._before_answers(alone, plan.training_budget, demands)
-            in_batch = max(before, self.minimum.budget(alone))
+            in_batch = max(self._before_answers(alone, plan.training_budget, demands), least)
         return Beside(tokens, context, in_batch, any(demand.early is not None for demand in demands))
 
     def wanted(self, plan: StepPlan, demands: Sequence[Demand], owed: int) -> float:

@@ -315,21 +315,11 @@ class TrainingQueue:
         be paid for until then."""
         if max_tokens <= 0:
             return None
-        start, model, layers = sequence.cursor, self._model, self._num_layers
-        beside = plan.beside
-        if beside is not None and (model.overlaps or beside.in_batch is not None):
-            tokens, context = beside.tokens + plan.forward_tokens, beside.context
-            left = plan.left
-            if beside.in_batch is not None and not model.overlaps:
-                left = min(left, beside.in_batch - plan.window_seconds)
-            rows = model.window_rows_within(left, tokens, context)
-            length = sequence.window(max_tokens, rows, in_batch=not model.overlaps)
-            cost = model.window_seconds(length, tokens, context)
-            least = model.window_seconds(NARROW, beside.tokens, context)
-            if not model.overlaps and cost > left and (not plan.empty or least <= plan.budget):
-                cost = math.inf
-            if length and (model.overlaps or cost <= left or cost == math.inf):
-                return TrainingSpan(SpanKind.TRAIN_FORWARD, sequence, start, length), cost, False
+        model, layers = self._model, self._num_layers
+        if plan.beside is not None:
+            window = self._window_in_batch(sequence, plan, plan.beside, max_tokens)
+            if window is not None:
+                return window
         if plan.mixed:
             affordable = model.unit_tokens_within("apart", min(UNIT_SECONDS, plan.left) * layers)
             widest = max(TILE, min(affordable, self._widest))
@@ -339,7 +329,30 @@ class TrainingQueue:
             return None
         length = sequence.window(max_tokens, widest - plan.forward_tokens)
         cost = model.predict_unit("apart", length) / (layers if plan.mixed else 1)
-        return (TrainingSpan(SpanKind.TRAIN_FORWARD, sequence, start, length), cost, True) if length else None
+        span = TrainingSpan(SpanKind.TRAIN_FORWARD, sequence, sequence.cursor, length)
+        return (span, cost, True) if length else None
+
+    def _window_in_batch(
+        self, sequence: TrainingSequence, plan: TrainingPlan, beside: Beside, max_tokens: int
+    ) -> tuple[TrainingSpan, float, bool] | None:
+        """A window in the requests' batch; None where it has to run apart."""
+        model, tokens, context = self._model, beside.tokens + plan.forward_tokens, beside.context
+        if model.overlaps:
+            left = plan.left
+        elif beside.in_batch is not None:
+            left = min(plan.left, beside.in_batch - plan.window_seconds)
+        else:
+            return None
+        rows = model.window_rows_within(left, tokens, context)
+        length = sequence.window(max_tokens, rows, in_batch=not model.overlaps)
+        if not length:
+            return None
+        cost = model.window_seconds(length, tokens, context)
+        if cost > left and not model.overlaps:
+            if plan.empty and model.window_seconds(NARROW, beside.tokens, context) > plan.budget:
+                return None
+            cost = math.inf
+        return TrainingSpan(SpanKind.TRAIN_FORWARD, sequence, sequence.cursor, length), cost, False
 
     def call_length(self, sequence: TrainingSequence, index: int, most: int, seconds: float | None) -> int:
         """How many units from `index` on, `most` at most and one at least, run as one call of no more tokens
