@@ -13,7 +13,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     (seed, position), so preemption and batching change nothing. `logprobs` is the number of alternatives
     wanted beside the sampled token (None: no log-probabilities at all). `prompt_logprobs` likewise for the
     prompt's own tokens. `stop_token_ids` end the output and are part of the token ids reported; stop
-    *strings* are the server's business, where text exists. `max_tokens` 0 only scores the prompt.
+    *strings* are the server's business, where text exists. `max_tokens` 0 only scores the prompt. `grammar`
+    is what the output has to match, in the form that llguidance's matcher takes: a Lark grammar, or the JSON
+    of a list of grammars, as its `grammar_from_json_schema` writes it. "": anything.
     """
 
     max_tokens: int = 16
@@ -32,6 +34,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str = ""
 
     @property
     def greedy(self) -> bool:
