@@ -19,7 +19,7 @@ INSTALLED := $(VENV)/.installed
 NATIVE := build/native/.installed
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup print-venv demo serve test test-all lint bench proto docs image clean
+.PHONY: help setup print-venv clients demo serve test test-all lint bench proto docs image clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,16 +37,19 @@ $(NATIVE): $(NATIVE_SOURCES) scripts/build_native.sh | $(INSTALLED)
 	scripts/build_native.sh "$(VENV)"
 	touch $@
 
+clients: setup ## other clients for the tests, as far as they can be had here (build/clients)
+	scripts/setup_clients.sh "$(BIN)/python"
+
 demo: setup ## serve, chat and fine-tune at once, and show what each costs the other
 	$(BIN)/python -m examples.demo $(DEMO_ARGS)
 
 serve: setup ## serve the bundled model in the foreground (SERVE_ARGS= adds flags)
 	$(BIN)/python scripts/serve.py $(SERVE_ARGS)
 
-test: setup ## the tests, with a seeded sample of the long matrices
+test: setup clients ## the tests, with a seeded sample of the long matrices
 	$(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)
 
-test-all: setup ## the tests, the long matrices whole
+test-all: setup clients ## the tests, the long matrices whole
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: setup ## ruff on everything, mypy --strict on coserve/core
