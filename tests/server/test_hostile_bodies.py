@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from coserve.server.application.job_request import REQUEST_FIELDS
 from coserve.server.application.lora_request import LORA_FIELDS
+from coserve.server.application.request_fields import KNOWN_CHAT, KNOWN_COMPLETIONS, REFUSED
 from coserve.server.application.training_request import TRAINING_FIELDS
-from coserve.server.openai.chat_completions import KNOWN_FIELDS
 from tests.server.running import BASE, ServerThread
 
 SCALARS = (
@@ -36,8 +36,8 @@ JSON = st.recursive(
 )
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 BODIES: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "/v1/chat/completions": (CHAT, sorted(KNOWN_FIELDS)),
-    "/v1/completions": ({"prompt": "Hi", "max_tokens": 2}, sorted(KNOWN_FIELDS | {"prompt", "suffix"})),
+    "/v1/chat/completions": (CHAT, sorted(KNOWN_CHAT | REFUSED.keys())),
+    "/v1/completions": ({"prompt": "Hi", "max_tokens": 2}, sorted(KNOWN_COMPLETIONS | REFUSED.keys())),
     "/v1/fine_tuning/jobs": (
         {"model": BASE, "training_file": "file-x"},
         sorted(REQUEST_FIELDS | {"hyperparameters", "integrations"}),

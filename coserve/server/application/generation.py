@@ -56,11 +56,13 @@ class Delta:
 
 @dataclass
 class Usage:
-    """Token counts of an answer: each prompt once, completions summed."""
+    """Token counts of an answer: each prompt once, completions summed; `reasoning_tokens` are those of the
+    completions that thought."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
     def add(self, delta: Delta) -> None:
         """Count one piece of the output."""

@@ -13,6 +13,7 @@ import msgspec
 
 from coserve.core.sampling_params import SamplingParams
 from coserve.errors import InvalidRequest
+from coserve.server.application.request_fields import REFUSED, REFUSED_PREFIX
 from coserve.server.fields import Fields
 
 logger = logging.getLogger(__name__)
@@ -21,30 +22,6 @@ MAX_N = 16
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_SEED = 2**64
-
-_REFUSED = {
-    "suffix": "needs a fill-in-the-middle model, which this server has none of",
-    "functions": "is replaced by tools",
-    "function_call": "is replaced by tool_choice",
-    "audio": "is not supported: this server makes text only",
-    "prediction": "is not supported",
-    "web_search_options": "is not supported",
-    "moderation": "is not supported",
-    "structured_outputs": "is not supported",
-    "use_beam_search": "is not supported",
-    "bad_words": "is not supported; use logit_bias",
-    "logprob_token_ids": "is not supported",
-    "truncate_prompt_tokens": "is not supported; shorten the prompt",
-    "prompt_embeds": "is not supported",
-    "documents": "is not supported; put them into the messages",
-    "chat_template": "can't be sent with a request; start the server with --chat-template",
-    "stop_regex": "is not supported; use stop",
-    "regex": "is not supported",
-    "cache_salt": "is not supported: every adapter version has a prefix cache of its own, its users share it",
-    "return_tokens_as_token_ids": "is not supported; use return_token_ids",
-    "ebnf": "is not supported",
-    "lora_path": "is not supported; name the adapter as model",
-}
 
 
 @dataclass(frozen=True)
@@ -101,10 +78,10 @@ def refuse_unsupported(fields: Fields) -> None:
     for name in fields.body:
         if not fields.has(name):
             continue
-        if name.startswith("guided_"):
+        if name.startswith(REFUSED_PREFIX):
             raise fields.fail(name, "is not supported; it would be ignored silently.")
-        if name in _REFUSED and fields.raw(name) is not False:
-            raise fields.fail(name, f"{_REFUSED[name]}.")
+        if name in REFUSED and fields.raw(name) is not False:
+            raise fields.fail(name, f"{REFUSED[name]}.")
     modalities = fields.strings("modalities")
     if modalities is not None and modalities != ["text"]:
         raise fields.fail("modalities", 'must be ["text"]: this server makes text only.')

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from coserve.server.application.chat import Conversation, read_conversation
-from coserve.server.application.generation import Choice, Delta, Generation, Usage
+from coserve.server.application.generation import Choice, Delta, Generation
+from coserve.server.application.request_fields import KNOWN_CHAT
 from coserve.server.application.sampling import (
     MAX_LOGPROBS,
     check_response_format,
@@ -28,57 +28,8 @@ from coserve.server.context import Context
 from coserve.server.fields import Fields
 from coserve.server.http import EventStream, Route, json_response, read_json, until_disconnect
 from coserve.server.openai.logprobs import chat_logprobs, prompt_logprobs
+from coserve.server.openai.usage import StreamOptions, usage_body
 from coserve.server.preparing import prepared
-
-_KNOWN = (
-    "messages model max_completion_tokens max_tokens temperature top_p frequency_penalty presence_penalty "
-    "n stop seed logit_bias logprobs top_logprobs response_format tools tool_choice parallel_tool_calls "
-    "stream stream_options user safety_identifier metadata store service_tier verbosity prompt_cache_key "
-    "prompt_cache_options prompt_cache_retention reasoning_effort modalities top_k min_p "
-    "repetition_penalty length_penalty stop_token_ids include_stop_str_in_output ignore_eos min_tokens "
-    "skip_special_tokens spaces_between_special_tokens prompt_logprobs allowed_token_ids echo "
-    "add_generation_prompt continue_final_message add_special_tokens chat_template_kwargs priority "
-    "best_of return_token_ids "
-)
-KNOWN_FIELDS = frozenset(_KNOWN.split())
-
-
-def usage_body(usage: Usage) -> dict[str, Any]:
-    """OpenAI's `usage` object."""
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.total_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }
-
-
-@dataclass(frozen=True)
-class StreamOptions:
-    """Whether and how an answer is streamed. Usage comes in a last chunk of its own (`include_usage`; all
-    others carry null then) and, with vLLM's `continuous_usage_stats`, as counted so far in every chunk."""
-
-    stream: bool
-    include_usage: bool = False
-    continuous_usage: bool = False
-
-    @classmethod
-    def read(cls, fields: Fields) -> StreamOptions:
-        """From a request; options without stream are refused."""
-        stream = fields.boolean("stream")
-        options = fields.object("stream_options")
-        if options is None:
-            return cls(stream)
-        if not stream:
-            raise fields.fail("stream_options", "is only allowed with stream.")
-        include = options.boolean("include_usage")
-        return cls(stream, include, include and options.boolean("continuous_usage_stats"))
-
-    def add_usage(self, chunk: dict[str, Any], usage: Usage) -> dict[str, Any]:
-        """A chunk with choices, with the `usage` it has to carry."""
-        if self.include_usage:
-            chunk["usage"] = usage_body(usage) if self.continuous_usage else None
-        return chunk
 
 
 class _Answer:
@@ -87,7 +38,7 @@ class _Answer:
     def __init__(self, context: Context, fields: Fields, key: Key | None, request_id: str) -> None:
         refuse_unsupported(fields)
         check_response_format(fields)
-        log_unknown(fields, KNOWN_FIELDS)
+        log_unknown(fields, KNOWN_CHAT)
         self.context = context
         self.options = StreamOptions.read(fields)
         wants = fields.boolean("logprobs")

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from coserve.errors import InvalidRequest
 from coserve.server.application.generation import Choice, Delta, Generation
+from coserve.server.application.request_fields import KNOWN_COMPLETIONS
 from coserve.server.application.sampling import (
     MAX_LOGPROBS,
     SamplingRequest,
@@ -26,14 +27,13 @@ from coserve.server.auth import USE, Key
 from coserve.server.context import Context
 from coserve.server.fields import Fields
 from coserve.server.http import EventStream, Route, json_response, read_json, until_disconnect
-from coserve.server.openai.chat_completions import KNOWN_FIELDS, StreamOptions, usage_body
 from coserve.server.openai.logprobs import completion_logprobs, prompt_logprobs
+from coserve.server.openai.usage import StreamOptions, usage_body
 from coserve.server.preparing import prepared
 from coserve.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16
-_KNOWN = KNOWN_FIELDS | {"prompt", "suffix"}
 
 
 def read_prompts(fields: Fields, tokenizer: Tokenizer) -> list[list[int]]:
@@ -64,7 +64,7 @@ class _Answer:
     def __init__(self, context: Context, fields: Fields, key: Key | None, request_id: str) -> None:
         refuse_unsupported(fields)
         check_response_format(fields)
-        log_unknown(fields, _KNOWN)
+        log_unknown(fields, KNOWN_COMPLETIONS)
         self.context = context
         self.options = StreamOptions.read(fields)
         self.echo = fields.boolean("echo")

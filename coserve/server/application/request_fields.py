@@ -1,0 +1,138 @@
+"""What a request to generate may say, field by field: the list that routes check names against and that
+docs/api.md is made from.
+
+A field is honoured, accepted without effect (its effect says so), or refused by name: what would change the
+output and can't be honoured is never dropped silently. Names that stand nowhere are let pass, as servers of
+this API do.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class RequestField(NamedTuple):
+    """`values` is the range, the default in brackets; `effect` one line on what is done with it."""
+
+    name: str
+    values: str
+    effect: str
+
+
+_NO_EFFECT = "accepted, no effect"
+
+SHARED: tuple[RequestField, ...] = (
+    # OpenAI's
+    RequestField(
+        "model", "name (the base)", "the base, an adapter, `name@version`, a checkpoint, `JOB:live`"
+    ),
+    RequestField(
+        "max_tokens",
+        ">= 1 (see the route)",
+        "ends an answer with `length`; with the prompt within the context",
+    ),
+    RequestField("max_completion_tokens", ">= 1", "the same; goes before `max_tokens`"),
+    RequestField("temperature", "0-2 (the model's, else 1)", "0 takes the likeliest token"),
+    RequestField("top_p", "0-1, not 0 (the model's, else 1)", "the likeliest tokens that together reach it"),
+    RequestField("frequency_penalty", "-2-2 (0)", "times the number of a token's uses in the answer"),
+    RequestField("presence_penalty", "-2-2 (0)", "once for each token that the answer has used"),
+    RequestField("n", "1-128 (1)", "answers to each prompt; the seed counts on from one to the next"),
+    RequestField("stop", "string or up to 16", "ends an answer before the first of them"),
+    RequestField("seed", "integer of 64 bits (drawn)", "same seed, same answer, whatever shares the batch"),
+    RequestField("logit_bias", "token id: -100-100", "added to the logits"),
+    RequestField(
+        "response_format", "`text`, `json_object`, `json_schema`", "what the answer's text has to be"
+    ),
+    RequestField("stream", "boolean (false)", "answers by server-sent events"),
+    RequestField(
+        "stream_options",
+        "`include_usage`, `continuous_usage_stats`, `include_obfuscation`",
+        "with `stream`: usage in a last chunk, in every chunk too; padding that hides lengths",
+    ),
+    RequestField("service_tier", "`auto` or a class", "the latency class; the answer echoes the one used"),
+    RequestField("user", "string", _NO_EFFECT),
+    RequestField("metadata", "object", _NO_EFFECT),
+    # vLLM's
+    RequestField("top_k", ">= -1 (the model's, else 0: all)", "the likeliest k"),
+    RequestField("min_p", "0-1 (the model's, else 0)", "tokens at least so likely as this part of the best"),
+    RequestField("repetition_penalty", "0-10, not 0 (the model's, else 1)", "of tokens of prompt and answer"),
+    RequestField("length_penalty", "1", "other values are refused: there is no beam search"),
+    RequestField("min_tokens", ">= 0 (0)", "no end token, no token of `stop_token_ids` before so many"),
+    RequestField("stop_token_ids", "token ids", "end an answer; not part of its text"),
+    RequestField("ignore_eos", "boolean (false)", "goes on after the model's end tokens"),
+    RequestField("include_stop_str_in_output", "boolean (false)", "keeps the text that ended the answer"),
+    RequestField("skip_special_tokens", "boolean (true)", "leaves special tokens out of the text"),
+    RequestField(
+        "spaces_between_special_tokens",
+        "boolean (true)",
+        "accepted, no effect: decoders of tokenizer.json files put no spaces there",
+    ),
+    RequestField("allowed_token_ids", "token ids", "nothing else is chosen"),
+    RequestField(
+        "prompt_logprobs",
+        "0-`--max-logprobs`",
+        "log-probabilities of the prompt's own tokens; not with `stream`",
+    ),
+    RequestField(
+        "echo", "boolean (false)", "the prompt (chat: the message that is continued) before the answer"
+    ),
+    RequestField("add_special_tokens", "boolean (chat: false, else true)", "bos before the prompt"),
+    RequestField("priority", "integer (0)", "lower goes first"),
+    RequestField("best_of", "`n`", "refused beyond `n`"),
+    RequestField("return_token_ids", "boolean (false)", "`token_ids` of answers, `prompt_token_ids`"),
+)
+
+CHAT: tuple[RequestField, ...] = (
+    RequestField("messages", "array", "roles system, developer, user, assistant, tool; text parts only"),
+    RequestField("logprobs", "boolean (false)", "log-probability of each token"),
+    RequestField("top_logprobs", "0-`--max-logprobs` (0)", "and of the likeliest, with `logprobs`"),
+    RequestField("tools", "array of functions", "shown to the model by its template"),
+    RequestField("tool_choice", "see tools (`auto`)", "whether it calls one, and which"),
+    RequestField("parallel_tool_calls", "boolean (true)", "false: at most one call"),
+    RequestField("modalities", '["text"]', "others are refused: text only"),
+    RequestField("add_generation_prompt", "boolean (true)", "opens the assistant's turn"),
+    RequestField("continue_final_message", "boolean (false)", "the last message is gone on with"),
+    RequestField("chat_template_kwargs", "object", "variables of the template"),
+    RequestField("reasoning_effort", "string", _NO_EFFECT),
+    RequestField("verbosity", "string", _NO_EFFECT),
+    RequestField("store", "boolean", _NO_EFFECT),
+    RequestField("safety_identifier", "string", _NO_EFFECT),
+    RequestField("prompt_cache_key", "string", _NO_EFFECT),
+    RequestField("prompt_cache_options", "object", _NO_EFFECT),
+    RequestField("prompt_cache_retention", "string", _NO_EFFECT),
+)
+
+COMPLETIONS: tuple[RequestField, ...] = (
+    RequestField("prompt", "string, strings, token ids, or lists of them", "up to 1024 prompts"),
+    RequestField(
+        "logprobs", "0-`--max-logprobs`", "log-probabilities: of each token, and of so many likeliest"
+    ),
+)
+
+REFUSED: dict[str, str] = {
+    "suffix": "needs a fill-in-the-middle model, which this server has none of",
+    "functions": "is replaced by tools",
+    "function_call": "is replaced by tool_choice",
+    "audio": "is not supported: this server makes text only",
+    "prediction": "is not supported",
+    "web_search_options": "is not supported",
+    "moderation": "is not supported",
+    "structured_outputs": "is not supported",
+    "use_beam_search": "is not supported",
+    "bad_words": "is not supported; use logit_bias",
+    "logprob_token_ids": "is not supported",
+    "truncate_prompt_tokens": "is not supported; shorten the prompt",
+    "prompt_embeds": "is not supported",
+    "documents": "is not supported; put them into the messages",
+    "chat_template": "can't be sent with a request; start the server with --chat-template",
+    "stop_regex": "is not supported; use stop",
+    "regex": "is not supported",
+    "cache_salt": "is not supported: every adapter version has a prefix cache of its own, its users share it",
+    "return_tokens_as_token_ids": "is not supported; use return_token_ids",
+    "ebnf": "is not supported",
+    "lora_path": "is not supported; name the adapter as model",
+}  # a value of null or false, which is how these are left out, is let pass
+REFUSED_PREFIX = "guided_"  # vLLM's older names, which it takes and drops
+
+KNOWN_CHAT = frozenset(field.name for field in SHARED + CHAT)
+KNOWN_COMPLETIONS = frozenset(field.name for field in SHARED + COMPLETIONS)
