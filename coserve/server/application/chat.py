@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coserve.errors import InvalidRequest
+from coserve.server.application.chat_answer import AnswerForm
 from coserve.server.fields import Fields, shown
 from coserve.tokenizer import Tokenizer
 
@@ -17,11 +18,10 @@ _RESERVED = frozenset({"self", "messages", "tools", "add_generation_prompt", "co
 
 @dataclass(frozen=True)
 class Conversation:
-    """Token ids of a conversation, and whether tool calls are looked for in the answer."""
+    """Token ids of a conversation, and what its answer may hold."""
 
     token_ids: list[int]
-    parse_tools: bool
-    parallel_tool_calls: bool
+    form: AnswerForm
     continued: str = ""
 
 
@@ -125,7 +125,6 @@ def read_conversation(fields: Fields, tokenizer: Tokenizer) -> Conversation:
     special = fields.boolean("add_special_tokens", False)
     return Conversation(
         token_ids=tokenizer.encode(text, add_special_tokens=special),
-        parse_tools=parse_tools,
-        parallel_tool_calls=fields.boolean("parallel_tool_calls", True),
+        form=AnswerForm(parse_tools, fields.boolean("parallel_tool_calls", True)),
         continued=str(messages[-1].get("content") or "") if continued else "",
     )

@@ -12,7 +12,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from coserve.server.application.chat import Conversation, read_conversation
-from coserve.server.application.generation import Choice, Delta, Generation
+from coserve.server.application.chat_answer import (
+    Answer,
+    AnswerDelta,
+    CallArguments,
+    CallOpened,
+    ChatAnswers,
+    Content,
+    Piece,
+)
+from coserve.server.application.generation import Generation
 from coserve.server.application.request_fields import KNOWN_CHAT
 from coserve.server.application.sampling import (
     MAX_LOGPROBS,
@@ -22,7 +31,7 @@ from coserve.server.application.sampling import (
     read_prompt_logprobs,
     refuse_unsupported,
 )
-from coserve.server.application.tool_calls import ToolCall, ToolCallParser
+from coserve.server.application.tool_calls import ToolCall
 from coserve.server.auth import USE, Key
 from coserve.server.context import Context
 from coserve.server.fields import Fields
@@ -62,13 +71,9 @@ class _Answer:
         self.generation: Generation = context.generator.prepare(
             self.target, request, self.service, [self.conversation.token_ids]
         )
+        self.answers = ChatAnswers(self.generation, self.conversation.form)
         self.id = f"chatcmpl-{request_id}"
         self.created = int(time.time())
-
-    def parser(self) -> ToolCallParser | None:
-        if not self.conversation.parse_tools:
-            return None
-        return ToolCallParser(limit=None if self.conversation.parallel_tool_calls else 1)
 
     @property
     def echoed(self) -> str:
@@ -77,41 +82,37 @@ class _Answer:
     # ------------------------------------------------------------------ whole
 
     async def body(self) -> dict[str, Any]:
-        choices = await self.generation.choices()
+        answers = await self.answers.answers()
         body: dict[str, Any] = {
             "id": self.id,
             "object": "chat.completion",
             "created": self.created,
             "model": self.target.name,
-            "choices": [self._choice(choice) for choice in choices],
+            "choices": [self._choice(answer) for answer in answers],
             "usage": usage_body(self.generation.usage),
             "service_tier": self.service.latency_class.name,
             "system_fingerprint": self.generation.snapshot,
-            "prompt_logprobs": prompt_logprobs(self.context.tokenizer, choices[0].prompt_logprobs),
+            "prompt_logprobs": prompt_logprobs(self.context.tokenizer, answers[0].prompt_logprobs),
         }
         if self.return_token_ids:
             body["prompt_token_ids"] = self.conversation.token_ids
         return body
 
-    def _choice(self, choice: Choice) -> dict[str, Any]:
-        text, calls = choice.text, []
-        parser = self.parser()
-        if parser is not None:
-            text, calls = parser.feed(choice.text)
-            text += parser.finish()
-        message: dict[str, Any] = {"role": "assistant", "content": self.echoed + text, "refusal": None}
-        if calls:
-            message["content"] = message["content"].strip() or None
-            message["tool_calls"] = [_call_body(call) for call in calls]
+    def _choice(self, answer: Answer) -> dict[str, Any]:
+        content = self.echoed + answer.content
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if answer.calls:
+            message["content"] = content.strip() or None
+            message["tool_calls"] = [_call_body(call) for call in answer.calls]
         body: dict[str, Any] = {
-            "index": choice.index,
+            "index": answer.index,
             "message": message,
-            "logprobs": self._logprobs(choice.logprobs),
-            "finish_reason": _finish_reason(choice.finish_reason, bool(calls)),
-            "stop_reason": choice.stop_reason,
+            "logprobs": self._logprobs(answer.logprobs),
+            "finish_reason": answer.finish_reason,
+            "stop_reason": answer.stop_reason,
         }
         if self.return_token_ids:
-            body["token_ids"] = choice.token_ids
+            body["token_ids"] = answer.token_ids
         return body
 
     def _logprobs(self, logprobs: Any) -> dict[str, Any] | None:
@@ -124,9 +125,8 @@ class _Answer:
     async def events(self) -> AsyncIterator[list[dict[str, Any]]]:
         """Chunks, those of one delta together: role, content or tool calls, one finish chunk a choice, then
         usage when asked for."""
-        parsers = {sample.index: self.parser() for sample in self.generation.samples}
         started: set[int] = set()
-        async with aclosing(self.generation.deltas()) as deltas:
+        async with aclosing(self.answers.deltas()) as deltas:
             async for delta in deltas:
                 chunks = []
                 if delta.index not in started:
@@ -134,33 +134,28 @@ class _Answer:
                     chunks.append(self._chunk(delta.index, {"role": "assistant", "content": ""}))
                     if self.echoed:
                         chunks.append(self._chunk(delta.index, {"content": self.echoed}))
-                chunks += self._pieces(delta, parsers[delta.index])
+                chunks += self._pieces(delta)
                 if chunks:
                     yield chunks
         if self.options.include_usage:
             yield [{**self._head(), "choices": [], "usage": usage_body(self.generation.usage)}]
 
-    def _pieces(self, delta: Delta, parser: ToolCallParser | None) -> list[dict[str, Any]]:
-        text, calls = delta.text, []
-        if parser is not None:
-            text, calls = parser.feed(delta.text)
-            if delta.finish_reason is not None:
-                text += parser.finish()
-        chunks = []
-        if text or (delta.token_ids and (self.top_logprobs is not None or self.return_token_ids)):
-            chunks.append(self._chunk(delta.index, {"content": text}, delta))
-        if parser is not None:
-            first = parser.calls - len(calls)
-            for number, call in enumerate(calls, start=first):
-                chunks += [
-                    self._chunk(delta.index, {"tool_calls": [part]}) for part in _call_parts(number, call)
-                ]
+    def _pieces(self, delta: AnswerDelta) -> list[dict[str, Any]]:
+        chunks = [self._chunk(delta.index, _message_delta(piece)) for piece in delta.pieces]
+        if delta.token_ids and (self.top_logprobs is not None or self.return_token_ids):
+            if not chunks:
+                chunks.append(self._chunk(delta.index, {"content": ""}))
+            self._add_tokens(chunks[0]["choices"][0], delta)
         if delta.finish_reason is not None:
-            reason = _finish_reason(delta.finish_reason, parser is not None and parser.calls > 0)
-            chunk = self._chunk(delta.index, {}, finish_reason=reason)
+            chunk = self._chunk(delta.index, {}, finish_reason=delta.finish_reason)
             chunk["choices"][0]["stop_reason"] = delta.stop_reason
             chunks.append(chunk)
         return chunks
+
+    def _add_tokens(self, choice: dict[str, Any], delta: AnswerDelta) -> None:
+        choice["logprobs"] = self._logprobs(delta.logprobs)
+        if self.return_token_ids:
+            choice["token_ids"] = list(delta.token_ids)
 
     def _head(self) -> dict[str, Any]:
         return {
@@ -172,38 +167,24 @@ class _Answer:
             "system_fingerprint": self.generation.snapshot,
         }
 
-    def _chunk(
-        self,
-        index: int,
-        message: dict[str, Any],
-        delta: Delta | None = None,
-        finish_reason: str | None = None,
-    ) -> dict[str, Any]:
-        choice: dict[str, Any] = {
-            "index": index,
-            "delta": message,
-            "logprobs": self._logprobs(delta.logprobs) if delta is not None else None,
-            "finish_reason": finish_reason,
-        }
-        if delta is not None and self.return_token_ids:
-            choice["token_ids"] = list(delta.token_ids)
+    def _chunk(self, index: int, message: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": index, "delta": message, "logprobs": None, "finish_reason": finish_reason}
         return self.options.add_usage({**self._head(), "choices": [choice]}, self.generation.usage)
-
-
-def _finish_reason(reason: str, called: bool) -> str:
-    return "tool_calls" if called and reason == "stop" else reason
 
 
 def _call_body(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _call_parts(index: int, call: ToolCall) -> list[dict[str, Any]]:
-    opening = {"name": call.name, "arguments": ""}
-    return [
-        {"index": index, "id": call.id, "type": "function", "function": opening},
-        {"index": index, "function": {"arguments": call.arguments}},
-    ]
+def _message_delta(piece: Piece) -> dict[str, Any]:
+    match piece:
+        case Content(text):
+            return {"content": text}
+        case CallOpened(index, id, name):
+            opening = {"name": name, "arguments": ""}
+            return {"tool_calls": [{"index": index, "id": id, "type": "function", "function": opening}]}
+        case CallArguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
 
 
 def routes(context: Context) -> list[Route]:
