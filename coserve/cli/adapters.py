@@ -12,10 +12,12 @@ import typer
 
 from coserve.cli.connection import CHUNK_BYTES, DEFAULT_GRPC, ApiKey, CaCert, Grpc, channel, metadata
 from coserve.cli.jobs import print_table
+from coserve.cli.merge import merge
 from coserve.cli.values import existing_dir
 from coserve.errors import ConfigError
 
-app = typer.Typer(help="List, load, publish and move adapters.", no_args_is_help=False)
+app = typer.Typer(help="List, load, publish, move and merge adapters.", no_args_is_help=False)
+app.command("merge")(merge)
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 Version = Annotated[int, typer.Option(min=0, help="0 is the newest.")]
 

@@ -75,6 +75,15 @@ def tensor_key(path: str, side: str) -> str:
     return f"{_PREFIX}{path}.lora_{side}.weight"
 
 
+def path_of_key(key: str) -> str:
+    """The module path of one of PEFT's LoRA tensor names, of either side; "" for any other name."""
+    path = key.removeprefix(_PREFIX).removesuffix(".weight")
+    for side in "AB":
+        if key == tensor_key(path.removesuffix(f".lora_{side}"), side):
+            return path.removesuffix(f".lora_{side}")
+    return ""
+
+
 def read_adapter_info(
     path: str | Path, model: LinearShapes, max_rank: int | None, *, param: str = "lora_path"
 ) -> AdapterInfo:
