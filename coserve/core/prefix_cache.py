@@ -11,9 +11,11 @@ from array import array
 from hashlib import blake2b
 
 
-def root_key(adapter: str | None) -> bytes:
-    """Where a chain of block keys starts: the adapter's digest, or the base."""
-    return blake2b((adapter or "base").encode(), digest_size=16).digest()
+def root_key(adapter: str | None, salt: str = "") -> bytes:
+    """Where a chain of block keys starts: the adapter's digest, or the base, and a request's own salt, which
+    keeps its blocks to those who know it."""
+    root = (adapter or "base").encode()
+    return blake2b(root + b"\0" + salt.encode() if salt else root, digest_size=16).digest()
 
 
 def block_key(parent: bytes, token_ids: list[int]) -> bytes:

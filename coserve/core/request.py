@@ -23,7 +23,7 @@ class Request(Sequence):
 
     `token_ids` holds prompt and output. `block_table` lists the blocks that hold its K and V. `targets` are
     its latency class's where those aren't the server's own; `tenant` and `weight` say whose share it is
-    served from, and how large that is.
+    served from, and how large that is. Only requests with the same `cache_salt` share cached prefixes.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Request(Sequence):
         tenant: str = "",
         weight: float = 1.0,
         arrival: float = 0.0,
+        cache_salt: str = "",
         eos_token_ids: tuple[int, ...] = (),
         max_model_len: int,
     ) -> None:
@@ -50,6 +51,7 @@ class Request(Sequence):
         self.tenant = tenant
         self.weight = weight
         self.arrival = arrival
+        self.cache_salt = cache_salt
         self.status = RequestStatus.WAITING
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []

@@ -65,6 +65,6 @@ class RequestPrefixes:
         hashes, size = request.block_hashes, self._size
         while len(hashes) <= index:
             start = len(hashes) * size
-            parent = hashes[-1] if hashes else root_key(request.adapter)
+            parent = hashes[-1] if hashes else root_key(request.adapter, request.cache_salt)
             hashes.append(block_key(parent, request.token_ids[start : start + size]))
         return hashes[index]

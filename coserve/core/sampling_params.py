@@ -11,11 +11,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     temperature 0 is greedy. `top_k` 0 and `top_p` 1 switch those filters off. `seed` is always set by the
     server (drawn when the client gave none): the number used for the token at `position` is a hash of
     (seed, position), so preemption and batching change nothing. `logprobs` is the number of alternatives
-    wanted beside the sampled token (None: no log-probabilities at all). `prompt_logprobs` likewise for the
-    prompt's own tokens. `stop_token_ids` end the output and are part of the token ids reported; stop
-    *strings* are the server's business, where text exists. `max_tokens` 0 only scores the prompt. `grammar`
-    is what the output has to match, in the form that llguidance's matcher takes: a Lark grammar, or the JSON
-    of a list of grammars, as its `grammar_from_json_schema` writes it. "": anything.
+    wanted beside the sampled token (None: no log-probabilities at all); `logprob_token_ids` are the
+    alternatives in their stead. `prompt_logprobs` likewise for the prompt's own tokens. The output never
+    has one of `bad_words`, each given by its ids. `stop_token_ids` end the output and are part of the token
+    ids reported; stop *strings* are the server's business, where text exists. `max_tokens` 0 only scores the
+    prompt. `grammar` is what the output has to match, in the form that llguidance's matcher takes: a Lark
+    grammar, or the JSON of a list of grammars, as its `grammar_from_json_schema` writes it. "": anything.
     """
 
     max_tokens: int = 16
@@ -29,10 +30,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
+    bad_words: tuple[tuple[int, ...], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
     prompt_logprobs: int | None = None
     grammar: str = ""
 

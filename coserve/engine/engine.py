@@ -268,6 +268,7 @@ class Engine:
             tenant=message.tenant,
             weight=message.weight,
             arrival=message.arrival,
+            cache_salt=message.cache_salt,
             eos_token_ids=self.model_config.eos_token_ids,
             max_model_len=self.max_model_len,
         )

@@ -35,7 +35,7 @@ class AddRequest(Message):
 
     `live_job` asks for the adapter of a job in training, as of its last committed step. `targets` are its
     latency class's where those aren't the server's own, `tenant` (a key's digest) and `weight` whose share it
-    is served from.
+    is served from. Cached prefixes are shared among requests with the same `cache_salt`.
     """
 
     request_id: str
@@ -48,6 +48,7 @@ class AddRequest(Message):
     tenant: str = ""
     weight: float = 1.0
     arrival: float = 0.0  # time.time() at the server
+    cache_salt: str = ""
 
 
 class AbortRequests(Message):

@@ -1,8 +1,8 @@
 """From logits to tokens. A row's result depends on nothing but the row: its logits, its settings, its tokens.
 
-Order: raw log-probabilities are taken (what `logprobs` reports); then allowed ids, the ban on end tokens
-before `min_tokens`, logit bias, penalties; then the choice (kernels/sampling.py). The number drawn is a hash
-of (seed, position): preemption, batching and training change nothing.
+Order: raw log-probabilities are taken (what `logprobs` reports); then allowed ids, the bans on ends of bad
+words and, before `min_tokens`, on end tokens, logit bias, penalties; then the choice (kernels/sampling.py).
+The number drawn is a hash of (seed, position): preemption, batching and training change nothing.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def sample(logits_SV: torch.Tensor, rows: Sequence[SamplingRow]) -> SampledToken
         targets = [token_ids[index] for index in wanted]
         found = _listed(token_logprobs(raw_SV, _int64(wanted), _int64(targets), top), targets)
         for index, entry in zip(wanted, found, strict=True):
-            logprobs[index] = entry._replace(top=entry.top[: rows[index].params.logprobs or 0])
+            named, top = rows[index].params.logprob_token_ids, rows[index].params.logprobs or 0
+            alternatives = _named(raw_SV[index], named) if named else entry.top[:top]
+            logprobs[index] = entry._replace(top=alternatives)
     return SampledTokens(token_ids, logprobs)
 
 
@@ -126,6 +128,13 @@ def _choose(logits_SV: torch.Tensor, rows: Sequence[SamplingRow], places: Sequen
     return choose_tokens(logits_SV, choices).tolist()
 
 
+def _named(logits_V: torch.Tensor, token_ids: Sequence[int]) -> list[tuple[int, float]]:
+    """Log-probabilities of these ids, in their order."""
+    wide_V = logits_V.float()
+    values = wide_V[_ids(token_ids, wide_V)] - wide_V.logsumexp(dim=-1)
+    return list(zip(token_ids, values.tolist(), strict=True))
+
+
 def _listed(found: TokenLogprobs, targets: Sequence[int]) -> list[TokenLogprob]:
     columns = (tensor.tolist() for tensor in found)
     return [
@@ -163,6 +172,7 @@ def _is_adjusted(row: SamplingRow) -> bool:
     return bool(
         params.allowed_token_ids
         or params.logit_bias
+        or params.bad_words
         or params.presence_penalty
         or params.frequency_penalty
         or params.repetition_penalty != 1.0
@@ -178,13 +188,12 @@ def _adjust_(logits_V: torch.Tensor, row: SamplingRow) -> None:
         values = logits_V[kept]
         logits_V.fill_(-math.inf)
         logits_V[kept] = values
-    # When nothing but end tokens is allowed there is no way to go on: min_tokens gives in.
-    if (
-        row.num_output_tokens < params.min_tokens
-        and row.stop_ids
-        and not (allowed and allowed <= row.stop_ids)
-    ):
-        logits_V[_ids(row.stop_ids, logits_V)] = -math.inf
+    early = row.stop_ids if row.num_output_tokens < params.min_tokens else frozenset()
+    for banned in (_bad_ends(row), early):
+        # When nothing else is allowed there is no way to go on: the ban gives in.
+        if banned and not (allowed and allowed <= banned):
+            logits_V[_ids(banned, logits_V)] = -math.inf
+            allowed -= banned
     if params.logit_bias:
         bias = torch.tensor(list(params.logit_bias.values()), dtype=logits_V.dtype, device=logits_V.device)
         logits_V[_ids(params.logit_bias, logits_V)] += bias
@@ -197,6 +206,16 @@ def _adjust_(logits_V: torch.Tensor, row: SamplingRow) -> None:
             params.presence_penalty,
             params.frequency_penalty,
         )
+
+
+def _bad_ends(row: SamplingRow) -> frozenset[int]:
+    """Tokens that would end a bad word which the output has begun."""
+    ends = set()
+    for word in row.params.bad_words:
+        begun = len(word) - 1
+        if begun <= row.num_output_tokens and tuple(row.token_ids[row.position - begun :]) == word[:-1]:
+            ends.add(word[-1])
+    return frozenset(ends)
 
 
 def _ids(

@@ -78,6 +78,7 @@ class Simulation(SimulatedEngine):
         *,
         adapter: str | None = None,
         priority: int = 0,
+        cache_salt: str = "",
     ) -> Request:
         ids = list(range(prompt)) if isinstance(prompt, int) else prompt
         request = Request(
@@ -87,6 +88,7 @@ class Simulation(SimulatedEngine):
             adapter=adapter,
             priority=priority,
             arrival=self.now + len(self.plans) * 1e-9,
+            cache_salt=cache_salt,
             max_model_len=10_000,
         )
         self.scheduler.add(request)

@@ -142,8 +142,8 @@ def test_no_slab_has_two_owners(actions: list[tuple[str, int]]) -> None:
 
 def test_chains_of_different_adapters_never_meet() -> None:
     tokens = [1, 2, 3, 4]
-    roots = [root_key(None), root_key("sha256:a"), root_key("sha256:b")]
-    assert len({block_key(root, tokens) for root in roots}) == 3
+    roots = [root_key(adapter, salt) for adapter in (None, "sha256:a", "sha256:b") for salt in ("", "x", "y")]
+    assert len({block_key(root, tokens) for root in roots}) == 9
     with pytest.raises(KeyError):
         BlockPool(1).release_extent(0)
 

@@ -89,6 +89,16 @@ def test_a_cached_prefix_is_not_computed_again_and_never_crosses_adapters() -> N
     assert (same.num_cached_tokens, other.num_cached_tokens, base.num_cached_tokens) == (16, 0, 0)
 
 
+def test_a_cached_prefix_is_only_for_those_who_know_its_salt() -> None:
+    sim = Simulation(prefix_caching=True)
+    sim.request("a", 17, 1, cache_salt="secret")
+    sim.run()
+    same, other = sim.request("b", 17, 1, cache_salt="secret"), sim.request("c", 17, 1, cache_salt="guess")
+    open_to_all = sim.request("d", 17, 1)
+    sim.run()
+    assert [r.num_cached_tokens for r in (same, other, open_to_all)] == [16, 0, 0]
+
+
 def test_a_prompt_that_is_wholly_cached_still_computes_its_last_token() -> None:
     sim = Simulation(prefix_caching=True)
     sim.request("a", 16, 1)

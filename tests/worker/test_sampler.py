@@ -245,3 +245,34 @@ def test_masked_tokens_are_never_drawn():
     logits[:, [4, 40]] = 0.0
     rows = [row(temperature=1.0, seed=seed, top_p=0.99 if seed % 2 else 1.0) for seed in range(200)]
     assert set(sample(logits, rows).token_ids) == {4, 40}
+
+
+def test_named_alternatives_come_in_their_order():
+    logits = random_logits(2)
+    reference = torch.log_softmax(logits[0].double(), dim=-1)
+    for dtype, within in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        one = row(temperature=0.0, logprobs=1, logprob_token_ids=(7, 3), logit_bias={7: 1.0})
+        (entry,) = sample(logits.clone().to(dtype), [one]).logprobs
+        assert [token for token, _ in entry.top] == [7, 3]
+        assert [value for _, value in entry.top] == pytest.approx(reference[[7, 3]].tolist(), abs=within)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    words=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3).map(tuple), min_size=1, max_size=4),
+)
+def test_bad_words_never_come_whole(seed, words):
+    """Of four tokens some word is begun all the time, also by the prompt, which doesn't count."""
+    logits = torch.full((1, V), -math.inf)
+    logits[:, :4] = random_logits(seed, vocab=4)
+    output = []
+    for _ in range(12):
+        one = row([*(word[0] for word in words), *output], len(words), bad_words=tuple(words), seed=seed)
+        (token,) = sample(logits.clone(), [one]).token_ids
+        output.append(token)
+    assert not {tuple(output[start:end]) for start in range(12) for end in range(start + 1, 13)} & {*words}
+
+
+def test_a_bad_word_gives_in_when_nothing_else_is_allowed():
+    one = row(bad_words=((3,),), allowed_token_ids=(3,), temperature=0.0)
+    assert sample(random_logits(0), [one]).token_ids == [3]
