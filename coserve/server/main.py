@@ -31,6 +31,7 @@ from coserve.engine.messages import EngineReady, EngineStats
 from coserve.errors import ConfigError
 from coserve.metrics import Metrics
 from coserve.models.config import ModelConfig
+from coserve.models.fingerprint import model_fingerprint
 from coserve.server.app import create_app
 from coserve.server.application.adapters import Adapters
 from coserve.server.application.files import Files
@@ -220,7 +221,8 @@ def _make_parts(
     assert info is not None
     name, max_rank = engine.config.served_model_name, engine.config.max_lora_rank
     lifecycle = Lifecycle(engine)
-    base = base_model(name, config.engine.model or name, info.max_model_len, info.vocab_size)
+    fingerprint = model_fingerprint(config.engine.model or DEMO_MODEL_DIR)
+    base = base_model(name, config.engine.model or name, info.max_model_len, info.vocab_size, fingerprint)
     metrics, quotas = _metrics(engine.config, tiers, info, name), Quotas()
     generator = Generator(
         engine,

@@ -59,10 +59,14 @@ def test_load_use_unload(server: ServerThread, http: httpx.Client, adapter_root:
 def test_versions(server: ServerThread, http: httpx.Client, adapter_root: Path) -> None:
     load(http, "v", write_peft(adapter_root / "v1", seed=1))
     assert load(http, "v", write_peft(adapter_root / "v2", seed=2), load_inplace=True).status_code == 200
-    used = []
+    used, fingerprints = [], []
     for name in ("v", "v@1", "v@2"):
-        assert chat(http, name).status_code == 200
+        answer = chat(http, name)
+        assert answer.status_code == 200
         used.append(server.engine.requests[-1].adapter)
+        fingerprints.append(answer.json()["system_fingerprint"])
+    base = chat(http, BASE).json()["system_fingerprint"]
+    assert fingerprints == [f"{base}_{adapter.digest[:12]}" for adapter in used]
     assert [adapter.version for adapter in used] == [2, 1, 2]
     assert used[0].digest == used[2].digest != used[1].digest
     assert chat(http, "v@3").status_code == 404

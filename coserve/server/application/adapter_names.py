@@ -30,9 +30,9 @@ class AdapterNames:
     def resolve(self, model: str | None) -> Target:
         """What a request's `model` runs on; ModelNotFound for a name nobody knows, never the base instead."""
         if model is None or model == self._base.name:
-            return Target(self._base.name, None)
+            return Target(self._base.name, None, fingerprint=self._base.fingerprint)
         if model in self._checkpoints:
-            return Target(model, self._checkpoints[model])
+            return self._target(model, self._checkpoints[model])
         if model.startswith("ftjob-") and model.endswith(LIVE):
             if not self._serves_live:
                 raise FailedPrecondition(
@@ -41,7 +41,11 @@ class AdapterNames:
                     code="live_adapters_disabled",
                 )
             return Target(model, None, model.removesuffix(LIVE))
-        return Target(model, ref(self._registry.resolve(model)))
+        return self._target(model, ref(self._registry.resolve(model)))
+
+    def _target(self, model: str, adapter: AdapterRef) -> Target:
+        """An adapter's version; the fingerprint is the base's and twelve digits of the adapter's digest."""
+        return Target(model, adapter, fingerprint=f"{self._base.fingerprint}_{adapter.digest[:12]}")
 
     def newest(self) -> list[AdapterRow]:
         """The current version of every name, with its origin."""

@@ -119,6 +119,11 @@ class Generation:
         self.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in prompts))
         self.snapshot: str | None = None
 
+    @property
+    def fingerprint(self) -> str:
+        """Which weights answer: of a live adapter the snapshot once it is known, else the target's."""
+        return self.snapshot or self.target.fingerprint
+
     async def deltas(self) -> AsyncIterator[Delta]:
         """Deltas of all samples as they come; `usage` counts along.
 

@@ -11,28 +11,31 @@ from coserve.errors import ModelNotFound
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The one base model that is served: its public name, where it came from, its sizes."""
+    """The one base model that is served: its public name, where it came from, its sizes, and which weights
+    it has (models/fingerprint.py)."""
 
     name: str
     root: str
     max_model_len: int
     vocab_size: int
     created: int = 0
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)
 class Target:
     """What a request runs on: one immutable adapter version, the adapter of `live_job` in training as of its
-    last committed step, or the base where both are empty."""
+    last committed step, or the base where both are empty. `fingerprint` says which weights these are."""
 
     name: str
     adapter: AdapterRef | None
     live_job: str = ""
+    fingerprint: str = ""
 
 
-def base_model(name: str, root: str, max_model_len: int, vocab_size: int) -> BaseModel:
+def base_model(name: str, root: str, max_model_len: int, vocab_size: int, fingerprint: str) -> BaseModel:
     """A BaseModel created now."""
-    return BaseModel(name, root, max_model_len, vocab_size, int(time.time()))
+    return BaseModel(name, root, max_model_len, vocab_size, int(time.time()), fingerprint)
 
 
 def unknown_model(name: str) -> ModelNotFound:

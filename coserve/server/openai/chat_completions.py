@@ -91,7 +91,7 @@ class _Answer:
             "choices": [self._choice(answer) for answer in answers],
             "usage": usage_body(self.generation.usage),
             "service_tier": self.service.latency_class.name,
-            "system_fingerprint": self.generation.snapshot,
+            "system_fingerprint": self.generation.fingerprint,
             "prompt_logprobs": prompt_logprobs(self.context.tokenizer, answers[0].prompt_logprobs),
         }
         if self.return_token_ids:
@@ -164,7 +164,7 @@ class _Answer:
             "created": self.created,
             "model": self.target.name,
             "service_tier": self.service.latency_class.name,
-            "system_fingerprint": self.generation.snapshot,
+            "system_fingerprint": self.generation.fingerprint,
         }
 
     def _chunk(self, index: int, message: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:

@@ -190,7 +190,7 @@ class _Answer:
             "created": self.created,
             "model": self.target.name,
             "service_tier": self.service.latency_class.name,
-            "system_fingerprint": self.generation.snapshot,
+            "system_fingerprint": self.generation.fingerprint,
         }
 
     def _wrap(self, choice: dict[str, Any]) -> dict[str, Any]:
