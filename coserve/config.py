@@ -66,6 +66,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     keys_file: str = ""
     ssl_keyfile: str = ""
     ssl_certfile: str = ""
+    ssl_ca_certs: str = ""
+    ssl_cert_reqs: int = 0
+    enable_ssl_refresh: bool = False
     shutdown_timeout: float = 25.0
 
 

@@ -10,7 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-from coserve.cli.connection import CHUNK_BYTES, DEFAULT_GRPC, ApiKey, CaCert, Grpc, channel, metadata
+from coserve.cli.connection import (
+    CHUNK_BYTES,
+    DEFAULT_GRPC,
+    ApiKey,
+    CaCert,
+    ClientCert,
+    Grpc,
+    channel,
+    metadata,
+)
 from coserve.cli.jobs import print_table
 from coserve.cli.merge import merge
 from coserve.cli.values import existing_dir
@@ -23,11 +32,16 @@ Version = Annotated[int, typer.Option(min=0, help="0 is the newest.")]
 
 
 @app.command("list")
-def list_adapters(grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_cert: CaCert = "") -> None:
+def list_adapters(
+    grpc_address: Grpc = DEFAULT_GRPC,
+    api_key: ApiKey = "",
+    ca_cert: CaCert = "",
+    client_cert: ClientCert = "",
+) -> None:
     """All adapters with version, rank and where their weights are."""
     from coserve.cli.stubs import adapters
 
-    with channel(grpc_address, ca_cert) as opened:
+    with channel(grpc_address, ca_cert, client_cert) as opened:
         pb, stub = adapters(opened)
         answer = stub.ListAdapters(pb.ListAdaptersRequest(), metadata=metadata(api_key))
     rows = [_row(adapter) for adapter in answer.adapters]
@@ -45,16 +59,23 @@ def load(
     grpc_address: Grpc = DEFAULT_GRPC,
     api_key: ApiKey = "",
     ca_cert: CaCert = "",
+    client_cert: ClientCert = "",
 ) -> None:
     """Load an adapter from a directory that the server can read."""
     request = {"name": name, "path": path, "pinned": pinned, "replace": replace}
-    _print(_call("LoadAdapter", grpc_address, api_key, ca_cert, **request))
+    _print(_call("LoadAdapter", grpc_address, api_key, ca_cert, client_cert, **request))
 
 
 @app.command("unload")
-def unload(name: Name, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_cert: CaCert = "") -> None:
+def unload(
+    name: Name,
+    grpc_address: Grpc = DEFAULT_GRPC,
+    api_key: ApiKey = "",
+    ca_cert: CaCert = "",
+    client_cert: ClientCert = "",
+) -> None:
     """Forget an adapter; requests that run on it end on it."""
-    _call("UnloadAdapter", grpc_address, api_key, ca_cert, name=name)
+    _call("UnloadAdapter", grpc_address, api_key, ca_cert, client_cert, name=name)
     print(f"{name} unloaded")
 
 
@@ -65,9 +86,12 @@ def publish(
     grpc_address: Grpc = DEFAULT_GRPC,
     api_key: ApiKey = "",
     ca_cert: CaCert = "",
+    client_cert: ClientCert = "",
 ) -> None:
     """Make a checkpoint the next version of an adapter."""
-    _print(_call("PublishVersion", grpc_address, api_key, ca_cert, name=name, checkpoint=checkpoint))
+    _print(
+        _call("PublishVersion", grpc_address, api_key, ca_cert, client_cert, name=name, checkpoint=checkpoint)
+    )
 
 
 @app.command("rollback")
@@ -77,9 +101,10 @@ def rollback(
     grpc_address: Grpc = DEFAULT_GRPC,
     api_key: ApiKey = "",
     ca_cert: CaCert = "",
+    client_cert: ClientCert = "",
 ) -> None:
     """Let a name mean an earlier version again."""
-    _print(_call("RollbackAdapter", grpc_address, api_key, ca_cert, name=name, version=version))
+    _print(_call("RollbackAdapter", grpc_address, api_key, ca_cert, client_cert, name=name, version=version))
 
 
 @app.command("upload")
@@ -89,12 +114,13 @@ def upload(
     grpc_address: Grpc = DEFAULT_GRPC,
     api_key: ApiKey = "",
     ca_cert: CaCert = "",
+    client_cert: ClientCert = "",
 ) -> None:
     """Send a PEFT directory to the server and publish it."""
     folder = existing_dir(directory, "DIRECTORY")
     from coserve.cli.stubs import adapters
 
-    with channel(grpc_address, ca_cert) as opened:
+    with channel(grpc_address, ca_cert, client_cert) as opened:
         pb, stub = adapters(opened)
         stream = _upload_messages(pb.UploadAdapterRequest, name, folder)
         _print(stub.UploadAdapter(stream, metadata=metadata(api_key)))
@@ -108,6 +134,7 @@ def download(
     grpc_address: Grpc = DEFAULT_GRPC,
     api_key: ApiKey = "",
     ca_cert: CaCert = "",
+    client_cert: ClientCert = "",
 ) -> None:
     """Write an adapter as a PEFT directory on this machine."""
     folder = Path(directory).expanduser()
@@ -115,7 +142,7 @@ def download(
         raise ConfigError(f"DIRECTORY {directory}: exists already; name a new one.", param="directory")
     from coserve.cli.stubs import adapters
 
-    with channel(grpc_address, ca_cert) as opened:
+    with channel(grpc_address, ca_cert, client_cert) as opened:
         pb, stub = adapters(opened)
         request = pb.DownloadAdapterRequest(name=name, version=version)
         data = b"".join(piece.data for piece in stub.DownloadAdapter(request, metadata=metadata(api_key)))
@@ -136,10 +163,10 @@ def _upload_messages(request: Any, name: str, folder: Path) -> Iterator[Any]:
         yield request(data=data[start : start + CHUNK_BYTES])
 
 
-def _call(method: str, address: str, api_key: str, ca_cert: str, **fields: Any) -> Any:
+def _call(method: str, address: str, api_key: str, ca_cert: str, client_cert: str, **fields: Any) -> Any:
     from coserve.cli.stubs import adapters
 
-    with channel(address, ca_cert) as opened:
+    with channel(address, ca_cert, client_cert) as opened:
         pb, stub = adapters(opened)
         return getattr(stub, method)(getattr(pb, f"{method}Request")(**fields), metadata=metadata(api_key))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coserve.cli.connection import DEFAULT_URL, ApiKey, CaCert, Url
+from coserve.cli.connection import DEFAULT_URL, ApiKey, CaCert, ClientCert, Url
 from coserve.cli.endpoint import parse_endpoint, silence
 from coserve.cli.failure import CommandFailed
 
@@ -29,9 +29,10 @@ def chat(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = "",
     ca_cert: CaCert = "",
+    client_cert: ClientCert = "",
 ) -> None:
     """Chat with a served model or adapter."""
-    endpoint = parse_endpoint("--url", url, ca_cert)
+    endpoint = parse_endpoint("--url", url, ca_cert, client_cert)
     import httpx
 
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}

@@ -33,6 +33,15 @@ CaCert = Annotated[
         "--ca-cert", metavar="FILE", help="CA to trust, in PEM, where the server's certificate is private."
     ),
 ]
+ClientCert = Annotated[
+    str,
+    typer.Option(
+        "--client-cert",
+        metavar="FILE",
+        envvar="COSERVE_CLIENT_CERT",
+        help="Our certificate and its key, in one PEM file, where the server asks for one.",
+    ),
+]
 ApiKey = Annotated[
     str,
     typer.Option(
@@ -49,13 +58,13 @@ def metadata(api_key: str) -> list[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def channel(address: str, ca_cert: str = "") -> Iterator[grpc.Channel]:
+def channel(address: str, ca_cert: str = "", client_cert: str = "") -> Iterator[grpc.Channel]:
     """A gRPC channel, with TLS where the address says so.
 
     An RpcError raised inside becomes a CommandFailed with the server's words. Raises ConfigError for an
-    address or a CA that is none, CommandFailed for a server that can't be reached by TLS.
+    address, a CA or a certificate that is none, CommandFailed for a server that can't be reached by TLS.
     """
-    endpoint = parse_endpoint("--grpc", address, ca_cert)
+    endpoint = parse_endpoint("--grpc", address, ca_cert, client_cert)
     import grpc
 
     with _open(endpoint) as opened:
@@ -74,7 +83,8 @@ def _open(endpoint: Endpoint) -> grpc.Channel:
     found = trouble(endpoint)  # asked first: gRPC would write its own story of a bad handshake to stderr
     if found is not None:
         raise found
-    credentials = grpc.ssl_channel_credentials(Path(endpoint.roots).read_bytes())
+    own = Path(endpoint.client_cert).read_bytes() if endpoint.client_cert else None
+    credentials = grpc.ssl_channel_credentials(Path(endpoint.roots).read_bytes(), own, own)
     return grpc.secure_channel(endpoint.target, credentials, options=limit)
 
 

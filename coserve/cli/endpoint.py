@@ -29,7 +29,7 @@ _UNKNOWN_SIGNER = frozenset({18, 19, 20, 21})
 @dataclass(frozen=True)
 class Endpoint:
     """A server's address. `text` is the value of `flag` as it was given; `ca_cert` the file with the CA to
-    trust, empty for the well-known ones."""
+    trust, empty for the well-known ones; `client_cert` the one with our own certificate and key, if any."""
 
     flag: str
     text: str
@@ -37,6 +37,7 @@ class Endpoint:
     port: int
     tls: bool
     ca_cert: str = ""
+    client_cert: str = ""
 
     @property
     def target(self) -> str:
@@ -49,19 +50,28 @@ class Endpoint:
         return self.ca_cert or certifi.where()
 
     def trust(self) -> ssl.SSLContext:
-        """What a TLS connection accepts; ConfigError when `--ca-cert` holds no certificate."""
+        """What a TLS connection accepts and shows; ConfigError for a file that holds no certificate."""
         try:
             context = ssl.create_default_context(cafile=self.roots)
         except OSError:  # ssl.SSLError is one
             raise ConfigError(
                 f"--ca-cert {self.ca_cert}: no certificate in PEM can be read from it.", param="--ca-cert"
             ) from None
+        if self.client_cert:
+            try:
+                context.load_cert_chain(self.client_cert, password=lambda: "")
+            except ssl.SSLError:
+                raise ConfigError(
+                    f"--client-cert {self.client_cert}: it must hold a certificate and its key, in PEM and "
+                    "without a passphrase.",
+                    param="--client-cert",
+                ) from None
         # What `openssl req -x509` makes lacks extensions that only this flag asks of a CA.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         return context
 
 
-def parse_endpoint(flag: str, text: str, ca_cert: str) -> Endpoint:
+def parse_endpoint(flag: str, text: str, ca_cert: str, client_cert: str = "") -> Endpoint:
     """The address in the value of `--grpc` or `--url`; ConfigError naming the flag for anything else."""
     schemes = _TLS_BY_SCHEME[flag]
     scheme, _, rest = text.rpartition("://")
@@ -75,13 +85,15 @@ def parse_endpoint(flag: str, text: str, ca_cert: str) -> Endpoint:
         port = 443 if tls else 80
     if tls is None or not host or not port:
         raise ConfigError(f"{flag} {text}: write {_FORMS[flag]}.", param=flag)
-    if ca_cert and not tls:
-        secure = next(name for name, wanted in schemes.items() if wanted)
-        raise ConfigError(
-            f"--ca-cert is of use with TLS only; write {flag} {secure}://HOST:PORT.", param="--ca-cert"
-        )
-    file = str(existing_file(ca_cert, "--ca-cert")) if ca_cert else ""
-    return Endpoint(flag, text, host, port, tls, file)
+    files = {"--ca-cert": ca_cert, "--client-cert": client_cert}
+    for name, path in files.items():
+        if path and not tls:
+            secure = next(name for name, wanted in schemes.items() if wanted)
+            raise ConfigError(
+                f"{name} is of use with TLS only; write {flag} {secure}://HOST:PORT.", param=name
+            )
+        files[name] = str(existing_file(path, name)) if path else ""
+    return Endpoint(flag, text, host, port, tls, *files.values())
 
 
 def silence(endpoint: Endpoint, said: str) -> CommandFailed:
@@ -103,6 +115,13 @@ def trouble(endpoint: Endpoint) -> CommandFailed | None:
             f"the certificate of {endpoint.target} can't be trusted ({problem.verify_message}){hint}"
         )
     speaks_tls = problem is None
+    if speaks_tls and endpoint.tls and _is_refused(endpoint):
+        which = (
+            "refuses the one in --client-cert"
+            if endpoint.client_cert
+            else "give yours with --client-cert FILE"
+        )
+        return CommandFailed(f"the server at {endpoint.target} asks for a client's certificate; {which}")
     if speaks_tls == endpoint.tls:
         return None
     names = {tls: name for name, tls in _TLS_BY_SCHEME[endpoint.flag].items()}
@@ -113,12 +132,22 @@ def trouble(endpoint: Endpoint) -> CommandFailed | None:
     )
 
 
-def _handshake(endpoint: Endpoint) -> ssl.SSLError | None:
+def _is_refused(endpoint: Endpoint) -> bool:
+    """Whether the server refuses who comes with our certificate, or without one."""
+    # Only up to TLS 1.2 is that a part of the handshake; later it shows with the first answer.
+    problem = _handshake(endpoint, ssl.TLSVersion.TLSv1_2)
+    return problem is not None and "VERSION" not in (problem.reason or "")  # some just hang up
+
+
+def _handshake(
+    endpoint: Endpoint, newest: ssl.TLSVersion = ssl.TLSVersion.MAXIMUM_SUPPORTED
+) -> ssl.SSLError | None:
     """What a TLS handshake comes to: None when it is good. Certificates matter where TLS is asked for.
 
     Raises OSError when there is no connection.
     """
     context = endpoint.trust()
+    context.maximum_version = newest
     if not endpoint.tls:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE

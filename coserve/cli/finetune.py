@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coserve.cli import finetune_flags as flags
-from coserve.cli.connection import DEFAULT_GRPC, ApiKey, CaCert, Grpc, channel, chunks, metadata
+from coserve.cli.connection import DEFAULT_GRPC, ApiKey, CaCert, ClientCert, Grpc, channel, chunks, metadata
 from coserve.cli.jobs import follow_job
 from coserve.cli.preview import preview_file
 from coserve.cli.values import existing_file, pairs
@@ -61,6 +61,7 @@ def finetune(
     grpc_address: Grpc = DEFAULT_GRPC,
     api_key: ApiKey = "",
     ca_cert: CaCert = "",
+    client_cert: ClientCert = "",
 ) -> None:
     """Fine-tune an adapter on a running server, beside whatever it serves."""
     _run(dict(locals()))
@@ -81,7 +82,7 @@ def _run(given: Mapping[str, Any]) -> None:
     api_key = given["api_key"]
     from coserve.cli.stubs import fine_tuning
 
-    with channel(given["grpc_address"], given["ca_cert"]) as opened:
+    with channel(given["grpc_address"], given["ca_cert"], given["client_cert"]) as opened:
         pb, stub = fine_tuning(opened)
         config = pb.TrainingConfig(**training)
         file = stub.UploadFile(upload(pb.UploadFileRequest, path), metadata=metadata(api_key))

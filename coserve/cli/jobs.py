@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coserve.cli.connection import DEFAULT_GRPC, ApiKey, CaCert, Grpc, channel, metadata
+from coserve.cli.connection import DEFAULT_GRPC, ApiKey, CaCert, ClientCert, Grpc, channel, metadata
 from coserve.cli.failure import CommandFailed
 from coserve.cli.values import pairs
 
@@ -30,12 +30,13 @@ def list_jobs(
     grpc_address: Grpc = DEFAULT_GRPC,
     api_key: ApiKey = "",
     ca_cert: CaCert = "",
+    client_cert: ClientCert = "",
 ) -> None:
     """Jobs, the newest first."""
     wanted = dict(pairs(tag or (), "--tag"))
     from coserve.cli.stubs import fine_tuning
 
-    with channel(grpc_address, ca_cert) as opened:
+    with channel(grpc_address, ca_cert, client_cert) as opened:
         pb, stub = fine_tuning(opened)
         answer = stub.ListJobs(pb.ListJobsRequest(limit=limit, metadata=wanted), metadata=metadata(api_key))
     rows = [
@@ -47,11 +48,17 @@ def list_jobs(
 
 
 @app.command("get")
-def get(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_cert: CaCert = "") -> None:
+def get(
+    job: JobId,
+    grpc_address: Grpc = DEFAULT_GRPC,
+    api_key: ApiKey = "",
+    ca_cert: CaCert = "",
+    client_cert: ClientCert = "",
+) -> None:
     """One job with its settings."""
     from coserve.cli.stubs import fine_tuning
 
-    with channel(grpc_address, ca_cert) as opened:
+    with channel(grpc_address, ca_cert, client_cert) as opened:
         pb, stub = fine_tuning(opened)
         found = stub.GetJob(pb.GetJobRequest(job_id=job), metadata=metadata(api_key))
     for name in _DETAILS:
@@ -69,12 +76,16 @@ def get(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_
 
 @app.command("checkpoints")
 def checkpoints(
-    job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_cert: CaCert = ""
+    job: JobId,
+    grpc_address: Grpc = DEFAULT_GRPC,
+    api_key: ApiKey = "",
+    ca_cert: CaCert = "",
+    client_cert: ClientCert = "",
 ) -> None:
     """The checkpoints of a job that are kept, the newest first."""
     from coserve.cli.stubs import fine_tuning
 
-    with channel(grpc_address, ca_cert) as opened:
+    with channel(grpc_address, ca_cert, client_cert) as opened:
         pb, stub = fine_tuning(opened)
         answer = stub.ListCheckpoints(pb.ListCheckpointsRequest(job_id=job), metadata=metadata(api_key))
     rows = [
@@ -85,31 +96,55 @@ def checkpoints(
 
 
 @app.command("watch")
-def watch(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_cert: CaCert = "") -> None:
+def watch(
+    job: JobId,
+    grpc_address: Grpc = DEFAULT_GRPC,
+    api_key: ApiKey = "",
+    ca_cert: CaCert = "",
+    client_cert: ClientCert = "",
+) -> None:
     """Follow a job from its first step to its end; the exit code is its verdict."""
     from coserve.cli.stubs import fine_tuning
 
-    with channel(grpc_address, ca_cert) as opened:
+    with channel(grpc_address, ca_cert, client_cert) as opened:
         pb, stub = fine_tuning(opened)
         follow_job(pb, stub, job, api_key)
 
 
 @app.command("cancel")
-def cancel(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_cert: CaCert = "") -> None:
+def cancel(
+    job: JobId,
+    grpc_address: Grpc = DEFAULT_GRPC,
+    api_key: ApiKey = "",
+    ca_cert: CaCert = "",
+    client_cert: ClientCert = "",
+) -> None:
     """End a job; it publishes nothing."""
-    _control("CancelJob", job, grpc_address, api_key, ca_cert)
+    _control("CancelJob", job, grpc_address, api_key, ca_cert, client_cert)
 
 
 @app.command("pause")
-def pause(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_cert: CaCert = "") -> None:
+def pause(
+    job: JobId,
+    grpc_address: Grpc = DEFAULT_GRPC,
+    api_key: ApiKey = "",
+    ca_cert: CaCert = "",
+    client_cert: ClientCert = "",
+) -> None:
     """Stop a job after the step it is in, to be resumed."""
-    _control("PauseJob", job, grpc_address, api_key, ca_cert)
+    _control("PauseJob", job, grpc_address, api_key, ca_cert, client_cert)
 
 
 @app.command("resume")
-def resume(job: JobId, grpc_address: Grpc = DEFAULT_GRPC, api_key: ApiKey = "", ca_cert: CaCert = "") -> None:
+def resume(
+    job: JobId,
+    grpc_address: Grpc = DEFAULT_GRPC,
+    api_key: ApiKey = "",
+    ca_cert: CaCert = "",
+    client_cert: ClientCert = "",
+) -> None:
     """Let a paused job go on."""
-    _control("ResumeJob", job, grpc_address, api_key, ca_cert)
+    _control("ResumeJob", job, grpc_address, api_key, ca_cert, client_cert)
 
 
 def follow_job(pb: Any, stub: Any, job_id: str, api_key: str) -> None:
@@ -142,10 +177,10 @@ def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-def _control(call: str, job_id: str, address: str, api_key: str, ca_cert: str) -> None:
+def _control(call: str, job_id: str, address: str, api_key: str, ca_cert: str, client_cert: str) -> None:
     from coserve.cli.stubs import fine_tuning
 
-    with channel(address, ca_cert) as opened:
+    with channel(address, ca_cert, client_cert) as opened:
         pb, stub = fine_tuning(opened)
         answer = getattr(stub, call)(getattr(pb, f"{call}Request")(job_id=job_id), metadata=metadata(api_key))
     print(f"{answer.id} {answer.status}")

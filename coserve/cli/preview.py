@@ -29,7 +29,7 @@ def preview_file(given: Mapping[str, Any], path: Path, training: Mapping[str, An
     from coserve.cli.stubs import fine_tuning
 
     try:
-        with channel(given["grpc_address"], given["ca_cert"]) as opened:
+        with channel(given["grpc_address"], given["ca_cert"], given["client_cert"]) as opened:
             pb, stub = fine_tuning(opened)
             request = pb.PreviewDatasetRequest(
                 data=first_lines(path, given["limit"]),

@@ -50,6 +50,9 @@ def serve(
     keys_file: flags.KeysFile = "",
     ssl_keyfile: flags.SslKeyfile = "",
     ssl_certfile: flags.SslCertfile = "",
+    ssl_ca_certs: flags.SslCaCerts = "",
+    ssl_cert_reqs: flags.SslCertReqs = 0,
+    enable_ssl_refresh: flags.EnableSslRefresh = False,
     state_dir: flags.StateDir = DEFAULT_STATE_DIR,
     shutdown_timeout: flags.ShutdownTimeout = 25.0,
     slo_ttft_ms: flags.SloTtftMs = 0.0,
@@ -120,9 +123,29 @@ def _one_model(argument: str | None, option: str | None) -> str | None:
 def _check_files(given: Mapping[str, Any]) -> None:
     if bool(given["ssl_keyfile"]) != bool(given["ssl_certfile"]):
         raise ConfigError("--ssl-keyfile and --ssl-certfile go together; give both.", param="ssl_keyfile")
-    for name in ("chat_template", "keys_file", "ssl_keyfile", "ssl_certfile"):
+    _check_tls(given)
+    for name in ("chat_template", "keys_file", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
         if given[name]:
             existing_file(given[name], "--" + name.replace("_", "-"))
+
+
+def _check_tls(given: Mapping[str, Any]) -> None:
+    """Refuse what would have no effect: nobody should believe that clients are asked for certificates."""
+    for name in ("ssl_ca_certs", "ssl_cert_reqs", "enable_ssl_refresh"):
+        if given[name] and not given["ssl_certfile"]:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} goes with --ssl-keyfile and --ssl-certfile; give both.", param=name)
+    if given["ssl_cert_reqs"] and not given["ssl_ca_certs"]:
+        raise ConfigError(
+            "--ssl-cert-reqs asks clients for certificates: give --ssl-ca-certs with the CA that signs them.",
+            param="ssl_cert_reqs",
+        )
+    if given["ssl_ca_certs"] and not given["ssl_cert_reqs"]:
+        raise ConfigError(
+            "--ssl-ca-certs alone asks nobody for a certificate: add --ssl-cert-reqs 2 to refuse clients "
+            "that have none.",
+            param="ssl_ca_certs",
+        )
 
 
 def _directories(paths: Sequence[str], flag: str) -> tuple[str, ...]:

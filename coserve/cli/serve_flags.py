@@ -58,6 +58,13 @@ KeysFile = Annotated[
 ]
 SslKeyfile = Annotated[str, typer.Option(metavar="FILE", help="TLS key.")]
 SslCertfile = Annotated[str, typer.Option(metavar="FILE", help="TLS certificate.")]
+SslCaCerts = Annotated[str, typer.Option(metavar="FILE", help="CA that signs clients' certificates.")]
+SslCertReqs = Annotated[
+    int, typer.Option(min=0, max=2, help="Clients' certificates: 0 not asked for, 1 optional, 2 required.")
+]
+EnableSslRefresh = Annotated[
+    bool, typer.Option("--enable-ssl-refresh", help="Read the TLS files again when they change.")
+]
 StateDir = Annotated[str, typer.Option(metavar="DIR", help="Where files, jobs and adapters are kept.")]
 ShutdownTimeout = Annotated[float, typer.Option(min=0.0, help="Seconds that running streams get on SIGTERM.")]
 SloTtftMs = Annotated[float, typer.Option(min=0.0, help="Target for the first token; 0 is automatic.")]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -23,6 +21,7 @@ from coserve.server.grpc_gen import (
 )
 from coserve.server.grpc_guard import Guard
 from coserve.server.grpc_inference import Inference
+from coserve.server.tls import Tls
 
 _MAX_MESSAGE = 32 * 2**20
 _OPTIONS = (
@@ -42,7 +41,8 @@ SERVICES = (
 class GrpcServer:
     """Serves the application layer over gRPC."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, tls: Tls | None = None) -> None:
+        self._tls = tls
         self._config = context.config
         self._server = grpc.aio.server(interceptors=[Guard(context)], options=_OPTIONS)
         self._health = health.aio.HealthServicer()
@@ -59,10 +59,8 @@ class GrpcServer:
         host = f"[{config.host}]" if ":" in config.host else config.host
         address = f"{host}:{config.grpc_port}"
         try:
-            if config.ssl_certfile:
-                port = self._server.add_secure_port(
-                    address, _credentials(config.ssl_keyfile, config.ssl_certfile)
-                )
+            if self._tls is not None:
+                port = self._server.add_secure_port(address, self._tls.grpc_credentials())
             else:
                 port = self._server.add_insecure_port(address)
         except RuntimeError:
@@ -83,11 +81,3 @@ class GrpcServer:
     async def stop(self, grace: float) -> None:
         """Refuse new calls, wait `grace` seconds for the running ones, end them."""
         await self._server.stop(grace)
-
-
-def _credentials(keyfile: str, certfile: str) -> grpc.ServerCredentials:
-    try:
-        pair = (Path(keyfile or certfile).read_bytes(), Path(certfile).read_bytes())
-    except OSError as error:
-        raise ConfigError(f"--ssl-certfile: {error.strerror}.", param="ssl_certfile") from None
-    return grpc.ssl_server_credentials([pair])

@@ -50,6 +50,7 @@ from coserve.server.keys_file import read_keys_file
 from coserve.server.quotas import Quotas
 from coserve.server.service_tiers import ServiceTiers
 from coserve.server.state_dir import StateDir
+from coserve.server.tls import Tls
 from coserve.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,7 @@ async def running_server(
     keys_file = read_keys_file(config.keys_file, default)
     auth = Authenticator.from_config(config.api_keys, config.admin_api_keys, keys_file.keys)
     tiers = ServiceTiers(default, keys_file.classes)
+    tls = Tls(config) if config.ssl_certfile else None
     state = StateDir(config.state_dir or DEFAULT_STATE_DIR)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(state.close)
@@ -141,14 +143,14 @@ async def running_server(
         if config.metrics_port is not None:
             metrics_socket = stack.enter_context(bind(config.host, config.metrics_port, "--metrics-port"))
         context = await _start_parts(config, auth, tiers, state, make_engine, stack)
-        grpc_server = GrpcServer(context)
+        if tls is not None and config.enable_ssl_refresh:
+            await stack.enter_async_context(tls.watched())
+        grpc_server = GrpcServer(context, tls)
         grpc_port = await grpc_server.start()
         stack.push_async_callback(grpc_server.stop, _GRPC_GRACE)
-        await stack.enter_async_context(_http_server(create_app(context), http_socket, config))
+        await stack.enter_async_context(_http_server(create_app(context), http_socket, tls))
         if metrics_socket is not None:
-            await stack.enter_async_context(
-                _http_server(metrics_app(context), metrics_socket, config, plain=True)
-            )
+            await stack.enter_async_context(_http_server(metrics_app(context), metrics_socket))
         await context.jobs.resume_all()
         stack.push_async_callback(_drain, context, grpc_server, config.shutdown_timeout)
         scheme = "https" if config.ssl_certfile else "http"
@@ -370,10 +372,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def _http_server(
-    app: ASGIApp, listener: socket.socket, config: ServerConfig, plain: bool = False
-) -> AsyncIterator[None]:
-    tls = not plain and bool(config.ssl_certfile)
+async def _http_server(app: ASGIApp, listener: socket.socket, tls: Tls | None = None) -> AsyncIterator[None]:
     server = _Uvicorn(
         uvicorn.Config(
             app,
@@ -382,8 +381,7 @@ async def _http_server(
             server_header=False,
             lifespan="off",
             timeout_graceful_shutdown=2,
-            ssl_keyfile=(config.ssl_keyfile or None) if tls else None,
-            ssl_certfile=config.ssl_certfile if tls else None,
+            ssl_context_factory=(lambda config, make: tls.http_context) if tls is not None else None,
         )
     )
     task = asyncio.create_task(server.serve(sockets=[listener]))

@@ -24,6 +24,7 @@ from coserve.config import DEMO_MODEL_DIR, DEMO_MODEL_NAME, ServerConfig
 from coserve.errors import ConfigError
 
 NOWHERE = "127.0.0.1:9"  # the discard port: nothing answers there
+SECURE = f"serve --ssl-keyfile {__file__} --ssl-certfile {__file__}"
 
 
 @pytest.fixture
@@ -128,6 +129,13 @@ def test_a_model_directory_names_itself(tmp_path: Path) -> None:
         ("serve --adapter-root /no/such/dir", 2, "--adapter-root"),
         ("serve --chat-template /no/such/file", 2, "--chat-template"),
         ("serve --ssl-keyfile /dev/null", 2, "--ssl-certfile"),
+        ("serve --ssl-cert-reqs 2", 2, "--ssl-keyfile"),
+        ("serve --enable-ssl-refresh", 2, "--enable-ssl-refresh"),
+        (f"{SECURE} --ssl-cert-reqs 2", 2, "give --ssl-ca-certs"),
+        (f"{SECURE} --ssl-cert-reqs 3", 2, "--ssl-cert-reqs"),
+        (f"{SECURE} --ssl-ca-certs {__file__}", 2, "add --ssl-cert-reqs 2"),
+        (f"{SECURE} --ssl-ca-certs /no/such --ssl-cert-reqs 2", 2, "--ssl-ca-certs /no/such"),
+        ("jobs list --client-cert /dev/null", 2, "--client-cert"),
         ("serve /no/such/model", 2, "/no/such/model"),
         ("serve a --model b", 2, "--model b"),
         ("finetune data.jsonl", 2, "--adapter"),

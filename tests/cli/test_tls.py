@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 from coserve.cli import main as command
 from coserve.cli.endpoint import parse_endpoint
 from coserve.errors import ConfigError
+from tests.server.certificates import self_signed
 from tests.server.fake_engine import DEFAULT_REPLY, write_peft
 from tests.server.running import ServerThread
 
@@ -23,15 +22,8 @@ ROW = {"messages": [{"role": "user", "content": "Say 1"}, {"role": "assistant", 
 
 def certificate(folder: Path, names: str) -> Pair:
     """(key, certificate), signed by itself for these subjectAltNames."""
-    assert shutil.which("openssl"), "these tests make their certificates with the openssl command"
-    folder.mkdir()
-    key, certificate = str(folder / "key.pem"), str(folder / "cert.pem")
-    words = (
-        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=coserve"
-    )
-    files = ["-keyout", key, "-out", certificate, "-addext", f"subjectAltName={names}"]
-    subprocess.run([*words.split(), *files], check=True, capture_output=True)
-    return key, certificate
+    made = self_signed(folder, names)
+    return str(made.key), str(made.certificate)
 
 
 @pytest.fixture(scope="module")
