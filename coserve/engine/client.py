@@ -64,6 +64,8 @@ async def _no_restart_hook() -> None:
 class EngineClient:
     """Owns the engine process. `ready` is False while it starts or restarts."""
 
+    program = ("-m", "coserve.engine.process")  # what Python is started with; the socket's address follows
+
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.info: m.EngineReady | None = None
@@ -132,8 +134,7 @@ class EngineClient:
         config = msgspec.json.encode(self.config)
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
-            "-m",
-            "coserve.engine.process",
+            *self.program,
             address,
             stdin=asyncio.subprocess.PIPE,
             env={**ENGINE_ENVIRONMENT, **os.environ},
