@@ -72,6 +72,7 @@ class EngineClient:
         self.ready = False
         self.on_job_event: Callable[[JobEvent], Awaitable[None]] = _ignore_event
         self.on_stats: Callable[[m.EngineStats], None] = lambda stats: None
+        self.on_lost: Callable[[], None] = lambda: None
         self.on_restart: Callable[[], Awaitable[None]] = _no_restart_hook
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
@@ -174,6 +175,7 @@ class EngineClient:
             assert self._socket is not None
             self._socket.close(linger=0)
             self._fail_all("The engine stopped and is being restarted.")
+            self.on_lost()
             if hook is not None:
                 # Its calls to the engine that died have just failed, so it ends.
                 await hook

@@ -25,7 +25,7 @@ from coserve.core.step_plan import StepPlan
 from coserve.engine import latency_file
 from coserve.engine import messages as m
 from coserve.engine.device import memory_plan, resolve_device, resolve_dtype, resolve_threads
-from coserve.engine.memory_limit import memory_for_jobs
+from coserve.engine.memory_limit import memory_for_jobs, memory_limit_of
 from coserve.engine.outbox import Outbox
 from coserve.engine.stats import StatsKeeper
 from coserve.errors import ContextLengthExceeded, CoserveError
@@ -347,5 +347,6 @@ class Engine:
             block_size=self.config.block_size,
             device=str(self.kv.device),
             dtype=str(self.kv.dtype).removeprefix("torch."),
+            memory_limit_bytes=memory_limit_of(self.kv.device),
             job_memory_bytes=self.job_memory,
         )

@@ -19,6 +19,11 @@ def memory_limit(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup"))
     return min([machine, *_limits(cgroups, own)])
 
 
+def memory_limit_of(device: torch.device) -> int:
+    """Bytes that there are for the engine: the device's, or what this process may use of the machine's."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else memory_limit()
+
+
 def _limits(cgroups: Path, own: Path) -> list[int]:
     """Those of the process's cgroup and of all above it, in v2 and v1; where a container shows only its own,
     that is at the root."""

@@ -227,6 +227,7 @@ class EngineReady(Message):
     block_size: int
     device: str
     dtype: str
+    memory_limit_bytes: int = 0  # of the device, or what this process may use of the machine's
     job_memory_bytes: int | None = None  # that jobs may hold outside the pool; None: no bound is known
 
 
@@ -255,8 +256,8 @@ class EngineStats(Message):
     resident_bytes: int = 0
     untouched_bytes: int = 0  # of the pool
     adapter_tiers: dict[str, str] = {}  # digest -> "device" | "host"; absent: disk only
-    running_adapters: list[str] = []  # names with a request in flight
-    waiting_adapters: list[str] = []
+    running_adapters: dict[str, int] = {}  # requests by their adapter's name
+    waiting_adapters: dict[str, int] = {}
     least_targets: LatencyTargets | None = None  # one request alone could be held to; None: unknown
     steps: list[StepTiming] = []
     arrival_waits: list[tuple[str, float]] = []  # by the kind of step that was waited for, or "none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from coserve.core.request import Request
@@ -84,8 +85,8 @@ class StatsKeeper:
             resident_bytes=held.resident,
             untouched_bytes=held.untouched,
             adapter_tiers=adapters.tiers(),
-            running_adapters=self._names(scheduler.running),
-            waiting_adapters=self._names(scheduler.waiting),
+            running_adapters=self._by_adapter(scheduler.running),
+            waiting_adapters=self._by_adapter(scheduler.waiting),
             least_targets=engine.admission.least_targets(),
             steps=self._steps,
             arrival_waits=self._waits,
@@ -108,5 +109,6 @@ class StatsKeeper:
         self._swaps = dict(adapters.swaps)
         return stats
 
-    def _names(self, requests: list[Request]) -> list[str]:
-        return sorted({self._engine.adapters.name(r.adapter) for r in requests if r.adapter is not None})
+    def _by_adapter(self, requests: list[Request]) -> dict[str, int]:
+        names = self._engine.adapters
+        return dict(Counter(names.name(r.adapter) for r in requests if r.adapter is not None))

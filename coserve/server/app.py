@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coserve import errors
 from coserve.log import line
+from coserve.rpc_metrics import NO_ROUTE
 from coserve.server import adapter_routes, health, vllm_routes
 from coserve.server.auth import Authenticator
 from coserve.server.context import Context
@@ -74,6 +75,7 @@ class Gate:
             if path not in _WHILE_DRAINING:
                 seconds = time.monotonic() - started
                 method = scope["method"]
+                self._context.metrics.rpc.http(method, state.get("route", NO_ROUTE), status, seconds)
                 logger.info(
                     line("http", id=identity, method=method, path=path, status=status, seconds=seconds)
                 )
@@ -121,7 +123,7 @@ def create_app(context: Context) -> ASGIApp:
         by_path.setdefault(route.path, []).append(route)
     for path, group in by_path.items():
         handlers = {route.method: _endpoint(route, context) for route in group}
-        routes.append(StarletteRoute(path, _by_method(handlers), methods=list(handlers)))
+        routes.append(StarletteRoute(path, _by_method(path, handlers), methods=list(handlers)))
     app = Starlette(
         routes=routes,
         exception_handlers={HTTPException: _http_error},
@@ -132,9 +134,11 @@ def create_app(context: Context) -> ASGIApp:
 
 
 def _by_method(
+    path: str,
     handlers: dict[str, Callable[[Request], Awaitable[Response]]],
 ) -> Callable[[Request], Awaitable[Response]]:
     async def dispatch(request: Request) -> Response:
+        request.state.route = path
         method = "GET" if request.method == "HEAD" and "HEAD" not in handlers else request.method
         return await handlers[method](request)
 

@@ -300,15 +300,20 @@ def _listen(context: Context, state: StateDir) -> None:
         if stats.latency_model:
             state.save_latency_model(stats.latency_model)
 
-    async def on_restart() -> None:
+    def on_lost() -> None:
         metrics.engine_lost()
         adapters.take_tiers({})
+
+    async def on_restart() -> None:
+        assert engine.info is not None
+        metrics.engine_started(engine.info, restarted=True)
         await jobs.engine_died()
         await adapters.load_pinned()
         await jobs.resume_all()
 
     engine.on_job_event = jobs.reports.take
     engine.on_stats = on_stats
+    engine.on_lost = on_lost
     engine.on_restart = on_restart
 
 
@@ -319,9 +324,14 @@ def _metrics(config: EngineConfig, tiers: ServiceTiers, info: EngineReady, name:
         "cache_dtype": "auto",
         "enable_prefix_caching": config.enable_prefix_caching,
         "gpu_memory_utilization": config.gpu_memory_utilization,
+        "kv_cache_memory_bytes": config.kv_cache_memory_bytes or None,
+        "num_cpu_blocks": 0,
+        "prefix_caching_hash_algo": "blake2b",
     }
     targets = {latency_class.name: latency_class.targets for latency_class in tiers.classes}
-    return Metrics(name, info.max_model_len, config.max_loras, cache, targets)
+    metrics = Metrics(name, info.max_model_len, config.max_loras, cache, targets)
+    metrics.engine_started(info)
+    return metrics
 
 
 def resolve_model(config: EngineConfig, state: StateDir) -> EngineConfig:

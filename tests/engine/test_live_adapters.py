@@ -257,4 +257,4 @@ def test_metrics_name_the_job_and_not_its_steps(model, data, tmp_path) -> None:
     local = started(model, data, tmp_path, 2)
     local.add("a", PROMPT, LONG, live_job=JOB)
     local.engine.step()
-    assert local.engine.stats.snapshot(0).running_adapters == [f"{JOB}:live"]
+    assert local.engine.stats.snapshot(0).running_adapters == {f"{JOB}:live": 1}

@@ -59,6 +59,7 @@ class FakeEngine:
         self.refusal: CoserveError | None = None
         self.on_job_event: Callable[[object], Awaitable[None]]
         self.on_stats: Callable[[m.EngineStats], None] = lambda stats: None
+        self.on_lost: Callable[[], None] = lambda: None
         self.on_restart: Callable[[], Awaitable[None]]
         self._tasks: set[asyncio.Task[None]] = set()
 

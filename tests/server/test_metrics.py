@@ -8,9 +8,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from coserve.core.slo import LatencyTargets
-from coserve.metrics import Metrics, RequestTimes
+from coserve.metrics import Metrics
+from coserve.request_metrics import RequestTimes
 
 TARGETS = {"default": LatencyTargets(), "live": LatencyTargets(ttft=0.2, tpot=0.02)}
+NAME = re.compile(r"(vllm:|coserve_|http_|grpc_server_|process_|python_gc_)[a-z0-9_]+")
 UNITS = {"milliseconds", "ms", "minutes", "kilobytes", "megabytes", "percent"}
 
 
@@ -83,7 +85,7 @@ def test_the_exposition_is_well_formed() -> None:
     assert len(names) == len(set(names))
     for family in families:
         assert family.documentation and family.type in ("counter", "gauge", "histogram"), family.name
-        assert re.fullmatch(r"(vllm:|coserve_)[a-z][a-z0-9_]*", family.name), family.name
+        assert NAME.fullmatch(family.name), family.name
         assert not family.name.endswith(("_counter", "_gauge", "_histogram", "_bucket", "_count", "_sum"))
         if family.name.startswith("coserve_"):
             assert not UNITS & set(family.name.split("_")), family.name

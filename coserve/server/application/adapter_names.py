@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
+from coserve.adapter_metrics import LoadedAdapter
 from coserve.engine.messages import AdapterRef
 from coserve.errors import FailedPrecondition, InvalidRequest, NotFound
 from coserve.lora.registry import AdapterRegistry, AdapterVersion, check_adapter_name
@@ -78,8 +79,9 @@ class AdapterNames:
         self._count()
 
     def _count(self) -> None:
-        found = [self.tier(version.digest) for version in self._registry.all_versions()]
-        self._metrics.adapters({tier: found.count(tier) for tier in set(found)})
+        found = [(version, self.tier(version.digest)) for version in self._registry.all_versions()]
+        loaded = [LoadedAdapter(v.name, tier, v.pinned) for v, tier in found if tier != "disk"]
+        self._metrics.adapters((tier for _, tier in found), loaded)
 
     def check_name(self, name: str, param: str) -> None:
         """Raise InvalidRequest for a name that can't be an adapter's."""

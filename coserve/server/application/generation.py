@@ -17,7 +17,8 @@ from coserve.core.sampling_params import SamplingParams
 from coserve.engine.client import EngineClient
 from coserve.engine.messages import AddRequest, RequestOutput, TokenLogprobs
 from coserve.errors import ContextLengthExceeded, InvalidRequest, QueueFull, RateLimited
-from coserve.metrics import Metrics, RequestTimes
+from coserve.metrics import Metrics
+from coserve.request_metrics import RequestTimes
 from coserve.server.application.lifecycle import Lifecycle
 from coserve.server.application.models import Target
 from coserve.server.application.sampling import SamplingRequest, check_token_ids
@@ -118,6 +119,7 @@ class Generation:
         self.samples = generator.samples(request, prompts)
         self.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in prompts))
         self.snapshot: str | None = None
+        self._lengths: dict[int, list[int]] = {}  # tokens of ended samples, by prompt
 
     @property
     def fingerprint(self) -> str:
@@ -135,6 +137,13 @@ class Generation:
                 self.usage.add(delta)
                 self.snapshot = delta.snapshot or self.snapshot
                 yield delta
+
+    def sample_ended(self, sample: Sample, generated: int) -> None:
+        """Count the tokens of a sample; with the last one of its prompt, that prompt."""
+        lengths = self._lengths.setdefault(sample.index // self.request.n, [])
+        lengths.append(generated)
+        if len(lengths) == self.request.n:
+            self._generator.metrics.samples_ended(len(lengths), max(lengths))
 
     async def choices(self) -> list[Choice]:
         """All samples to their end, in order of index."""
@@ -163,7 +172,7 @@ class Generator:
         self._engine = engine
         self._tokenizer = tokenizer
         self._lifecycle = lifecycle
-        self._metrics = metrics
+        self.metrics = metrics
         self._tiers = tiers
         self._quotas = quotas
         self._check_live = check_live
@@ -255,12 +264,12 @@ class Generator:
                 async for output in outputs:
                     if output.finish_reason == "abort":
                         break
-                    if not admitted and sample.index % request.n == 0:
+                    cached = max(cached, output.cached_tokens)
+                    if not admitted:
                         limit = sample.sampling.max_tokens
-                        self._metrics.request_admitted(len(sample.prompt_token_ids), limit, request.n)
+                        self.metrics.sample_started(len(sample.prompt_token_ids), cached, limit)
                     admitted = True
                     generated += len(output.token_ids)
-                    cached = max(cached, output.cached_tokens)
                     preemptions = max(preemptions, output.num_preemptions)
                     self._measure(times, output, service)
                     delta = text.delta(sample.index, output)
@@ -276,12 +285,13 @@ class Generator:
             raise
         finally:
             if refused:
-                self._metrics.refused(latency_class)
+                self.metrics.refused(latency_class)
             else:
                 prompt = len(sample.prompt_token_ids)
-                self._metrics.request_ended(
+                self.metrics.request_ended(
                     reason, times, latency_class, prompt, generated, cached, preemptions
                 )
+                generation.sample_ended(sample, generated)
 
     def _message(self, generation: Generation, sample: Sample, times: RequestTimes) -> AddRequest:
         service, latency_class = generation.service, generation.service.latency_class
@@ -307,9 +317,9 @@ class Generator:
         gap = None if times.last_token is None else now - times.last_token
         if times.first_token is None:
             times.first_token = now
-            self._metrics.first_token(now - times.arrival, service.latency_class.name)
+            self.metrics.first_token(now - times.arrival, service.latency_class.name)
         times.last_token = now
-        self._metrics.tokens(len(output.token_ids), gap)
+        self.metrics.tokens(len(output.token_ids), gap)
         self._quotas.spend(service.key, len(output.token_ids))
 
 
