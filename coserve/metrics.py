@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections import Counter as Counts
 from collections.abc import Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
@@ -20,6 +27,7 @@ from coserve.errors import QueueFull
 from coserve.request_metrics import ENGINE, RequestMetrics
 from coserve.rpc_metrics import RpcMetrics
 
+disable_created_metrics()  # a second series for each counter, which the text format has no use for
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _ITERATION = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
