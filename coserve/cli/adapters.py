@@ -151,6 +151,31 @@ def download(
     print(f"{name} written to {folder}")
 
 
+@app.command("alias")
+def alias(
+    name: Annotated[str, typer.Argument(metavar="[ALIAS]", help="The alias; none lists them all.")] = "",
+    model: Annotated[
+        str, typer.Argument(metavar="[MODEL]", help="What it is to mean: the base, NAME or NAME@VERSION.")
+    ] = "",
+    delete: Annotated[bool, typer.Option("--delete", help="Forget the alias.")] = False,
+    grpc_address: Grpc = DEFAULT_GRPC,
+    api_key: ApiKey = "",
+    ca_cert: CaCert = "",
+) -> None:
+    """Point an alias at a model, delete it, or list all of them."""
+    if delete == bool(model) and (name or delete):
+        raise ConfigError("alias: give ALIAS and MODEL, or ALIAS and --delete.", param="model")
+    if delete:
+        _call("DeleteAlias", grpc_address, api_key, ca_cert, alias=name)
+        print(f"{name} deleted")
+    elif name:
+        made = _call("SetAlias", grpc_address, api_key, ca_cert, alias=name, model=model)
+        print(f"{made.alias} means {made.model}")
+    else:
+        answer = _call("ListAliases", grpc_address, api_key, ca_cert)
+        print_table(("ALIAS", "MODEL"), [(found.alias, found.model) for found in answer.aliases])
+
+
 def _upload_messages(request: Any, name: str, folder: Path) -> Iterator[Any]:
     yield request(info={"name": name})
     buffer = io.BytesIO()

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from coserve import errors
 from coserve.log import line
 from coserve.rpc_metrics import NO_ROUTE
-from coserve.server import adapter_routes, health, vllm_routes
+from coserve.server import adapter_routes, alias_routes, health, vllm_routes
 from coserve.server.auth import Authenticator
 from coserve.server.context import Context
 from coserve.server.http import Route, error_response, gone_response, logger, request_id
@@ -111,7 +111,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 def all_routes(context: Context) -> list[Route]:
     """Every route of the server."""
     openai = (chat_completions, completions, models, files, uploads, fine_tuning)
-    parts = (health, *openai, vllm_routes, adapter_routes)
+    parts = (health, *openai, vllm_routes, adapter_routes, alias_routes)
     return [route for part in parts for route in part.routes(context)]
 
 

@@ -8,6 +8,7 @@ from coserve.config import ServerConfig
 from coserve.engine.client import EngineClient
 from coserve.metrics import Metrics
 from coserve.server.application.adapters import Adapters
+from coserve.server.application.aliases import Aliases
 from coserve.server.application.files import Files
 from coserve.server.application.generation import Generator
 from coserve.server.application.jobs import Jobs
@@ -37,6 +38,7 @@ class Context:
     quotas: Quotas
     generator: Generator
     adapters: Adapters
+    aliases: Aliases
     files: Files
     uploads: Uploads
     jobs: Jobs

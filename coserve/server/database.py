@@ -51,6 +51,7 @@ _MIGRATIONS = (
         id TEXT PRIMARY KEY, upload_id TEXT NOT NULL, bytes INTEGER NOT NULL, created_at INTEGER NOT NULL
     );
     """,
+    "CREATE TABLE aliases (name TEXT PRIMARY KEY, model TEXT NOT NULL, created_at INTEGER NOT NULL);",
 )
 
 

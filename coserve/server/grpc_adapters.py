@@ -10,6 +10,7 @@ import grpc.aio
 from coserve.errors import InvalidRequest, NotFound
 from coserve.server.adapter_routes import archive_chunks
 from coserve.server.adapter_store import AdapterRow
+from coserve.server.alias_store import Alias
 from coserve.server.application.files import MAX_UPLOAD_BYTES, UploadWriter
 from coserve.server.context import Context
 from coserve.server.grpc_convert import adapter_message
@@ -104,7 +105,34 @@ class AdapterRpc(adapters_pb2_grpc.AdapterServiceServicer):
         async for chunk in archive_chunks(Path(row.version.path)):
             yield pb.DownloadAdapterResponse(data=chunk)
 
+    async def SetAlias(self, request: pb.SetAliasRequest, context: grpc.aio.ServicerContext) -> pb.Alias:
+        """Make an alias, or move it."""
+        for param in ("alias", "model"):
+            _require(getattr(request, param), param)
+        return _alias(await self._context.aliases.set(request.alias, request.model))
+
+    async def DeleteAlias(
+        self, request: pb.DeleteAliasRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DeleteAliasResponse:
+        """Forget an alias."""
+        await self._context.aliases.delete(request.alias)
+        return pb.DeleteAliasResponse()
+
+    async def ListAliases(
+        self, request: pb.ListAliasesRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListAliasesResponse:
+        """Every alias."""
+        return pb.ListAliasesResponse(aliases=[_alias(alias) for alias in self._context.aliases.all()])
+
+
+def _alias(alias: Alias) -> pb.Alias:
+    return pb.Alias(alias=alias.name, model=alias.model, created_at=alias.created_at)
+
 
 def _require_name(name: str) -> None:
-    if not name:
-        raise InvalidRequest("name is required.", param="name", code="missing_required_parameter")
+    _require(name, "name")
+
+
+def _require(value: str, param: str) -> None:
+    if not value:
+        raise InvalidRequest(f"{param} is required.", param=param, code="missing_required_parameter")

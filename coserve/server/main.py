@@ -34,6 +34,7 @@ from coserve.models.config import ModelConfig
 from coserve.models.fingerprint import model_fingerprint
 from coserve.server.app import create_app
 from coserve.server.application.adapters import Adapters
+from coserve.server.application.aliases import Aliases
 from coserve.server.application.files import Files
 from coserve.server.application.generation import Generator
 from coserve.server.application.jobs import Jobs
@@ -198,6 +199,7 @@ async def _start_parts(
     await context.files.restore()
     await context.uploads.restore()
     await context.adapters.restore()
+    await context.aliases.restore()
     await context.jobs.reports.restore()
     _listen(context, state)
     engine.on_stats(await engine.stats())  # gauges are right before the first step
@@ -277,6 +279,7 @@ def _make_parts(
         quotas=quotas,
         generator=generator,
         adapters=adapters,
+        aliases=Aliases(adapters, database),
         files=files,
         uploads=Uploads(database, state, files),
         jobs=jobs,

@@ -102,6 +102,12 @@ def test_an_adapter_goes_out_and_comes_back(server: Address, tuned: Ran, tmp_pat
     question = "What is 7 + 5?"
     answers = {coserve(server, "chat", question, "--model", name).out for name in ("mate", "copy")}
     assert len(answers) == 1 and answers != {""}
+    assert coserve(server, "adapters", "alias", "prod", "copy@1").out == "prod means copy@1\n"
+    assert coserve(server, "adapters", "alias").out.splitlines()[1].split() == ["prod", "copy@1"]
+    assert coserve(server, "chat", question, "--model", "prod").out in answers
+    assert "prod" in coserve(server, "adapters", "unload", "copy").err
+    assert coserve(server, "adapters", "alias", "prod", "--delete").code == 0
+    assert coserve(server, "adapters", "alias", "prod").code == 2
     assert coserve(server, "adapters", "unload", "copy").code == 0
     assert coserve(server, "chat", question, "--model", "copy").code == 2
 

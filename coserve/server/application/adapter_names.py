@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 from coserve.adapter_metrics import LoadedAdapter
 from coserve.engine.messages import AdapterRef
@@ -11,6 +12,7 @@ from coserve.errors import FailedPrecondition, InvalidRequest, NotFound
 from coserve.lora.registry import AdapterRegistry, AdapterVersion, check_adapter_name
 from coserve.metrics import Metrics
 from coserve.server.adapter_store import AdapterRow
+from coserve.server.alias_store import Alias
 from coserve.server.application.models import BaseModel, Target, unknown_model
 
 LIVE = ":live"  # after a job's id: its adapter while it trains
@@ -27,9 +29,16 @@ class AdapterNames:
         self._rows: dict[tuple[str, int], AdapterRow] = {}
         self._checkpoints: dict[str, AdapterRef] = {}
         self._tiers: dict[str, str] = {}
+        self.aliases: dict[str, Alias] = {}  # replaced whole by `Aliases`, never changed in place
 
     def resolve(self, model: str | None) -> Target:
         """What a request's `model` runs on; ModelNotFound for a name nobody knows, never the base instead."""
+        alias = self.aliases.get(model or "")
+        if alias is not None:
+            return replace(self._resolve(alias.model), name=alias.name)
+        return self._resolve(model)
+
+    def _resolve(self, model: str | None) -> Target:
         if model is None or model == self._base.name:
             return Target(self._base.name, None, fingerprint=self._base.fingerprint)
         if model in self._checkpoints:
@@ -86,8 +95,25 @@ class AdapterNames:
     def check_name(self, name: str, param: str) -> None:
         """Raise InvalidRequest for a name that can't be an adapter's."""
         check_adapter_name(name, {self._base.name}, param=param)
+        if name in self.aliases:
+            raise InvalidRequest(f"{name!r} is an alias; choose another name, or delete it.", param=param)
         if name.startswith(("ftjob-", "ftckpt-")) or name.endswith(LIVE):
             raise InvalidRequest(f"{param} must not look like a job or a checkpoint.", param=param)
+
+    def check_unaliased(self, name: str, version: int = 0) -> None:
+        """Raise FailedPrecondition while an alias means this adapter (0: any version of it)."""
+        for alias in self.aliases.values():
+            meant, _, number = alias.model.partition("@")
+            if meant == name and (not version or number == str(version)):
+                raise FailedPrecondition(
+                    f"The alias {alias.name!r} means {alias.model!r}; move it or delete it first.",
+                    param="model",
+                    code="adapter_has_alias",
+                )
+
+    def is_base(self, name: str) -> bool:
+        """True for the base model's name."""
+        return name == self._base.name
 
     def knows(self, name: str) -> bool:
         """True when the name is an adapter in service."""

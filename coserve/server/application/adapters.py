@@ -273,6 +273,7 @@ class Adapters(AdapterNames):
         """Take a name out of service. Files of a loaded one go; trained and uploaded ones can come back."""
         async with self._lock:
             self.get(name)
+            self.check_unaliased(name)
             rows = [row for row in self._rows.values() if row.version.name == name]
             self._registry.remove(name)
             await self._database.run(lambda db: adapter_store.set_listed(db, name, False))
@@ -287,6 +288,8 @@ class Adapters(AdapterNames):
         async with self._lock:
             found = self.get(name).version
             number = found.version if "@" in name else 0
+            is_last = len(self._registry.versions(found.name)) == 1
+            self.check_unaliased(found.name, 0 if is_last else number)
             gone = self._registry.remove(found.name, number)
             rows = [self._rows[version.name, version.version] for version in gone]
             if number and self.knows(found.name):

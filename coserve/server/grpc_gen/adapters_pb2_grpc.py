@@ -75,6 +75,21 @@ class AdapterServiceStub:
                 request_serializer=coserve_dot_v1_dot_adapters__pb2.DownloadAdapterRequest.SerializeToString,
                 response_deserializer=coserve_dot_v1_dot_adapters__pb2.DownloadAdapterResponse.FromString,
                 _registered_method=True)
+        self.SetAlias = channel.unary_unary(
+                '/coserve.v1.AdapterService/SetAlias',
+                request_serializer=coserve_dot_v1_dot_adapters__pb2.SetAliasRequest.SerializeToString,
+                response_deserializer=coserve_dot_v1_dot_adapters__pb2.Alias.FromString,
+                _registered_method=True)
+        self.DeleteAlias = channel.unary_unary(
+                '/coserve.v1.AdapterService/DeleteAlias',
+                request_serializer=coserve_dot_v1_dot_adapters__pb2.DeleteAliasRequest.SerializeToString,
+                response_deserializer=coserve_dot_v1_dot_adapters__pb2.DeleteAliasResponse.FromString,
+                _registered_method=True)
+        self.ListAliases = channel.unary_unary(
+                '/coserve.v1.AdapterService/ListAliases',
+                request_serializer=coserve_dot_v1_dot_adapters__pb2.ListAliasesRequest.SerializeToString,
+                response_deserializer=coserve_dot_v1_dot_adapters__pb2.ListAliasesResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
@@ -133,6 +148,25 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetAlias(self, request, context):
+        """Makes an alias, or points it at another model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAlias(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAliases(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdapterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -175,6 +209,21 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.DownloadAdapter,
                     request_deserializer=coserve_dot_v1_dot_adapters__pb2.DownloadAdapterRequest.FromString,
                     response_serializer=coserve_dot_v1_dot_adapters__pb2.DownloadAdapterResponse.SerializeToString,
+            ),
+            'SetAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAlias,
+                    request_deserializer=coserve_dot_v1_dot_adapters__pb2.SetAliasRequest.FromString,
+                    response_serializer=coserve_dot_v1_dot_adapters__pb2.Alias.SerializeToString,
+            ),
+            'DeleteAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAlias,
+                    request_deserializer=coserve_dot_v1_dot_adapters__pb2.DeleteAliasRequest.FromString,
+                    response_serializer=coserve_dot_v1_dot_adapters__pb2.DeleteAliasResponse.SerializeToString,
+            ),
+            'ListAliases': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAliases,
+                    request_deserializer=coserve_dot_v1_dot_adapters__pb2.ListAliasesRequest.FromString,
+                    response_serializer=coserve_dot_v1_dot_adapters__pb2.ListAliasesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -394,6 +443,87 @@ class AdapterService:
             '/coserve.v1.AdapterService/DownloadAdapter',
             coserve_dot_v1_dot_adapters__pb2.DownloadAdapterRequest.SerializeToString,
             coserve_dot_v1_dot_adapters__pb2.DownloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coserve.v1.AdapterService/SetAlias',
+            coserve_dot_v1_dot_adapters__pb2.SetAliasRequest.SerializeToString,
+            coserve_dot_v1_dot_adapters__pb2.Alias.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coserve.v1.AdapterService/DeleteAlias',
+            coserve_dot_v1_dot_adapters__pb2.DeleteAliasRequest.SerializeToString,
+            coserve_dot_v1_dot_adapters__pb2.DeleteAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAliases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coserve.v1.AdapterService/ListAliases',
+            coserve_dot_v1_dot_adapters__pb2.ListAliasesRequest.SerializeToString,
+            coserve_dot_v1_dot_adapters__pb2.ListAliasesResponse.FromString,
             options,
             channel_credentials,
             insecure,

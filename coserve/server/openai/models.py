@@ -48,20 +48,29 @@ def adapter_card(base: BaseModel, row: AdapterRow, name: str | None = None) -> d
 def routes(context: Context) -> list[Route]:
     """This resource's routes."""
 
+    def card_of(name: str) -> dict[str, Any]:
+        alias = context.adapters.aliases.get(name)
+        if alias is not None:
+            return {**card_of(alias.model), "id": name, "alias_of": alias.model}
+        if name == context.base.name:
+            return base_card(context.base)
+        return adapter_card(context.base, context.adapters.get(name), name)
+
     async def list_models(request: Request) -> Response:
         cards = [base_card(context.base)]
         cards += [adapter_card(context.base, row) for row in context.adapters.newest()]
+        cards += [card_of(alias.name) for alias in context.aliases.all()]
         return json_response({"object": "list", "data": cards})
 
     async def get_model(request: Request) -> Response:
-        name = request.path_params["id"]
-        if name == context.base.name:
-            return json_response(base_card(context.base))
-        return json_response(adapter_card(context.base, context.adapters.get(name), name))
+        return json_response(card_of(request.path_params["id"]))
 
     async def delete_model(request: Request) -> Response:
         name = request.path_params["id"]
-        await context.adapters.delete(name)
+        if name in context.adapters.aliases:
+            await context.aliases.delete(name)
+        else:
+            await context.adapters.delete(name)
         return json_response({"id": name, "object": "model", "deleted": True})
 
     return [
