@@ -24,9 +24,11 @@ from coserve import errors
 from coserve.config import ALLOCATOR, EngineConfig
 from coserve.engine import messages as m
 from coserve.training.job import JobSpec
+from coserve.training.model_calls import CallResult, ModelCall
 
 logger = logging.getLogger(__name__)
 
+Answer = m.Reply | m.EngineStats | m.ModelResult
 JobEvent = m.JobProgress | m.JobCheckpoint | m.JobMessage | m.JobStatus
 START_TIMEOUT = 600.0  # seconds a large model may take to load
 MAX_RESTART_DELAY = 10.0
@@ -78,7 +80,7 @@ class EngineClient:
         self._socket: zmq.asyncio.Socket | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._streams: dict[str, asyncio.Queue[m.RequestOutput]] = {}
-        self._calls: dict[int, asyncio.Future[m.Reply | m.EngineStats]] = {}
+        self._calls: dict[int, asyncio.Future[Answer]] = {}
         self._call_ids = count(1)
         self._job_events: asyncio.Queue[JobEvent] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
@@ -247,15 +249,30 @@ class EngineClient:
         """`action`: "pause", "resume" or "cancel"."""
         await self._call(lambda i: m.ControlJob(call_id=i, job_id=job_id, action=action))
 
+    async def open_model(self, spec: JobSpec) -> None:
+        """A new model that is trained by calls, once there is a place for it."""
+        await self._call(lambda i: m.OpenModel(call_id=i, spec=spec))
+
+    async def call_model(self, model_id: str, call: ModelCall) -> CallResult:
+        """Ask something of a model; calls are done in the order in which these coroutines begin. Raises what
+        went wrong, Unavailable when the engine is down or dies meanwhile."""
+        answer = await self._call(lambda i: m.CallModel(call_id=i, model_id=model_id, call=call))
+        assert isinstance(answer, m.ModelResult)
+        return answer.result
+
+    async def close_model(self, model_id: str) -> None:
+        """Forget a model."""
+        await self._call(lambda i: m.CloseModel(call_id=i, model_id=model_id))
+
     async def stats(self) -> m.EngineStats:
         """A snapshot taken between two steps."""
         answer = await self._call(lambda i: m.GetStats(call_id=i))
         assert isinstance(answer, m.EngineStats)
         return answer
 
-    async def _call(self, make: Callable[[int], m.Message]) -> m.Reply | m.EngineStats:
+    async def _call(self, make: Callable[[int], m.Message]) -> Answer:
         call_id = next(self._call_ids)
-        future: asyncio.Future[m.Reply | m.EngineStats] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future
         try:
             await self._send(make(call_id))
@@ -293,7 +310,7 @@ class EngineClient:
                     started.set_result(message)
             elif isinstance(message, m.EngineStats) and message.call_id == 0:
                 self.on_stats(message)
-            elif isinstance(message, m.EngineStats | m.Reply):
+            elif isinstance(message, Answer):
                 if isinstance(message, m.Reply) and message.error is not None and not started.done():
                     started.set_exception(error_from(message.error))
                 future = self._calls.get(message.call_id)

@@ -114,6 +114,7 @@ class Engine:
             self.model,
             self.outbox,
             self.live,
+            self.outbox,
             self.streams,
             self.job_memory,
         )
@@ -316,6 +317,19 @@ class Engine:
     @handle.register
     def _(self, message: m.ControlJob) -> None:
         self.outbox.answer(message.call_id, lambda: self.jobs.control(message.job_id, message.action))
+
+    @handle.register
+    def _(self, message: m.OpenModel) -> None:
+        self.outbox.failing(message.call_id, lambda: self.jobs.models.open(message.spec, message.call_id))
+
+    @handle.register
+    def _(self, message: m.CallModel) -> None:
+        call_id, models = message.call_id, self.jobs.models
+        self.outbox.failing(call_id, lambda: models.call(message.model_id, call_id, message.call))
+
+    @handle.register
+    def _(self, message: m.CloseModel) -> None:
+        self.outbox.answer(message.call_id, lambda: self.jobs.models.close(message.model_id))
 
     @handle.register
     def _(self, message: m.GetStats) -> None:

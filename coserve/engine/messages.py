@@ -12,6 +12,7 @@ from coserve.core.sampling_params import SamplingParams
 from coserve.core.slo import LatencyTargets
 from coserve.errors import CoserveError, RateLimited, Unavailable
 from coserve.training.job import JobSpec, StepMetrics
+from coserve.training.model_calls import CallResult, ModelCall
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
@@ -89,6 +90,30 @@ class ControlJob(Message):
     action: str  # "pause" | "resume" | "cancel"
 
 
+class OpenModel(Message):
+    """A new model that is trained by calls; the `Reply` comes once there is a place for it. Of its `spec`
+    identity, LoRA settings, seed and share matter."""
+
+    call_id: int
+    spec: JobSpec
+
+
+class CallModel(Message):
+    """A pass, an update, a save or a load. Calls to one model are done in the order in which they come; each
+    is answered by a `ModelResult`, or by a `Reply` with what went wrong."""
+
+    call_id: int
+    model_id: str
+    call: ModelCall
+
+
+class CloseModel(Message):
+    """Forget a model and all that was asked of it; answered by a `Reply`."""
+
+    call_id: int
+    model_id: str
+
+
 class GetStats(Message):
     """Ask for an `EngineStats` now."""
 
@@ -102,7 +127,17 @@ class Shutdown(Message):
 
 
 ToEngine = (
-    AddRequest | AbortRequests | LoadAdapter | UnloadAdapter | SubmitJob | ControlJob | GetStats | Shutdown
+    AddRequest
+    | AbortRequests
+    | LoadAdapter
+    | UnloadAdapter
+    | SubmitJob
+    | ControlJob
+    | OpenModel
+    | CallModel
+    | CloseModel
+    | GetStats
+    | Shutdown
 )
 
 
@@ -172,6 +207,13 @@ class Reply(Message):
 
     call_id: int
     error: Fault | None = None
+
+
+class ModelResult(Message):
+    """What came of a `CallModel`."""
+
+    call_id: int
+    result: CallResult
 
 
 class JobProgress(Message):
@@ -275,7 +317,15 @@ class EngineStats(Message):
 
 
 FromEngine = (
-    StepOutputs | Reply | JobProgress | JobCheckpoint | JobMessage | JobStatus | EngineReady | EngineStats
+    StepOutputs
+    | Reply
+    | ModelResult
+    | JobProgress
+    | JobCheckpoint
+    | JobMessage
+    | JobStatus
+    | EngineReady
+    | EngineStats
 )
 
 _encoder = msgspec.msgpack.Encoder()

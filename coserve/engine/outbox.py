@@ -7,10 +7,11 @@ from collections.abc import Callable
 from coserve.engine import messages as m
 from coserve.errors import CoserveError
 from coserve.training.job import StepMetrics
+from coserve.training.model_calls import CallResult
 
 
 class Outbox:
-    """Turns outcomes into messages; also the `JobListener` of the job manager."""
+    """Turns outcomes into messages; also the `JobListener` and `CallListener` of the job manager."""
 
     def __init__(self, send: Callable[[m.Message], None]) -> None:
         self.send = send
@@ -24,9 +25,20 @@ class Outbox:
         else:
             self.reply(call_id, None)
 
+    def failing(self, call_id: int, action: Callable[[], None]) -> None:
+        """Run `action`, which will answer by itself, and tell the caller if it can't."""
+        try:
+            action()
+        except CoserveError as error:
+            self.reply(call_id, error)
+
     def reply(self, call_id: int, error: CoserveError | None) -> None:
         """The outcome of a call."""
         self.send(m.Reply(call_id=call_id, error=None if error is None else m.Fault.of(error)))
+
+    def result(self, call_id: int, result: CallResult) -> None:
+        """What came of a call to a model."""
+        self.send(m.ModelResult(call_id=call_id, result=result))
 
     def refuse(self, request_id: str, error: CoserveError) -> None:
         """A request that can't be served."""

@@ -10,7 +10,7 @@ from coserve.core.latency_model import LatencyModel
 from coserve.core.step_plan import StepPlan
 from coserve.core.training_queue import TrainingQueue
 from coserve.core.training_sequence import RestingCall, TrainingSequence
-from coserve.training.running_job import RunningJob
+from coserve.training.trainer import Trainer
 from coserve.training.unit_calls import Call, Stop, never
 from coserve.worker.streams import Streams
 
@@ -24,7 +24,7 @@ class BackwardCalls:
 
     def __init__(
         self,
-        jobs: Mapping[str, RunningJob],
+        jobs: Mapping[str, Trainer],
         queue: TrainingQueue,
         model: LatencyModel,
         streams: Streams,

@@ -59,6 +59,7 @@ class BatchRun:
     `adapter` is the one whose objective is taken (None: the base), `reference` the one that an objective
     with `needs_reference` compares it to (None: the base); `rows` are theirs in the `pool`. `dropout` holds
     each microbatch's and acts in the passes that train; `shared` says which samples of each share a prefix.
+    The gradient is that of the loss's mean, or with `summed` of its sum.
     Raises FailedPrecondition when a microbatch needs more of the pool `kv` than there is even where every
     layer keeps the least, and ValueError when one has no trained token.
     """
@@ -79,6 +80,7 @@ class BatchRun:
         dropout: Sequence[LoraDropout] | None = None,
         shared: Sequence[Sequence[SharedRun]] | None = None,
         window_tokens: int = 0,
+        summed: bool = False,
         kv: KVTensors,
     ) -> None:
         self._decoder, self._objective, self._trainee = decoder, objective, trainee
@@ -107,6 +109,7 @@ class BatchRun:
             self.sequences.append(sequence)
             self.microbatches[sequence.sequence_id] = microbatch
         self.count = sum(objective.count(microbatch) for microbatch in self.microbatches.values())
+        self._grad_scale = 1.0 if summed else 1.0 / self.count
 
     def _passes(
         self, microbatch: Microbatch, adapter: str | None, reference: str | None
@@ -181,7 +184,7 @@ class BatchRun:
             trainee.adapter,
             trainee.pool,
             trainee.rows,
-            grad_scale=1.0 / self.count,
+            grad_scale=self._grad_scale,
             window_tokens=self._window_tokens,
             objective=self._objective,
         )

@@ -1,19 +1,14 @@
 """Checkpoints at optimizer boundaries: all that a job needs to go on to the same bits.
 
-    step-000012/
-        adapter_model.safetensors, adapter_config.json   the fp32 masters, a PEFT directory
-        optimizer.safetensors                            the optimizer's state, whichever it is
-        state.json                                       step, events, evaluation, settings' fingerprint,
-                                                     sha256 of the other files
+    step-000012/    the files of saved_state.py; the manifest has step, events, evaluation and the settings'
+                    fingerprint
 
-A checkpoint is put together under a name ending in .tmp, synced, renamed, and its parent synced: it is there
-whole or not at all. Its events are those of the steps since the checkpoint before it.
+It is there whole or not at all. Its events are those of the steps since the checkpoint before it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -28,15 +23,13 @@ import torch
 from safetensors.torch import load_file
 
 from coserve.errors import FailedPrecondition
-from coserve.lora.peft_files import CONFIG_FILE, TENSOR_FILE, write_adapter
-from coserve.lora.safetensors_file import write_tensors
+from coserve.lora.peft_files import CONFIG_FILE, TENSOR_FILE
 from coserve.training.early_stopping import EvaluationState
 from coserve.training.job import JobSpec, LoraSpec, StepMetrics, TrainingSpec
 from coserve.training.optimizer import Optimizer
+from coserve.training.saved_state import OPTIMIZER_FILE, read_manifest, write_state
 from coserve.training.trainable_adapter import TrainableAdapter
 
-OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "state.json"
 FORMAT = 2
 KEPT = 3  # beside the best by validation loss
 _NAME = re.compile(r"step-(\d{6,})")
@@ -112,27 +105,12 @@ def _write(
     manifest: dict[str, Any],
     best_step: int,
 ) -> Path:
-    parent = target.parent
     if target.exists():
         if _read_state(target) is not None:
             return target
         shutil.rmtree(target)
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        sums = write_adapter(temporary, masters, config)
-        arrays = {name: tensor.numpy() for name, tensor in state.items()}
-        sums[OPTIMIZER_FILE] = write_tensors(temporary / OPTIMIZER_FILE, arrays)
-        (temporary / STATE_FILE).write_text(json.dumps(manifest | {"sha256": sums}), encoding="utf-8")
-        for path in (temporary / STATE_FILE, temporary):
-            _sync(path)
-        os.rename(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _sync(parent)
-    prune(parent, best_step)
+    write_state(target, masters, config, state, manifest)
+    prune(target.parent, best_step)
     return target
 
 
@@ -200,29 +178,17 @@ def _step(path: Path) -> int:
 
 def _read_state(path: Path) -> dict[str, Any] | None:
     """state.json of a whole checkpoint; None for a broken one."""
+    state = read_manifest(path)
+    if state is None:
+        return None
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         whole = (
             isinstance(state["format"], int)
             and state["step"] == _step(path)
             and isinstance(state["events"], list)
             and isinstance(state["fingerprint"], str)
             and state["sha256"].keys() == {TENSOR_FILE, CONFIG_FILE, OPTIMIZER_FILE}
-            and all(_sha256(path / name) == digest for name, digest in state["sha256"].items())
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         return None
     return state if whole else None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -64,7 +64,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     `checkpoint_dir` is where the engine writes checkpoints (one directory a step) and looks for the newest
     whole one when the job starts. `init_path` is a PEFT directory (or checkpoint) whose weights the adapter
     starts from. `paused` starts it paused. Lower `priority` goes first; all jobs of `tenant` (a key's digest)
-    have the weight `share` together. `validation_path` is a `TokenDataset` directory too.
+    have the weight `share` together. `validation_path` is a `TokenDataset` directory too. A model that is
+    trained by calls has no paths, and its `method` is "calls".
     """
 
     job_id: str
@@ -79,7 +80,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str = ""
     share: float = 1.0
     paused: bool = False
-    method: str = "supervised"  # or "dft", "dpo"
+    method: str = "supervised"  # or "dft", "dpo"; "calls"
     validation_path: str | None = None
 
 

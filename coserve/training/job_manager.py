@@ -1,4 +1,5 @@
-"""All fine-tuning jobs of the engine: which exist, what the scheduler may run of them, what comes of it.
+"""All training of the engine: which jobs exist, what the scheduler may run of them, what comes of it; and the
+same for the models that are trained by calls (called_models.py).
 
 The scheduler decides when; a `RunningJob` knows how; this module stands between them. It turns plans into
 microbatches with memory, spans into moved cursors, finished microbatches into optimizer steps, and tells a
@@ -33,6 +34,7 @@ from coserve.errors import (
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.models.decoder import Decoder
 from coserve.training.backward_calls import BackwardCalls
+from coserve.training.called_models import CalledModels, CallListener
 from coserve.training.divergence import Diverged, diverged
 from coserve.training.job import JobSpec
 from coserve.training.job_listener import JobListener
@@ -40,6 +42,7 @@ from coserve.training.job_places import JobPlaces
 from coserve.training.microbatch import Microbatch
 from coserve.training.pending_jobs import PendingJobs
 from coserve.training.running_job import RunningJob
+from coserve.training.trainer import Trainer
 from coserve.training.unit_calls import Stop, never
 from coserve.worker.kv_tensors import KVTensors
 from coserve.worker.streams import InOrder, Streams
@@ -62,10 +65,12 @@ class JobManager:
         model: LatencyModel,
         listener: JobListener,
         live: LiveSnapshots,
+        calls: CallListener,
         streams: Streams | None = None,
         memory: int | None = None,
     ) -> None:
-        """`memory` are the bytes that jobs may hold outside the pool; None: no bound."""
+        """`memory` are the bytes that jobs may hold outside the pool; None: no bound. `calls` hears of the
+        models that are trained by calls."""
         self._seconds = 0.0  # of the step, beside the calls'
         self._decoder, self._pool, self._kv = decoder, pool, kv
         self._places = JobPlaces(decoder.config, pool, slots, live, memory)
@@ -73,15 +78,19 @@ class JobManager:
         self._queue, self._model, self._listener, self._live = queue, model, listener, live
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._jobs: dict[str, RunningJob] = {}
-        self.calls = BackwardCalls(self._jobs, queue, model, streams or InOrder(), self._charge, self._fail)
+        self.models = CalledModels(decoder, pool, kv, self._places, queue, self._writer, calls)
+        self._trainers: Mapping[str, Trainer] = ChainMap(self._jobs, self.models.by_id)  # type: ignore[arg-type]
+        streams = streams or InOrder()
+        self.calls = BackwardCalls(self._trainers, queue, model, streams, self._charge, self._fail)
         self._forward_tokens = 0
 
     # ------------------------------------------------------------------ state
 
     @property
     def has_work(self) -> bool:
-        """Some job could use device time now, or waits for its last checkpoint."""
-        return self._queue.has_work or any(job.is_writing for job in self._jobs.values())
+        """Some job could use device time now, or waits for its last checkpoint; or a model for a file."""
+        files = self.models.has_files or any(job.is_writing for job in self._jobs.values())
+        return self._queue.has_work or files
 
     @property
     def step_seconds(self) -> float:
@@ -91,17 +100,17 @@ class JobManager:
     @property
     def microbatches(self) -> Mapping[str, Microbatch]:
         """Those under way by sequence id."""
-        return ChainMap(*(job.microbatches for job in self._jobs.values()))
+        return ChainMap(*(dict(trainer.microbatches) for trainer in self._trainers.values()))
 
     @property
     def optimizer_bytes(self) -> int:
-        """Masters, gradients and moments of all jobs."""
-        return sum(job.state_bytes for job in self._jobs.values())
+        """Masters, gradients and moments of all jobs and models."""
+        return sum(trainer.state_bytes for trainer in self._trainers.values())
 
     @property
     def workspace_bytes(self) -> int:
         """What jobs hold outside the pool beside that: plans of their data, and microbatches under way."""
-        return sum(job.workspace_bytes for job in self._jobs.values())
+        return sum(trainer.workspace_bytes for trainer in self._trainers.values())
 
     def take_token_counts(self) -> tuple[int, int]:
         """Forward and backward tokens since the last call."""
@@ -189,7 +198,7 @@ class JobManager:
             if microbatches[sequence.sequence_id].activations is None:
                 assert sequence.extent is not None
                 extent = self._kv.extent(sequence.extent, sequence.slabs)
-                self._jobs[sequence.job_id].place(sequence.sequence_id, extent, sequence.level)
+                self._trainers[sequence.job_id].place(sequence.sequence_id, extent, sequence.level)
                 logger.debug("%s keeps %s", sequence.sequence_id, _policies(sequence))
 
     def commit_forward(self, plan: StepPlan, seconds: float, exposed: float) -> None:
@@ -237,18 +246,22 @@ class JobManager:
             self._queue.owe_update(job.spec.job_id, rests)
         if self._pending:
             self._start_pending()
+        self._seconds += self.models.advance(deadline, arrivals, self._charge)
 
     # ------------------------------------------------------------------ parts
 
     def _fail(self, job_id: str, error: Exception) -> None:
         """One job's fault must not take the engine, and everybody's requests, down with it."""
+        if job_id in self.models.by_id:
+            self.models.fail(job_id, error)
+            return
         self._end(self._jobs[job_id], "failed", _as_error(job_id, error))
 
     def _charge(self, job_id: str, seconds: float) -> None:
         self._queue.charge(job_id, seconds)
-        job = self._jobs.get(job_id)
-        if job is not None:
-            job.device_seconds += seconds
+        trainer = self._trainers.get(job_id)
+        if trainer is not None:
+            trainer.device_seconds += seconds
 
     def _start_pending(self) -> None:
         for spec in self._pending.ready():
@@ -378,7 +391,7 @@ class JobManager:
         for job_id in {sequence.job_id for sequence in evicted}:
             lost = {s.sequence_id for s in evicted if s.job_id == job_id}
             logger.info("%s lost their activations to requests", ", ".join(sorted(lost)))
-            self._jobs[job_id].forget_activations(lost)
+            self._trainers[job_id].forget_activations(lost)
 
 
 def _policies(sequence: TrainingSequence) -> str:

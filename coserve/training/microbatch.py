@@ -19,7 +19,18 @@ from coserve.training.activations import KeysOnly, MicrobatchActivations
 from coserve.training.prefixes import SharedRun
 
 Integers = Sequence[int] | np.ndarray
-Sample = tuple[Integers, Integers] | tuple[Integers, Integers, Sequence[float] | np.ndarray]
+
+
+class Aligned(NamedTuple):
+    """A sample that says of each token which one should follow (`targets`, none left out), and what that
+    counts (fp32 `weights`, 0 included: it is scored all the same)."""
+
+    token_ids: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+
+
+Sample = tuple[Integers, Integers] | tuple[Integers, Integers, Sequence[float] | np.ndarray] | Aligned
 
 
 class LoraDropout(NamedTuple):
@@ -68,6 +79,8 @@ class _Stream:
 
 def _targets(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """Each token's target, IGNORED where it has none, and that target's weight."""
+    if isinstance(sample, Aligned):
+        return sample.targets, sample.weights
     _, labels, *given = sample
     targets = np.full(len(labels), IGNORED, dtype=np.int64)
     weights = np.ones(len(labels), dtype=np.float32)
@@ -89,7 +102,8 @@ def _check_prefix(samples: Sequence[Sample], tokens: int) -> None:
 
 class Microbatch:
     """The stream of `samples`: (token_ids, labels), labels aligned with tokens, -100 where not trained; a
-    third member gives each token's weight as a target (1 without it; 0 is the same as not trained).
+    third member gives each token's weight as a target (1 without it; 0 is the same as not trained). Or
+    `Aligned` ones, all of whose tokens are trained ones.
 
     token_ids_T, targets_T, positions_T int64; sample_start_T int32; weights_T fp32. The target at a token is
     the label of the next one of the same sample, and so is its weight. `shared` says of the samples in order
