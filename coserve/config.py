@@ -49,7 +49,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The API server's own settings; `engine` goes on to the engine process."""
+    """The API server's own settings; `engine` goes on to the engine process.
+
+    `max_logprobs` -1 lets a request have those of the whole vocabulary. `stream_interval` is the tokens of
+    one chunk of a stream.
+    """
 
     engine: EngineConfig
     host: str = "127.0.0.1"
@@ -61,6 +65,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     lora_modules: tuple[tuple[str, str], ...] = ()
     enable_live_adapters: bool = False
     chat_template: str = ""
+    max_logprobs: int = 20
+    stream_interval: int = 1
     api_keys: tuple[str, ...] = ()
     admin_api_keys: tuple[str, ...] = ()
     keys_file: str = ""

@@ -45,6 +45,8 @@ def serve(
     adapter_root: flags.AdapterRoot = None,
     enable_live_adapters: flags.EnableLiveAdapters = False,
     chat_template: flags.ChatTemplate = "",
+    max_logprobs: flags.MaxLogprobs = 20,
+    stream_interval: flags.StreamInterval = 1,
     api_key: flags.ApiKey = None,
     admin_api_key: flags.AdminApiKey = None,
     keys_file: flags.KeysFile = "",

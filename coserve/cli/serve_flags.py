@@ -49,6 +49,10 @@ EnableLiveAdapters = Annotated[
     typer.Option("--enable-live-adapters", help="Let JOB:live answer with a job's adapter while it trains."),
 ]
 ChatTemplate = Annotated[str, typer.Option(metavar="FILE", help="A Jinja template in place of the model's.")]
+MaxLogprobs = Annotated[
+    int, typer.Option(min=-1, help="Log-probabilities that a request may have a token; -1: of all tokens.")
+]
+StreamInterval = Annotated[int, typer.Option(min=1, help="Tokens of one chunk of a stream.")]
 ApiKey = Annotated[list[str] | None, typer.Option(metavar="KEY", help="A key that may chat; repeatable.")]
 AdminApiKey = Annotated[
     list[str] | None, typer.Option(metavar="KEY", help="A key that may do all; repeatable.")
@@ -75,4 +79,4 @@ MinTrainingShare = Annotated[
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="On a GPU: the same bits whatever shares the batch.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed for requests that bring none.")]
+Seed = Annotated[int, typer.Option(help="Draws the seeds of requests that bring none; 0 draws anew.")]

@@ -38,9 +38,8 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        identity = request_id(headers)
         state = scope.setdefault("state", {})
-        state["request_id"] = identity
+        state["request_id"] = request_id(headers)  # a body may change it
         started = time.monotonic()
         status = 0
 
@@ -48,7 +47,10 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                added = {"x-request-id": identity, **self._context.quotas.headers(state.get("key"))}
+                added = {
+                    "x-request-id": state["request_id"],
+                    **self._context.quotas.headers(state.get("key")),
+                }
                 message["headers"] = [
                     *message.get("headers", ()),
                     *((name.encode("latin-1"), value.encode("latin-1")) for name, value in added.items()),
@@ -76,9 +78,8 @@ class Gate:
                 seconds = time.monotonic() - started
                 method = scope["method"]
                 self._context.metrics.rpc.http(method, state.get("route", NO_ROUTE), status, seconds)
-                logger.info(
-                    line("http", id=identity, method=method, path=path, status=status, seconds=seconds)
-                )
+                name = state["request_id"]
+                logger.info(line("http", id=name, method=method, path=path, status=status, seconds=seconds))
 
 
 def _endpoint(route: Route, context: Context) -> Callable[[Request], Awaitable[Response]]:

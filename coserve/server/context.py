@@ -14,7 +14,7 @@ from coserve.server.application.generation import Generator
 from coserve.server.application.jobs import Jobs
 from coserve.server.application.lifecycle import Lifecycle
 from coserve.server.application.models import BaseModel
-from coserve.server.application.sampling import SamplingDefaults
+from coserve.server.application.sampling import SamplingRules
 from coserve.server.application.uploads import Uploads
 from coserve.server.auth import Authenticator
 from coserve.server.quotas import Quotas
@@ -30,7 +30,7 @@ class Context:
     base: BaseModel
     engine: EngineClient
     tokenizer: Tokenizer
-    defaults: SamplingDefaults
+    rules: SamplingRules
     lifecycle: Lifecycle
     metrics: Metrics
     auth: Authenticator

@@ -11,7 +11,7 @@ from coserve import __version__
 from coserve.errors import InvalidRequest
 from coserve.server.application.chat import read_conversation
 from coserve.server.application.generation import Delta, Generation
-from coserve.server.application.sampling import MAX_LOGPROBS, parse_sampling
+from coserve.server.application.sampling import parse_sampling, read_logprobs
 from coserve.server.auth import Key
 from coserve.server.context import Context
 from coserve.server.fields import Fields
@@ -46,9 +46,8 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         target = context.adapters.resolve(fields.string("model"))
         request = parse_sampling(
             sampling,
-            vocab_size=context.base.vocab_size,
-            defaults=context.defaults,
-            logprobs=sampling.integer("logprobs", None, 0, MAX_LOGPROBS),
+            context.rules,
+            logprobs=read_logprobs(sampling, "logprobs", context.rules),
             default_max_tokens=None,
         )
         return context.generator.prepare(target, request, service, [self._prompt(fields)])

@@ -57,9 +57,22 @@ def error_response(error: Exception) -> Response:
 def request_id(headers: dict[bytes, bytes]) -> str:
     """The client's X-Request-Id where it is a plain short word, else a new one."""
     given = headers.get(b"x-request-id", b"").decode("latin-1")
-    if given and len(given) <= 128 and given.isascii() and given.isprintable() and " " not in given:
-        return given
-    return uuid.uuid4().hex
+    return given if _is_plain(given) else uuid.uuid4().hex
+
+
+def _is_plain(name: str) -> bool:
+    return 0 < len(name) <= 128 and name.isascii() and name.isprintable() and " " not in name
+
+
+def take_request_id(request: Request, fields: Fields) -> None:
+    """Where no header names the request its body's `request_id` does; InvalidRequest when that is no name."""
+    given = fields.string("request_id")
+    if given is None:
+        return
+    if not _is_plain(given):
+        raise fields.fail("request_id", "must be at most 128 characters of ASCII without spaces.")
+    if "x-request-id" not in request.headers:
+        request.state.request_id = given
 
 
 async def read_json(request: Request) -> Fields:

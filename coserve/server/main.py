@@ -11,6 +11,7 @@ import contextlib
 import gc
 import logging
 import os
+import random
 import signal
 import socket
 import sys
@@ -40,7 +41,7 @@ from coserve.server.application.generation import Generator
 from coserve.server.application.jobs import Jobs
 from coserve.server.application.lifecycle import Lifecycle
 from coserve.server.application.models import base_model
-from coserve.server.application.sampling import SamplingDefaults
+from coserve.server.application.sampling import SamplingDefaults, SamplingRules
 from coserve.server.application.uploads import Uploads
 from coserve.server.auth import Authenticator
 from coserve.server.context import Context
@@ -271,7 +272,7 @@ def _make_parts(
         base=base,
         engine=engine,
         tokenizer=tokenizer,
-        defaults=SamplingDefaults.from_dir(engine.config.model),
+        rules=_rules(config, engine.config.model, tokenizer, info.vocab_size),
         lifecycle=lifecycle,
         metrics=metrics,
         auth=auth,
@@ -283,6 +284,19 @@ def _make_parts(
         files=files,
         uploads=Uploads(database, state, files),
         jobs=jobs,
+    )
+
+
+def _rules(config: ServerConfig, model: str, tokenizer: Tokenizer, vocab_size: int) -> SamplingRules:
+    """What requests to generate are held to."""
+    seed = config.engine.seed
+    return SamplingRules(
+        tokenizer,
+        vocab_size,
+        SamplingDefaults.from_dir(model),
+        config.max_logprobs,
+        config.stream_interval,
+        random.Random(seed) if seed else random.SystemRandom(),
     )
 
 

@@ -26,6 +26,8 @@ from coserve.server.quotas import Quotas
 from coserve.server.service_tiers import Service, ServiceTiers
 from coserve.tokenizer import StopChecker, Tokenizer
 
+MAX_ANSWERS = 4096  # of one request: its prompts times n
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -53,6 +55,20 @@ class Delta:
     stop_reason: str | int | None = None
     cached_tokens: int = 0
     snapshot: str | None = None
+
+    def joined(self, later: Delta) -> Delta:
+        """This one and the one after it."""
+        return Delta(
+            index=self.index,
+            text=self.text + later.text,
+            token_ids=[*self.token_ids, *later.token_ids],
+            logprobs=[*self.logprobs, *later.logprobs],
+            prompt_logprobs=self.prompt_logprobs if later.prompt_logprobs is None else later.prompt_logprobs,
+            finish_reason=later.finish_reason,
+            stop_reason=later.stop_reason,
+            cached_tokens=max(self.cached_tokens, later.cached_tokens),
+            snapshot=self.snapshot or later.snapshot,
+        )
 
 
 @dataclass
@@ -187,11 +203,16 @@ class Generator:
         """Check prompts and lengths. What is wrong with a request is refused here; limits and targets speak
         before its first output."""
         self._lifecycle.check_ready()
-        return Generation(self, target, request, service, prompts)
+        kept = [request.truncated(prompt, self.max_model_len) for prompt in prompts]
+        return Generation(self, target, request, service, kept)
 
     def samples(self, request: SamplingRequest, prompts: list[list[int]]) -> list[Sample]:
         """Samples of all prompts: index = prompt * n + sample."""
         made = []
+        if len(prompts) * request.n > MAX_ANSWERS:
+            raise InvalidRequest(
+                f"{len(prompts)} prompts with n {request.n} are more than {MAX_ANSWERS} answers.", param="n"
+            )
         for place, prompt in enumerate(prompts):
             if not prompt:
                 raise InvalidRequest("The prompt has no tokens.", param="prompt")
@@ -209,6 +230,8 @@ class Generator:
             wanted = "at least 1 for the completion"
         elif request.max_tokens <= room:
             return request.max_tokens
+        elif request.max_tokens_by_default and room >= 1:
+            return room
         else:
             wanted = f"{request.max_tokens} for the completion"
         raise ContextLengthExceeded(
@@ -260,6 +283,7 @@ class Generator:
         generated = cached = preemptions = 0
         reason, admitted, refused = "abort", False, False
         try:
+            chunks = _Chunks(request.stream_interval)
             async with aclosing(self._engine.generate(self._message(generation, sample, times))) as outputs:
                 async for output in outputs:
                     if output.finish_reason == "abort":
@@ -274,7 +298,8 @@ class Generator:
                     self._measure(times, output, service)
                     delta = text.delta(sample.index, output)
                     reason = delta.finish_reason or reason
-                    yield delta
+                    for chunk in chunks.take(delta):
+                        yield chunk
                     if delta.finish_reason is not None:
                         break
         except (RateLimited, QueueFull):
@@ -306,6 +331,7 @@ class Generator:
             tenant=service.key.tenant if service.key is not None else "",
             weight=service.key.weight if service.key is not None else 1.0,
             arrival=times.arrival,
+            cache_salt=generation.request.cache_salt,
         )
 
     def _measure(self, times: RequestTimes, output: RequestOutput, service: Service) -> None:
@@ -358,6 +384,24 @@ class _TextStream:
             cached_tokens=output.cached_tokens,
             snapshot=output.snapshot,
         )
+
+
+class _Chunks:
+    """Joins deltas to ones of `interval` tokens; the first and the last go at once."""
+
+    def __init__(self, interval: int) -> None:
+        self._interval = interval
+        self._held: Delta | None = None
+        self._is_first = True
+
+    def take(self, delta: Delta) -> list[Delta]:
+        """What goes out now."""
+        if self._held is not None:
+            delta = self._held.joined(delta)
+        is_due = self._is_first or delta.finish_reason is not None or len(delta.token_ids) >= self._interval
+        self._held = None if is_due else delta
+        self._is_first = False
+        return [delta] if is_due else []
 
 
 async def _merge(streams: list[AsyncIterator[Delta]]) -> AsyncIterator[Delta]:

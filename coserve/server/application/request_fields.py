@@ -21,6 +21,20 @@ class RequestField(NamedTuple):
 
 _NO_EFFECT = "accepted, no effect"
 
+# What is accepted without effect: its type, and why where that isn't plain.
+WITHOUT_EFFECT: dict[str, tuple[str, str]] = {
+    "user": ("string", ""),
+    "metadata": ("object", ""),
+    "store": ("boolean", "only /v1/responses are kept"),
+    "safety_identifier": ("string", ""),
+    "prompt_cache_key": ("string", "the prefix of every prompt is looked for"),
+    "prompt_cache_options": ("object", ""),
+    "prompt_cache_retention": ("string", ""),
+    "verbosity": ("string", ""),
+    "reasoning_effort": ("string", ""),
+    "spaces_between_special_tokens": ("boolean", "decoders of tokenizer.json files put none there"),
+}
+
 SHARED: tuple[RequestField, ...] = (
     # OpenAI's
     RequestField(
@@ -50,8 +64,6 @@ SHARED: tuple[RequestField, ...] = (
         "with `stream`: usage in a last chunk, in every chunk too; padding that hides lengths",
     ),
     RequestField("service_tier", "`auto` or a class", "the latency class; the answer echoes the one used"),
-    RequestField("user", "string", _NO_EFFECT),
-    RequestField("metadata", "object", _NO_EFFECT),
     # vLLM's
     RequestField("top_k", ">= -1 (the model's, else 0: all)", "the likeliest k"),
     RequestField("min_p", "0-1 (the model's, else 0)", "tokens at least so likely as this part of the best"),
@@ -62,11 +74,6 @@ SHARED: tuple[RequestField, ...] = (
     RequestField("ignore_eos", "boolean (false)", "goes on after the model's end tokens"),
     RequestField("include_stop_str_in_output", "boolean (false)", "keeps the text that ended the answer"),
     RequestField("skip_special_tokens", "boolean (true)", "leaves special tokens out of the text"),
-    RequestField(
-        "spaces_between_special_tokens",
-        "boolean (true)",
-        "accepted, no effect: decoders of tokenizer.json files put no spaces there",
-    ),
     RequestField("allowed_token_ids", "token ids", "nothing else is chosen"),
     RequestField(
         "prompt_logprobs",
@@ -80,6 +87,25 @@ SHARED: tuple[RequestField, ...] = (
     RequestField("priority", "integer (0)", "lower goes first"),
     RequestField("best_of", "`n`", "refused beyond `n`"),
     RequestField("return_token_ids", "boolean (false)", "`token_ids` of answers, `prompt_token_ids`"),
+    RequestField("return_tokens_as_token_ids", "boolean (false)", "tokens in logprobs read `token_id:ID`"),
+    RequestField(
+        "logprob_token_ids", "up to 128 token ids", "the alternatives that logprobs have, in this order"
+    ),
+    RequestField("bad_words", "up to 256 strings", "never part of the answer"),
+    RequestField(
+        "truncate_prompt_tokens", ">= -1", "cuts a long prompt to so many; -1: to what fits beside the answer"
+    ),
+    RequestField("truncation_side", "`left`, `right` (left)", "where it is cut"),
+    RequestField("cache_salt", "1-128 characters", "cached prefixes are shared with the same salt only"),
+    RequestField("request_id", "string", "the answer's id where no X-Request-Id header gives one"),
+    RequestField(
+        "stream_interval", ">= 1 (`--stream-interval`)", "tokens of a chunk; first and last go at once"
+    ),
+    RequestField("vllm_xargs", "{}", "names in it are refused: there are no extensions"),
+    *(
+        RequestField(name, kind, f"{_NO_EFFECT}{': ' * bool(why)}{why}")
+        for name, (kind, why) in WITHOUT_EFFECT.items()
+    ),
 )
 
 CHAT: tuple[RequestField, ...] = (
@@ -93,13 +119,6 @@ CHAT: tuple[RequestField, ...] = (
     RequestField("add_generation_prompt", "boolean (true)", "opens the assistant's turn"),
     RequestField("continue_final_message", "boolean (false)", "the last message is gone on with"),
     RequestField("chat_template_kwargs", "object", "variables of the template"),
-    RequestField("reasoning_effort", "string", _NO_EFFECT),
-    RequestField("verbosity", "string", _NO_EFFECT),
-    RequestField("store", "boolean", _NO_EFFECT),
-    RequestField("safety_identifier", "string", _NO_EFFECT),
-    RequestField("prompt_cache_key", "string", _NO_EFFECT),
-    RequestField("prompt_cache_options", "object", _NO_EFFECT),
-    RequestField("prompt_cache_retention", "string", _NO_EFFECT),
 )
 
 COMPLETIONS: tuple[RequestField, ...] = (
@@ -119,18 +138,22 @@ REFUSED: dict[str, str] = {
     "moderation": "is not supported",
     "structured_outputs": "is not supported",
     "use_beam_search": "is not supported",
-    "bad_words": "is not supported; use logit_bias",
-    "logprob_token_ids": "is not supported",
-    "truncate_prompt_tokens": "is not supported; shorten the prompt",
     "prompt_embeds": "is not supported",
     "documents": "is not supported; put them into the messages",
     "chat_template": "can't be sent with a request; start the server with --chat-template",
     "stop_regex": "is not supported; use stop",
     "regex": "is not supported",
-    "cache_salt": "is not supported: every adapter version has a prefix cache of its own, its users share it",
-    "return_tokens_as_token_ids": "is not supported; use return_token_ids",
     "ebnf": "is not supported",
     "lora_path": "is not supported; name the adapter as model",
+    "kv_transfer_params": "is not supported: prompts are computed here",
+    "ec_transfer_params": "is not supported: prompts are computed here",
+    "mm_processor_kwargs": "is not supported: this server reads text only",
+    "media_io_kwargs": "is not supported: this server reads text only",
+    "logits_processors": "is not supported",
+    "custom_logit_processor": "is not supported",
+    "repetition_detection": "is not supported; use frequency_penalty",
+    "thinking_token_budget": "is not supported; use max_tokens",
+    "return_hidden_states": "is not supported",
 }  # a value of null or false, which is how these are left out, is let pass
 REFUSED_PREFIX = "guided_"  # vLLM's older names, which it takes and drops
 

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
+import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from coserve.core.sampling_params import SamplingParams
 from coserve.errors import InvalidRequest
-from coserve.server.application.request_fields import REFUSED, REFUSED_PREFIX
+from coserve.server.application.request_fields import REFUSED, REFUSED_PREFIX, WITHOUT_EFFECT
 from coserve.server.fields import Fields
+from coserve.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-MAX_N = 16
-MAX_LOGPROBS = 20
+MAX_N = 128
 MAX_STOPS = 16
+MAX_BAD_WORDS = 256
+MAX_LOGPROB_TOKEN_IDS = 128
+MAX_SALT = 128
 MAX_SEED = 2**64
 
 
@@ -54,10 +57,27 @@ class SamplingDefaults:
 
 
 @dataclass(frozen=True)
-class SamplingRequest:
-    """All that a request says about choosing tokens; `max_tokens` None: up to the context's end.
+class SamplingRules:
+    """What requests are held to and filled in with: the model's vocabulary and defaults, the server's limits.
 
+    `max_logprobs` -1: the whole vocabulary. `seeds` gives the seed of a request that brings none.
+    """
+
+    tokenizer: Tokenizer
+    vocab_size: int
+    defaults: SamplingDefaults = SamplingDefaults()
+    max_logprobs: int = 20
+    stream_interval: int = 1
+    seeds: random.Random = field(default_factory=random.SystemRandom)
+
+
+@dataclass(frozen=True)
+class SamplingRequest:
+    """All that a request says about choosing tokens and giving them out.
+
+    `max_tokens` None: up to the context's end; with `max_tokens_by_default` it gives way to a long prompt.
     `sampling.seed` is the seed of the first of `n` samples; the others follow by counting on.
+    `truncate_prompt_tokens` -1: to what leaves room for the answer.
     """
 
     sampling: SamplingParams
@@ -66,11 +86,27 @@ class SamplingRequest:
     stop: tuple[str, ...]
     include_stop: bool
     skip_special_tokens: bool
+    max_tokens_by_default: bool = False
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str = "left"
+    cache_salt: str = ""
+    stream_interval: int = 1
 
     def sampling_for(self, index: int, max_tokens: int) -> SamplingParams:
         """Settings of sample `index` with its token limit resolved."""
         seed = (self.sampling.seed + index) % MAX_SEED
         return msgspec.structs.replace(self.sampling, max_tokens=max_tokens, seed=seed)
+
+    def truncated(self, prompt: list[int], max_model_len: int) -> list[int]:
+        """The part of a prompt that is kept: its end, or its beginning with `truncation_side` right."""
+        kept = self.truncate_prompt_tokens
+        if kept is None:
+            return prompt
+        if kept < 0:
+            kept = max(1, max_model_len - (self.max_tokens or 1))
+        if len(prompt) <= kept:
+            return prompt
+        return prompt[:kept] if self.truncation_side == "right" else prompt[len(prompt) - kept :]
 
 
 def refuse_unsupported(fields: Fields) -> None:
@@ -88,6 +124,10 @@ def refuse_unsupported(fields: Fields) -> None:
     penalty = fields.number("length_penalty", 1.0)
     if penalty != 1.0:
         raise fields.fail("length_penalty", "is not supported: there is no beam search.")
+    for name in fields.object("vllm_xargs").body if fields.has("vllm_xargs") else ():
+        raise fields.fail(f"vllm_xargs.{str(name)[:60]}", "is not known: this server has no extensions.")
+    for name, (kind, _) in WITHOUT_EFFECT.items():
+        getattr(fields, kind)(name)
 
 
 def check_response_format(fields: Fields) -> None:
@@ -100,6 +140,19 @@ def check_response_format(fields: Fields) -> None:
         raise response_format.fail("json_schema", "is required with type json_schema.")
     if kind != "text":
         raise response_format.fail("type", f"{kind} is not supported; only text is.")
+
+
+def read_logprobs(fields: Fields, name: str, rules: SamplingRules) -> int | None:
+    """How many alternatives a field asks for, -1 being the whole vocabulary; None where it doesn't."""
+    value = fields.integer(name, None, -1)
+    if value is None:
+        return None
+    most = rules.vocab_size if rules.max_logprobs < 0 else rules.max_logprobs
+    if value < 0 and most < rules.vocab_size:
+        raise fields.fail(name, f"-1, the whole vocabulary, needs --max-logprobs -1; here at most {most}.")
+    if value > most:
+        raise fields.fail(name, f"must be at most {most} (--max-logprobs), not {value}.")
+    return value if value >= 0 else rules.vocab_size
 
 
 def _token_limit(fields: Fields, default: int | None, allow_zero: bool) -> int | None:
@@ -125,6 +178,40 @@ def _token_ids(fields: Fields, name: str, vocab_size: int) -> tuple[int, ...]:
     ids = fields.integers(name) or []
     check_token_ids(ids, vocab_size, fields.path + name)
     return tuple(ids)
+
+
+def _allowed_token_ids(fields: Fields, vocab_size: int) -> tuple[int, ...]:
+    ids = _token_ids(fields, "allowed_token_ids", vocab_size)
+    if fields.has("allowed_token_ids") and not ids:
+        raise fields.fail("allowed_token_ids", "must not be empty: nothing could be chosen.")
+    return ids
+
+
+def _logprob_token_ids(fields: Fields, vocab_size: int, logprobs: int | None) -> tuple[int, ...]:
+    ids = _token_ids(fields, "logprob_token_ids", vocab_size)
+    if ids and logprobs is None:
+        raise fields.fail("logprob_token_ids", "needs logprobs.")
+    if len(ids) > MAX_LOGPROB_TOKEN_IDS:
+        raise fields.fail("logprob_token_ids", f"must name at most {MAX_LOGPROB_TOKEN_IDS}, not {len(ids)}.")
+    return ids
+
+
+def _bad_words(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Token ids of words that must not come: as they stand, and as they would go on after a space."""
+    words = fields.strings("bad_words") or []
+    if len(words) > MAX_BAD_WORDS:
+        raise fields.fail("bad_words", f"must have at most {MAX_BAD_WORDS} words, not {len(words)}.")
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        if not word.strip():
+            raise fields.fail("bad_words", "must not hold an empty word.")
+        plain, spaced = (
+            tuple(tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False)) for prefix in ("", " ")
+        )
+        found[plain] = None
+        if len(spaced) == len(plain) and spaced[0] != plain[0]:
+            found[spaced] = None
+    return tuple(found)
 
 
 def check_token_ids(ids: list[int], vocab_size: int, param: str) -> None:
@@ -157,9 +244,8 @@ def _logit_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
 
 def parse_sampling(
     fields: Fields,
+    rules: SamplingRules,
     *,
-    vocab_size: int,
-    defaults: SamplingDefaults,
     logprobs: int | None,
     default_max_tokens: int | None,
     allow_zero_tokens: bool = False,
@@ -170,6 +256,7 @@ def parse_sampling(
     `logprobs` (alternatives beside the sampled token) differs in form between routes, so the caller reads
     it. Raises InvalidRequest naming the field.
     """
+    defaults, vocab_size = rules.defaults, rules.vocab_size
     max_tokens = _token_limit(fields, default_max_tokens, allow_zero_tokens)
     min_tokens = fields.integer("min_tokens", 0, 0) or 0
     if max_tokens is not None and min_tokens > max_tokens:
@@ -189,15 +276,17 @@ def parse_sampling(
         top_p=top_p,
         top_k=max(0, top_k),
         min_p=fields.number("min_p", defaults.min_p, 0.0, 1.0),
-        seed=seed % MAX_SEED if seed is not None else secrets.randbits(63),
+        seed=seed % MAX_SEED if seed is not None else rules.seeds.getrandbits(63),
         presence_penalty=fields.number("presence_penalty", 0.0, -2.0, 2.0),
         frequency_penalty=fields.number("frequency_penalty", 0.0, -2.0, 2.0),
         repetition_penalty=penalty,
         logit_bias=_logit_bias(fields, vocab_size),
-        allowed_token_ids=_token_ids(fields, "allowed_token_ids", vocab_size),
+        bad_words=_bad_words(fields, rules.tokenizer),
+        allowed_token_ids=_allowed_token_ids(fields, vocab_size),
         stop_token_ids=_token_ids(fields, "stop_token_ids", vocab_size),
         ignore_eos=fields.boolean("ignore_eos"),
         logprobs=logprobs,
+        logprob_token_ids=_logprob_token_ids(fields, vocab_size, logprobs),
         prompt_logprobs=prompt_logprobs,
     )
     n = fields.integer("n", 1, 1, MAX_N) or 1
@@ -211,12 +300,24 @@ def parse_sampling(
         stop=_stops(fields),
         include_stop=fields.boolean("include_stop_str_in_output"),
         skip_special_tokens=fields.boolean("skip_special_tokens", True),
+        max_tokens_by_default=not (fields.has("max_tokens") or fields.has("max_completion_tokens")),
+        truncate_prompt_tokens=fields.integer("truncate_prompt_tokens", None, -1),
+        truncation_side=fields.choice("truncation_side", ("left", "right"), "left") or "left",
+        cache_salt=_cache_salt(fields),
+        stream_interval=fields.integer("stream_interval", rules.stream_interval, 1) or 1,
     )
 
 
-def read_prompt_logprobs(fields: Fields, streaming: bool) -> int | None:
+def _cache_salt(fields: Fields) -> str:
+    salt = fields.string("cache_salt", None, MAX_SALT)
+    if salt == "":
+        raise fields.fail("cache_salt", "must not be empty; leave it out to share the cache.")
+    return salt or ""
+
+
+def read_prompt_logprobs(fields: Fields, rules: SamplingRules, streaming: bool) -> int | None:
     """vLLM's `prompt_logprobs`: None, or the number of alternatives for each prompt token."""
-    value = fields.integer("prompt_logprobs", None, 0, MAX_LOGPROBS)
+    value = read_logprobs(fields, "prompt_logprobs", rules)
     if value is not None and streaming:
         raise fields.fail("prompt_logprobs", "can't be combined with stream.")
     return value

@@ -24,10 +24,10 @@ from coserve.server.application.chat_answer import (
 from coserve.server.application.generation import Generation
 from coserve.server.application.request_fields import KNOWN_CHAT
 from coserve.server.application.sampling import (
-    MAX_LOGPROBS,
     check_response_format,
     log_unknown,
     parse_sampling,
+    read_logprobs,
     read_prompt_logprobs,
     refuse_unsupported,
 )
@@ -35,8 +35,15 @@ from coserve.server.application.tool_calls import ToolCall
 from coserve.server.auth import USE, Key
 from coserve.server.context import Context
 from coserve.server.fields import Fields
-from coserve.server.http import EventStream, Route, json_response, read_json, until_disconnect
-from coserve.server.openai.logprobs import chat_logprobs, prompt_logprobs
+from coserve.server.http import (
+    EventStream,
+    Route,
+    json_response,
+    read_json,
+    take_request_id,
+    until_disconnect,
+)
+from coserve.server.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from coserve.server.openai.usage import StreamOptions, usage_body
 from coserve.server.preparing import prepared
 
@@ -51,21 +58,21 @@ class _Answer:
         self.context = context
         self.options = StreamOptions.read(fields)
         wants = fields.boolean("logprobs")
-        top = fields.integer("top_logprobs", None, 0, MAX_LOGPROBS)
+        top = read_logprobs(fields, "top_logprobs", context.rules)
         if top is not None and not wants:
             raise fields.fail("top_logprobs", "needs logprobs: true.")
         self.top_logprobs = (top or 0) if wants else None
         self.return_token_ids = fields.boolean("return_token_ids")
+        self.names = TokenNames(context.tokenizer, fields.boolean("return_tokens_as_token_ids"))
         self.echo = fields.boolean("echo")
         self.service = context.tiers.read(fields, key)
         self.target = context.adapters.resolve(fields.string("model"))
         request = parse_sampling(
             fields,
-            vocab_size=context.base.vocab_size,
-            defaults=context.defaults,
+            context.rules,
             logprobs=self.top_logprobs,
             default_max_tokens=None,
-            prompt_logprobs=read_prompt_logprobs(fields, self.options.stream),
+            prompt_logprobs=read_prompt_logprobs(fields, context.rules, self.options.stream),
         )
         self.conversation: Conversation = read_conversation(fields, context.tokenizer)
         self.generation: Generation = context.generator.prepare(
@@ -95,7 +102,7 @@ class _Answer:
             "prompt_logprobs": prompt_logprobs(self.context.tokenizer, answers[0].prompt_logprobs),
         }
         if self.return_token_ids:
-            body["prompt_token_ids"] = self.conversation.token_ids
+            body["prompt_token_ids"] = self.generation.prompts[0]
         return body
 
     def _choice(self, answer: Answer) -> dict[str, Any]:
@@ -118,7 +125,7 @@ class _Answer:
     def _logprobs(self, logprobs: Any) -> dict[str, Any] | None:
         if self.top_logprobs is None:
             return None
-        return chat_logprobs(self.context.tokenizer, logprobs, self.top_logprobs)
+        return chat_logprobs(self.names, logprobs)
 
     # ------------------------------------------------------------------ streamed
 
@@ -132,13 +139,15 @@ class _Answer:
                 if delta.index not in started:
                     started.add(delta.index)
                     chunks.append(self._chunk(delta.index, {"role": "assistant", "content": ""}))
+                    if self.return_token_ids:
+                        chunks[0]["prompt_token_ids"] = self.generation.prompts[0]
                     if self.echoed:
                         chunks.append(self._chunk(delta.index, {"content": self.echoed}))
                 chunks += self._pieces(delta)
                 if chunks:
                     yield chunks
         if self.options.include_usage:
-            yield [{**self._head(), "choices": [], "usage": usage_body(self.generation.usage)}]
+            yield [self.options.last({**self._head(), "choices": []}, self.generation.usage)]
 
     def _pieces(self, delta: AnswerDelta) -> list[dict[str, Any]]:
         chunks = [self._chunk(delta.index, _message_delta(piece)) for piece in delta.pieces]
@@ -169,7 +178,7 @@ class _Answer:
 
     def _chunk(self, index: int, message: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         choice = {"index": index, "delta": message, "logprobs": None, "finish_reason": finish_reason}
-        return self.options.add_usage({**self._head(), "choices": [choice]}, self.generation.usage)
+        return self.options.complete({**self._head(), "choices": [choice]}, self.generation.usage)
 
 
 def _call_body(call: ToolCall) -> dict[str, Any]:
@@ -192,6 +201,7 @@ def routes(context: Context) -> list[Route]:
 
     async def create(request: Request) -> Response:
         fields, state = await read_json(request), request.state
+        take_request_id(request, fields)
         make = partial(_Answer, context, fields, state.key, state.request_id)
         answer = await prepared(make, state.size)
         if answer.options.stream:

@@ -11,23 +11,36 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from coserve.engine.messages import TokenLogprobs
 from coserve.errors import InvalidRequest
 from coserve.server.application.generation import Choice, Delta, Generation
 from coserve.server.application.request_fields import KNOWN_COMPLETIONS
 from coserve.server.application.sampling import (
-    MAX_LOGPROBS,
-    SamplingRequest,
     check_response_format,
     log_unknown,
     parse_sampling,
+    read_logprobs,
     read_prompt_logprobs,
     refuse_unsupported,
 )
 from coserve.server.auth import USE, Key
 from coserve.server.context import Context
 from coserve.server.fields import Fields
-from coserve.server.http import EventStream, Route, json_response, read_json, until_disconnect
-from coserve.server.openai.logprobs import completion_logprobs, prompt_logprobs
+from coserve.server.http import (
+    EventStream,
+    Route,
+    json_response,
+    read_json,
+    take_request_id,
+    until_disconnect,
+)
+from coserve.server.openai.logprobs import (
+    TokenNames,
+    completion_logprobs,
+    prompt_logprobs,
+    text_length,
+    trimmed,
+)
 from coserve.server.openai.usage import StreamOptions, usage_body
 from coserve.server.preparing import prepared
 from coserve.tokenizer import Tokenizer
@@ -70,25 +83,22 @@ class _Answer:
         self.echo = fields.boolean("echo")
         if isinstance(fields.raw("logprobs"), bool):
             raise fields.fail("logprobs", "must be an integer: the number of alternatives.")
-        self.logprobs = fields.integer("logprobs", None, 0, MAX_LOGPROBS)
+        self.logprobs = read_logprobs(fields, "logprobs", context.rules)
+        self.names = TokenNames(context.tokenizer, fields.boolean("return_tokens_as_token_ids"))
         self.return_token_ids = fields.boolean("return_token_ids")
-        self.wants_prompt_logprobs = read_prompt_logprobs(fields, self.options.stream)
+        self.wants_prompt_logprobs = read_prompt_logprobs(fields, context.rules, self.options.stream)
         self.service = context.tiers.read(fields, key)
         self.target = context.adapters.resolve(fields.string("model"))
         request = parse_sampling(
             fields,
-            vocab_size=context.base.vocab_size,
-            defaults=context.defaults,
+            context.rules,
             logprobs=self.logprobs,
             default_max_tokens=DEFAULT_MAX_TOKENS,
             allow_zero_tokens=self.echo,
             prompt_logprobs=self._prompt_logprobs(),
         )
-        self.prompts = read_prompts(fields, context.tokenizer)
-        request = self._fit_default(fields, request)
-        self.generation: Generation = context.generator.prepare(
-            self.target, request, self.service, self.prompts
-        )
+        prompts = read_prompts(fields, context.tokenizer)
+        self.generation: Generation = context.generator.prepare(self.target, request, self.service, prompts)
         self.n = request.n
         self.skip_special_tokens = request.skip_special_tokens
         self.id = f"cmpl-{request_id}"
@@ -101,17 +111,13 @@ class _Answer:
             return self.wants_prompt_logprobs if echoed is None else echoed
         return max(self.wants_prompt_logprobs, echoed)
 
-    def _fit_default(self, fields: Fields, request: SamplingRequest) -> SamplingRequest:
-        """Without an explicit limit the 16 tokens shrink to what the context still holds."""
-        if fields.has("max_tokens") or fields.has("max_completion_tokens"):
-            return request
-        room = self.context.base.max_model_len - max(len(prompt) for prompt in self.prompts)
-        if room >= DEFAULT_MAX_TOKENS:
-            return request
-        return SamplingRequest(**{**vars(request), "max_tokens": max(1, room)})
-
     def prompt_of(self, index: int) -> list[int]:
-        return self.prompts[index // self.n]
+        return self.generation.prompts[index // self.n]
+
+    @property
+    def _shows_tokens(self) -> bool:
+        """Tokens are told of though they may have no text yet."""
+        return self.logprobs is not None or self.return_token_ids
 
     def _prompt_text(self, index: int) -> str:
         return self.context.tokenizer.decode(self.prompt_of(index), self.skip_special_tokens)
@@ -135,13 +141,18 @@ class _Answer:
             ids, entries = choice.token_ids, list(choice.logprobs)
             if self.echo:
                 ids = [*prompt, *ids]
-                entries = [*(choice.prompt_logprobs or [None] * len(prompt)), *entries]
-            body["logprobs"] = completion_logprobs(self.context.tokenizer, entries, ids, 0, self.logprobs)
+                entries = [*self._echoed_logprobs(choice, prompt), *entries]
+            body["logprobs"] = completion_logprobs(self.names, entries, ids, 0)
         if self.wants_prompt_logprobs is not None:
-            body["prompt_logprobs"] = prompt_logprobs(self.context.tokenizer, choice.prompt_logprobs)
+            entries = trimmed(choice.prompt_logprobs or [], self.wants_prompt_logprobs)
+            body["prompt_logprobs"] = prompt_logprobs(self.context.tokenizer, entries)
         if self.return_token_ids:
             body["token_ids"], body["prompt_token_ids"] = choice.token_ids, prompt
         return body
+
+    def _echoed_logprobs(self, scored: Choice | Delta, prompt: list[int]) -> list[TokenLogprobs | None]:
+        """Of the prompt's own tokens, with so many alternatives as `logprobs` says."""
+        return trimmed(scored.prompt_logprobs or [None] * len(prompt), self.logprobs or 0)
 
     # ------------------------------------------------------------------ streamed
 
@@ -154,18 +165,21 @@ class _Answer:
                     offsets[delta.index] = 0
                     if self.echo:
                         chunks.append(self._echo_chunk(delta, offsets))
-                if delta.text or delta.finish_reason is not None or self.logprobs is not None:
+                    if self.return_token_ids:
+                        chunks = chunks or [self._wrap(self._choice_body(delta.index, "", None, None))]
+                        chunks[0]["choices"][0]["prompt_token_ids"] = self.prompt_of(delta.index)
+                if delta.text or delta.finish_reason is not None or self._shows_tokens:
                     chunks.append(self._delta_chunk(delta, offsets))
                 if chunks:
                     yield chunks
         if self.options.include_usage:
-            yield [{**self._head(), "choices": [], "usage": usage_body(self.generation.usage)}]
+            yield [self.options.last({**self._head(), "choices": []}, self.generation.usage)]
 
     def _echo_chunk(self, delta: Delta, offsets: dict[int, int]) -> dict[str, Any]:
         prompt = self.prompt_of(delta.index)
         body = self._choice_body(delta.index, self._prompt_text(delta.index), None, None)
         if self.logprobs is not None:
-            entries = delta.prompt_logprobs or [None] * len(prompt)
+            entries = self._echoed_logprobs(delta, prompt)
             body["logprobs"] = self._stream_logprobs(delta.index, entries, prompt, offsets)
         return self._wrap(body)
 
@@ -178,9 +192,8 @@ class _Answer:
         return self._wrap(body)
 
     def _stream_logprobs(self, index: int, entries: Any, ids: Any, offsets: dict[int, int]) -> dict[str, Any]:
-        tokenizer = self.context.tokenizer
-        block = completion_logprobs(tokenizer, entries, ids, offsets[index], self.logprobs or 0)
-        offsets[index] += sum(len(text) for text in block["tokens"])
+        block = completion_logprobs(self.names, entries, ids, offsets[index])
+        offsets[index] += text_length(self.names, ids)
         return block
 
     def _head(self) -> dict[str, Any]:
@@ -194,7 +207,7 @@ class _Answer:
         }
 
     def _wrap(self, choice: dict[str, Any]) -> dict[str, Any]:
-        return self.options.add_usage({**self._head(), "choices": [choice]}, self.generation.usage)
+        return self.options.complete({**self._head(), "choices": [choice]}, self.generation.usage)
 
     @staticmethod
     def _choice_body(
@@ -216,6 +229,7 @@ def routes(context: Context) -> list[Route]:
         fields = await read_json(request)
         if not fields.has("prompt"):
             raise InvalidRequest("prompt is required.", param="prompt", code="missing_required_parameter")
+        take_request_id(request, fields)
         state = request.state
         answer = await prepared(partial(_Answer, context, fields, state.key, state.request_id), state.size)
         if answer.options.stream:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import secrets
+import string
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from coserve.server.application.generation import Usage
 from coserve.server.fields import Fields
+
+_PADDING = string.ascii_letters + string.digits
+_PADDED_TO = 32
+_encode = msgspec.json.encode
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
@@ -23,11 +31,14 @@ def usage_body(usage: Usage) -> dict[str, Any]:
 @dataclass(frozen=True)
 class StreamOptions:
     """Whether and how an answer is streamed. Usage comes in a last chunk of its own (`include_usage`; all
-    others carry null then) and, with vLLM's `continuous_usage_stats`, as counted so far in every chunk."""
+    others carry null then) and, with vLLM's `continuous_usage_stats`, as counted so far in every chunk.
+    `obfuscates` pads chunks with random characters to multiples of 32, so that who sees only their sizes
+    can't tell the tokens."""
 
     stream: bool
     include_usage: bool = False
     continuous_usage: bool = False
+    obfuscates: bool = False
 
     @classmethod
     def read(cls, fields: Fields) -> StreamOptions:
@@ -39,10 +50,18 @@ class StreamOptions:
         if not stream:
             raise fields.fail("stream_options", "is only allowed with stream.")
         include = options.boolean("include_usage")
-        return cls(stream, include, include and options.boolean("continuous_usage_stats"))
+        continuous = options.boolean("continuous_usage_stats")
+        return cls(stream, include, include and continuous, options.boolean("include_obfuscation"))
 
-    def add_usage(self, chunk: dict[str, Any], usage: Usage) -> dict[str, Any]:
-        """A chunk with choices, with the `usage` it has to carry."""
+    def complete(self, chunk: dict[str, Any], usage: Usage) -> dict[str, Any]:
+        """A chunk with choices, with the `usage` and the padding that it has to carry."""
         if self.include_usage:
             chunk["usage"] = usage_body(usage) if self.continuous_usage else None
+        if self.obfuscates:
+            missing = -len(_encode(chunk)) % _PADDED_TO
+            chunk["obfuscation"] = "".join(secrets.choice(_PADDING) for _ in range(missing))
         return chunk
+
+    def last(self, chunk: dict[str, Any], usage: Usage) -> dict[str, Any]:
+        """The chunk without choices that tells the whole usage."""
+        return {**chunk, "usage": usage_body(usage)}
