@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from coserve import __version__
-from coserve.cli import adapters, bench, chat, finetune, jobs, serve
+from coserve.cli import adapters, bench, chat, finetune, jobs, keys, serve
 from coserve.cli.failure import CommandFailed
 from coserve.errors import ConfigError, CoserveError
 
@@ -34,6 +34,7 @@ app.command("serve")(serve.serve)
 app.command("finetune")(finetune.finetune)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(keys.app, name="keys")
 app.command("chat")(chat.chat)
 app.command("bench", context_settings={"ignore_unknown_options": True, "help_option_names": []})(bench.bench)
 

@@ -14,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from coserve.errors import InvalidRequest
 from coserve.server.adapter_store import AdapterRow
 from coserve.server.application.archives import tar_chunks
-from coserve.server.application.files import MAX_UPLOAD_BYTES, UploadWriter
+from coserve.server.application.files import MAX_UPLOAD_BYTES, UploadWriter, upload_limit
 from coserve.server.auth import TUNE
 from coserve.server.context import Context
 from coserve.server.http import Route, json_response
@@ -48,34 +48,35 @@ def routes(context: Context) -> list[Route]:
     adapters = context.adapters
 
     async def upload(request: Request) -> Response:
-        folder = context.files.folder
+        folder, key = context.files.folder, request.state.key
+        limit = upload_limit(key)
         if request.headers.get("content-type", "").startswith("multipart/form-data"):
-            form = await receive_form(request, folder, MAX_UPLOAD_BYTES)
+            form = await receive_form(request, folder, limit)
             try:
                 name = form.fields.get("name", "")
                 if form.path is None:
                     raise InvalidRequest("The form needs a part named file.", param="file")
-                row = await adapters.upload(name, form.path, MAX_UPLOAD_BYTES)
+                row = await adapters.upload(name, form.path, MAX_UPLOAD_BYTES, key)
             finally:
                 form.discard()
         else:
-            writer = UploadWriter(folder)
+            writer = UploadWriter(folder, limit)
             try:
                 async for chunk in request.stream():
                     writer.write(chunk)
                 name = request.query_params.get("name", "")
-                row = await adapters.upload(name, writer.close(), MAX_UPLOAD_BYTES)
+                row = await adapters.upload(name, writer.close(), MAX_UPLOAD_BYTES, key)
             finally:
                 writer.discard()
         return json_response(adapter_body(row, adapters.tier(row.version.digest)))
 
     async def list_adapters(request: Request) -> Response:
-        rows = adapters.all_versions()
+        rows = adapters.all_versions(request.state.key)
         data = [adapter_body(row, adapters.tier(row.version.digest)) for row in rows]
         return json_response({"object": "list", "data": data})
 
     async def content(request: Request) -> Response:
-        row = adapters.get(request.path_params["name"])
+        row = adapters.get(request.path_params["name"], key=request.state.key)
         filename = quote(f"{row.version.name}-{row.version.version}.tar")
         return StreamingResponse(
             archive_chunks(Path(row.version.path)),

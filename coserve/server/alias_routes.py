@@ -24,23 +24,25 @@ def routes(context: Context) -> list[Route]:
 
     async def list_aliases(request: Request) -> Response:
         """Every alias."""
-        return json_response({"object": "list", "data": [alias_body(alias) for alias in aliases.all()]})
+        data = [alias_body(alias) for alias in aliases.all(request.state.key)]
+        return json_response({"object": "list", "data": data})
 
     async def get_alias(request: Request) -> Response:
         """What one alias means."""
-        return json_response(alias_body(aliases.get(request.path_params["alias"])))
+        return json_response(alias_body(aliases.get(request.path_params["alias"], request.state.key)))
 
     async def set_alias(request: Request) -> Response:
         """Make an alias, or move it: `{"model": "support@3"}`."""
         fields = await read_json(request)
         fields.only(frozenset({"model"}), "an alias")
-        alias = await aliases.set(request.path_params["alias"], fields.required_string("model"))
+        name, model = request.path_params["alias"], fields.required_string("model")
+        alias = await aliases.set(name, model, request.state.key)
         return json_response(alias_body(alias))
 
     async def delete_alias(request: Request) -> Response:
         """Forget an alias; the model it meant stays."""
         name = request.path_params["alias"]
-        await aliases.delete(name)
+        await aliases.delete(name, request.state.key)
         return json_response({"object": "alias", "alias": name, "deleted": True})
 
     return [

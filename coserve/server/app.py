@@ -65,6 +65,7 @@ class Gate:
                 state["key"] = None if path in OPEN_PATHS else self._context.auth.key(text)
                 if path not in _WHILE_DRAINING:
                     self._context.lifecycle.check_open()
+                    self._context.quotas.arrival(state["key"])
             except errors.CoserveError as error:
                 self._context.metrics.rejected(error.code)
                 response = error_response(error)

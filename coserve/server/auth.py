@@ -1,17 +1,20 @@
-"""Keys and what they may do.
+"""Keys, what they may do, and what they see.
 
 Roles: `use` (chat, completions, models, tokenizer), `tune` (also files, jobs and adapters), `admin`
 (everything), `metrics` (only /metrics). Keys are kept as SHA-256 digests and compared in constant time.
+A key sees the models that its `models` allow, and the files and jobs of its own tenant; what it doesn't see
+is not there for it. `None` in place of a key is the server itself, or anybody on a server without keys.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
-from coserve.errors import PermissionDenied, Unauthenticated
+from coserve.errors import ConfigError, PermissionDenied, Unauthenticated
 
 USE = "use"
 TUNE = "tune"
@@ -29,12 +32,14 @@ _ALLOWED: dict[str, frozenset[str]] = {
 
 @dataclass(frozen=True)
 class Key:
-    """One accepted key: its digest, its role, and how the requests that carry it are served.
+    """One accepted key: its digest, its role, what it sees, and how the requests that carry it are served.
 
-    `classes` are the latency classes that it may use, the first being its own; empty: all of them, its own
-    being "default". `weight` is its share beside other keys. `max_concurrent_requests` and
-    `tokens_per_minute` are limits, 0 being none. `min_priority` is the least number (the first turn) that its
-    requests and jobs may ask for; None: any.
+    `models` are the names that it may use, with `*` and `?` for any characters; empty: all. `owner` is the
+    tenant that it shares files, jobs and limits with; empty: the key is a tenant of its own. `classes` are
+    the latency classes that it may use, the first being its own; empty: all of them, its own being
+    "default". `weight` is its share beside other keys. `min_priority` is the least number (the first turn)
+    that its requests and jobs may ask for; None: any. The limits are per key (jobs per tenant), 0 being none;
+    `max_upload_bytes` bounds each file, adapter and upload by itself.
     """
 
     sha256: bytes
@@ -45,11 +50,32 @@ class Key:
     tokens_per_minute: int = 0
     max_jobs: int = 0
     min_priority: int | None = None
+    models: tuple[str, ...] = ()
+    owner: str = ""
+    requests_per_minute: int = 0
+    max_upload_bytes: int = 0
 
     @property
     def tenant(self) -> str:
         """A name for who holds this key, which says nothing about the key."""
-        return self.sha256.hex()[:16]
+        return self.owner or self.sha256.hex()[:16]
+
+
+def sees(key: Key | None, *names: str) -> bool:
+    """Whether `key` may know of a model by one of its `names`; an adapter's version goes by the bare name."""
+    if key is None or not key.models or key.role == ADMIN:
+        return True
+    return any(fnmatchcase(name, pattern) for name in names for pattern in key.models)
+
+
+def owns(key: Key | None, tenant: str) -> bool:
+    """Whether `key` may know of a file or a job of `tenant`."""
+    return key is None or key.role == ADMIN or key.tenant == tenant
+
+
+def tenant_of(key: Key | None) -> str:
+    """Whose a file or a job is that `key` makes; empty on a server without keys."""
+    return "" if key is None else key.tenant
 
 
 def digest(key: str) -> bytes:
@@ -64,10 +90,14 @@ class Authenticator:
 
     @classmethod
     def from_config(
-        cls, api_keys: Iterable[str], admin_api_keys: Iterable[str], keys: Iterable[Key] = ()
+        cls,
+        api_keys: Iterable[str],
+        admin_api_keys: Iterable[str],
+        keys: Iterable[Key] = (),
+        defaults: Mapping[str, int] | None = None,
     ) -> Authenticator:
-        """Keys of the flags, and `keys` of `--keys-file`."""
-        chat = [Key(digest(key), USE) for key in api_keys]
+        """Keys of the flags, those of `--api-key` with the limits `defaults`, and `keys` of `--keys-file`."""
+        chat = [Key(digest(key), USE, **defaults or {}) for key in api_keys]
         return cls([*chat, *(Key(digest(key), ADMIN) for key in admin_api_keys), *keys])
 
     def key(self, authorization: str | None) -> Key | None:
@@ -89,6 +119,15 @@ class Authenticator:
         if found is None:
             raise Unauthenticated("The API key is not known to this server.")
         return found
+
+    def take(self, other: Authenticator) -> None:
+        """Accept the keys of `other` from now on, in place of the present ones.
+
+        Raises ConfigError rather than open a server to everybody that wanted keys.
+        """
+        if self._keys and not other._keys:
+            raise ConfigError("--keys-file: no key is left in it; without any the server would be open.")
+        self._keys = other._keys
 
     def weight(self, tenant: str) -> float:
         """The share of who holds a key, 1 for one that isn't known any more."""

@@ -52,6 +52,10 @@ _MIGRATIONS = (
     );
     """,
     "CREATE TABLE aliases (name TEXT PRIMARY KEY, model TEXT NOT NULL, created_at INTEGER NOT NULL);",
+    """
+    ALTER TABLE files ADD COLUMN tenant TEXT NOT NULL DEFAULT '';
+    ALTER TABLE uploads ADD COLUMN tenant TEXT NOT NULL DEFAULT '';
+    """,
 )
 
 

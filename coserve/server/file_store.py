@@ -9,7 +9,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class FileRow:
     """An uploaded file, or one a job made; the bytes lie under the state directory by `id`. It is there until
-    `expires_at` (None: until it is deleted)."""
+    `expires_at` (None: until it is deleted). `tenant` is whose it is, empty on a
+    server without keys."""
 
     id: str
     filename: str
@@ -17,6 +18,7 @@ class FileRow:
     purpose: str
     created_at: int
     expires_at: int | None = None
+    tenant: str = ""
 
 
 def _row(row: sqlite3.Row) -> FileRow:
@@ -26,8 +28,9 @@ def _row(row: sqlite3.Row) -> FileRow:
 def insert(connection: sqlite3.Connection, file: FileRow) -> None:
     """Add a file."""
     connection.execute(
-        "INSERT INTO files (id, filename, bytes, purpose, created_at, expires_at) VALUES (?, ?, ?, ?, ?, ?)",
-        (file.id, file.filename, file.bytes, file.purpose, file.created_at, file.expires_at),
+        "INSERT INTO files (id, filename, bytes, purpose, created_at, expires_at, tenant)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (file.id, file.filename, file.bytes, file.purpose, file.created_at, file.expires_at, file.tenant),
     )
 
 

@@ -9,8 +9,9 @@ from contextlib import aclosing
 import grpc.aio
 
 from coserve.errors import InvalidRequest
-from coserve.server.application.files import UploadWriter, page
+from coserve.server.application.files import UploadWriter, page, upload_limit
 from coserve.server.application.preview import DEFAULT_ROWS, MAX_ROWS, preview
+from coserve.server.auth import Key, tenant_of
 from coserve.server.context import Context
 from coserve.server.fields import Fields
 from coserve.server.grpc_convert import (
@@ -36,14 +37,16 @@ class FineTuning(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         self._context = context
         self._jobs = context.jobs
 
+    def _key(self, context: grpc.aio.ServicerContext) -> Key | None:
+        return key_of(self._context, context.invocation_metadata())
+
     async def CreateJob(self, request: pb.CreateJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
         """Check a request and start its job."""
-        key = key_of(self._context, context.invocation_metadata())
-        return job_message(await self._jobs.create(plain(request), key))
+        return job_message(await self._jobs.create(plain(request), self._key(context)))
 
     async def GetJob(self, request: pb.GetJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
         """One job."""
-        return job_message(await self._jobs.records.get(request.job_id))
+        return job_message(await self._jobs.records.get(request.job_id, self._key(context)))
 
     async def ListJobs(
         self, request: pb.ListJobsRequest, context: grpc.aio.ServicerContext
@@ -51,28 +54,29 @@ class FineTuning(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         """Jobs, the newest first."""
         if request.limit < 0:
             raise InvalidRequest("limit must not be negative.", param="limit")
-        jobs = await self._jobs.records.list(dict(request.metadata))
+        jobs = await self._jobs.records.list(self._key(context), dict(request.metadata))
         ids = [job.id for job in jobs]
         shown, more = page(jobs, ids, request.after or None, request.limit or _DEFAULT_PAGE)
         return pb.ListJobsResponse(jobs=[job_message(job) for job in shown], has_more=more)
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
         """End a job without publishing."""
-        return job_message(await self._jobs.cancel(request.job_id))
+        return job_message(await self._jobs.cancel(request.job_id, self._key(context)))
 
     async def PauseJob(self, request: pb.PauseJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
         """Stop a job after the step it is in."""
-        return job_message(await self._jobs.pause(request.job_id))
+        return job_message(await self._jobs.pause(request.job_id, self._key(context)))
 
     async def ResumeJob(self, request: pb.ResumeJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
         """Let a paused job go on."""
-        return job_message(await self._jobs.resume(request.job_id))
+        return job_message(await self._jobs.resume(request.job_id, self._key(context)))
 
     async def WatchJob(
         self, request: pb.WatchJobRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.JobEvent]:
         """All events of a job, then those to come, to the last status."""
-        async with aclosing(self._jobs.records.watch(request.job_id, request.after)) as events:
+        records, key = self._jobs.records, self._key(context)
+        async with aclosing(records.watch(request.job_id, request.after, key)) as events:
             async for event in events:
                 yield event_message(event)
 
@@ -80,8 +84,9 @@ class FineTuning(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         self, request: pb.ListCheckpointsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListCheckpointsResponse:
         """The kept checkpoints, the newest first."""
-        job = await self._jobs.records.get(request.job_id)
-        rows = await self._jobs.records.checkpoints(job.id)
+        key = self._key(context)
+        job = await self._jobs.records.get(request.job_id, key)
+        rows = await self._jobs.records.checkpoints(job.id, key)
         steps = await self._jobs.records.metrics_of(rows)
         return pb.ListCheckpointsResponse(
             checkpoints=[checkpoint_message(job, row, steps.get(row.id)) for row in rows]
@@ -91,16 +96,16 @@ class FineTuning(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         self, request: pb.PreviewDatasetRequest, context: grpc.aio.ServicerContext
     ) -> pb.PreviewDatasetResponse:
         """Rows as text, tokens and labels."""
-        source = request.WhichOneof("source")
+        source, key = request.WhichOneof("source"), self._key(context)
         if source is None:
             raise InvalidRequest("file_id or data is required.", param="file_id")
-        self._context.adapters.resolve(request.model or None)
+        self._context.adapters.resolve(request.model or None, key)
         training = Fields(plain(request.training), "training.")
         max_length = training.integer("max_length", 0, 0, self._context.base.max_model_len) or 0
         if not 0 <= request.limit <= MAX_ROWS:
             raise InvalidRequest(f"limit must be from 0 to {MAX_ROWS}.", param="limit")
         if source == "file_id":
-            file = await self._context.files.get(request.file_id)
+            file = await self._context.files.get(request.file_id, key)
             data: bytes | object = self._context.files.path(file.id)
         else:
             data = request.data
@@ -114,10 +119,11 @@ class FineTuning(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         self, request_iterator: AsyncIterator[pb.UploadFileRequest], context: grpc.aio.ServicerContext
     ) -> pb.File:
         """Take a file in pieces."""
-        files = self._context.files
-        writer = UploadWriter(files.folder)
+        files, key = self._context.files, self._key(context)
+        writer = UploadWriter(files.folder, upload_limit(key))
         try:
             info = await receive(request_iterator, writer)
-            return file_message(await files.add(writer.path, info.filename, info.purpose or "fine-tune"))
+            purpose, tenant = info.purpose or "fine-tune", tenant_of(key)
+            return file_message(await files.add(writer.path, info.filename, purpose, tenant))
         finally:
             writer.discard()

@@ -64,6 +64,7 @@ class Guard(grpc.aio.ServerInterceptor):
         Authenticator.require(key, right)
         if ours:
             self._context.lifecycle.check_open()
+            self._context.quotas.arrival(key)
 
     async def intercept_service(
         self,

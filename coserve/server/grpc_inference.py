@@ -43,7 +43,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         fields = Fields(body)
         sampling = fields.object("sampling_params") or Fields({}, "sampling_params.")
         service = context.tiers.read(fields, key)
-        target = context.adapters.resolve(fields.string("model"))
+        target = context.adapters.resolve(fields.string("model"), key)
         request = parse_sampling(
             sampling,
             context.rules,

@@ -9,7 +9,7 @@ from starlette.routing import Route as StarletteRoute
 from starlette.types import ASGIApp
 
 from coserve import __version__
-from coserve.errors import Unavailable
+from coserve.errors import PermissionDenied, Unavailable
 from coserve.metrics import CONTENT_TYPE
 from coserve.server.auth import METRICS, USE
 from coserve.server.context import Context
@@ -42,6 +42,9 @@ def routes(context: Context) -> list[Route]:
         return json_response({"version": __version__})
 
     async def metrics(request: Request) -> Response:
+        key = request.state.key
+        if key is not None and key.models and key.role != METRICS:
+            raise PermissionDenied("This API key doesn't see all models, and the metrics name all of them.")
         return Response(context.metrics.render(), media_type=CONTENT_TYPE)
 
     return [

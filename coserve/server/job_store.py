@@ -126,8 +126,15 @@ def insert(connection: sqlite3.Connection, job: JobRecord) -> None:
     """Add a job."""
     connection.execute(
         "INSERT INTO jobs (id, status, idempotency_key, record) VALUES (?, ?, ?, ?)",
-        (job.id, job.status, job.idempotency_key or None, _encode(job)),
+        (job.id, job.status, _idempotency(job), _encode(job)),
     )
+
+
+def _idempotency(job: JobRecord) -> str | None:
+    """The key under which a repeated request is known; each tenant has its own."""
+    if not job.idempotency_key or not job.tenant:
+        return job.idempotency_key or None
+    return f"{job.tenant}\0{job.idempotency_key}"
 
 
 def save(connection: sqlite3.Connection, job: JobRecord) -> None:
@@ -143,9 +150,10 @@ def get(connection: sqlite3.Connection, job_id: str) -> JobRecord | None:
     return _job.decode(row["record"]) if row else None
 
 
-def by_key(connection: sqlite3.Connection, key: str) -> JobRecord | None:
-    """The job that a request with this idempotency key made."""
-    row = connection.execute("SELECT record FROM jobs WHERE idempotency_key = ?", (key,)).fetchone()
+def by_key(connection: sqlite3.Connection, job: JobRecord) -> JobRecord | None:
+    """The job that an earlier request with the tenant and the idempotency key of `job` made."""
+    values = (_idempotency(job),)
+    row = connection.execute("SELECT record FROM jobs WHERE idempotency_key = ?", values).fetchone()
     return _job.decode(row["record"]) if row else None
 
 

@@ -48,7 +48,7 @@ from coserve.server.context import Context
 from coserve.server.database import Database
 from coserve.server.grpc_server import GrpcServer
 from coserve.server.health import metrics_app
-from coserve.server.keys_file import read_keys_file
+from coserve.server.keys_reload import KeysReload
 from coserve.server.quotas import Quotas
 from coserve.server.service_tiers import ServiceTiers
 from coserve.server.state_dir import StateDir
@@ -96,6 +96,8 @@ async def _serve(config: ServerConfig) -> int:
         async with running_server(config) as server:
             serving = True
             _settle()
+            if config.keys_file:
+                loop.add_signal_handler(signal.SIGHUP, server.keys.reload)
             print(server.ready_line, flush=True)
             await received
             logger.info("draining")
@@ -118,6 +120,7 @@ class RunningServer:
     context: Context
     http_url: str
     grpc_address: str
+    keys: KeysReload
     metrics_port: int | None = None
 
     @property
@@ -132,9 +135,8 @@ async def running_server(
 ) -> AsyncIterator[RunningServer]:
     """A server for the time of the block; leaving it drains. `make_engine` lets tests bring their own."""
     default = LatencyTargets(ttft=config.engine.slo_ttft_ms / 1e3, tpot=config.engine.slo_tpot_ms / 1e3)
-    keys_file = read_keys_file(config.keys_file, default)
-    auth = Authenticator.from_config(config.api_keys, config.admin_api_keys, keys_file.keys)
-    tiers = ServiceTiers(default, keys_file.classes)
+    keys = KeysReload(config, default)
+    tiers = ServiceTiers(default, keys.file.classes)
     tls = Tls(config) if config.ssl_certfile else None
     state = StateDir(config.state_dir or DEFAULT_STATE_DIR)
     async with contextlib.AsyncExitStack() as stack:
@@ -144,7 +146,7 @@ async def running_server(
         metrics_socket = None
         if config.metrics_port is not None:
             metrics_socket = stack.enter_context(bind(config.host, config.metrics_port, "--metrics-port"))
-        context = await _start_parts(config, auth, tiers, state, make_engine, stack)
+        context = await _start_parts(config, keys.auth, tiers, state, make_engine, stack)
         if tls is not None and config.enable_ssl_refresh:
             await stack.enter_async_context(tls.watched())
         grpc_server = GrpcServer(context, tls)
@@ -154,6 +156,8 @@ async def running_server(
         if metrics_socket is not None:
             await stack.enter_async_context(_http_server(metrics_app(context), metrics_socket))
         await context.jobs.resume_all()
+        if config.keys_file:
+            stack.callback(asyncio.create_task(keys.watch()).cancel)
         stack.push_async_callback(_drain, context, grpc_server, config.shutdown_timeout)
         scheme = "https" if config.ssl_certfile else "http"
         host = f"[{config.host}]" if ":" in config.host else config.host
@@ -162,6 +166,7 @@ async def running_server(
             http_url=f"{scheme}://{host}:{http_socket.getsockname()[1]}",
             grpc_address=f"{host}:{grpc_port}",
             metrics_port=metrics_socket.getsockname()[1] if metrics_socket is not None else None,
+            keys=keys,
         )
 
 
@@ -238,7 +243,7 @@ def _make_parts(
         quotas,
         info.max_model_len,
         info.vocab_size,
-        check_live=lambda job_id: jobs.records.check_live(job_id),
+        check_live=lambda job_id, key: jobs.records.check_live(job_id, key),
     )
     files = Files(database, state)
     adapters = Adapters(

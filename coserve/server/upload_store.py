@@ -11,7 +11,8 @@ PENDING, COMPLETED, CANCELLED, EXPIRED = "pending", "completed", "cancelled", "e
 @dataclass(frozen=True)
 class UploadRow:
     """A file that is announced with its size and comes in parts until `expires_at`. `keep_seconds` is how
-    long the file will be kept (None: until it is deleted); `file_id` is set once it is there."""
+    long the file will be kept (None: until it is deleted); `file_id` is set once it is there, `tenant` is
+    whose it is."""
 
     id: str
     filename: str
@@ -22,6 +23,7 @@ class UploadRow:
     expires_at: int
     keep_seconds: int | None = None
     file_id: str | None = None
+    tenant: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,11 @@ class PartRow:
 def insert(connection: sqlite3.Connection, upload: UploadRow) -> None:
     """Add an upload."""
     connection.execute(
-        "INSERT INTO uploads (id, filename, bytes, purpose, status, created_at, expires_at, keep_seconds)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO uploads (id, filename, bytes, purpose, status, created_at, expires_at, keep_seconds,"
+        " tenant) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             *(upload.id, upload.filename, upload.bytes, upload.purpose, upload.status, upload.created_at),
-            *(upload.expires_at, upload.keep_seconds),
+            *(upload.expires_at, upload.keep_seconds, upload.tenant),
         ),
     )
 

@@ -29,13 +29,14 @@ def routes(context: Context) -> list[Route]:
             path,
             pinned=fields.boolean("pinned"),
             replace_existing=fields.boolean("load_inplace"),
+            key=request.state.key,
         )
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload(request: Request) -> Response:
         fields = await read_json(request)
         name = fields.required_string("lora_name")
-        await context.adapters.unload(name)
+        await context.adapters.unload(name, request.state.key)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
     def read_ids(fields: Fields) -> list[int]:
@@ -48,7 +49,7 @@ def routes(context: Context) -> list[Route]:
 
     async def tokenize(request: Request) -> Response:
         fields = await read_json(request)
-        context.adapters.resolve(fields.string("model"))
+        context.adapters.resolve(fields.string("model"), request.state.key)
         ids = await prepared(partial(read_ids, fields), request.state.size)
         strings = (
             [tokenizer.token_text(token) for token in ids] if fields.boolean("return_token_strs") else None
@@ -64,7 +65,7 @@ def routes(context: Context) -> list[Route]:
 
     async def detokenize(request: Request) -> Response:
         fields = await read_json(request)
-        context.adapters.resolve(fields.string("model"))
+        context.adapters.resolve(fields.string("model"), request.state.key)
         if not isinstance(fields.raw("tokens"), list):
             raise InvalidRequest("tokens must be an array of token ids.", param="tokens")
         ids = fields.integers("tokens") or []

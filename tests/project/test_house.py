@@ -28,6 +28,7 @@ DEPTH = {
 }
 HARD_LINES = 600
 GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$")
+MADE_PAGES = ("cli.md", "api.md")  # by scripts/make_docs.py, as long as the code says
 UNFINISHED = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X|NotImplemented" + r"Error)\b")
 
 
@@ -105,6 +106,7 @@ def test_no_file_is_over_the_hard_limit() -> None:
     counts = {
         str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
         for path in tracked("*.py", "*.cpp", "*.h", "*.proto", "*.sh", "*.md")
+        if path.name not in MADE_PAGES
     }
     assert counts, "nothing was found to look at"
     assert {name: lines for name, lines in counts.items() if lines > HARD_LINES} == {}

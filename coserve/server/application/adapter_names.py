@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from coserve.adapter_metrics import LoadedAdapter
 from coserve.engine.messages import AdapterRef
-from coserve.errors import FailedPrecondition, InvalidRequest, NotFound
+from coserve.errors import FailedPrecondition, InvalidRequest, NotFound, PermissionDenied
 from coserve.lora.registry import AdapterRegistry, AdapterVersion, check_adapter_name
 from coserve.metrics import Metrics
 from coserve.server.adapter_store import AdapterRow
 from coserve.server.alias_store import Alias
 from coserve.server.application.models import BaseModel, Target, unknown_model
+from coserve.server.auth import Key, sees
 
 LIVE = ":live"  # after a job's id: its adapter while it trains
 
 
+@dataclass(frozen=True)
+class NamedCheckpoint:
+    """A checkpoint that answers: its weights, and the name that its job publishes under."""
+
+    reference: AdapterRef
+    adapter: str
+
+
 class AdapterNames:
-    """The versions in service, the checkpoints that answer, and the tier each one's weights are in."""
+    """The versions in service, the checkpoints that answer, and the tier each one's weights are in.
+
+    Who asks is a `key`: names that it doesn't see are unknown, to every method that takes one.
+    """
 
     def __init__(self, base: BaseModel, metrics: Metrics, serves_live: bool) -> None:
         self._base = base
@@ -27,22 +39,36 @@ class AdapterNames:
         self._serves_live = serves_live
         self._registry = AdapterRegistry({base.name})
         self._rows: dict[tuple[str, int], AdapterRow] = {}
-        self._checkpoints: dict[str, AdapterRef] = {}
+        self._checkpoints: dict[str, NamedCheckpoint] = {}
         self._tiers: dict[str, str] = {}
         self.aliases: dict[str, Alias] = {}  # replaced whole by `Aliases`, never changed in place
 
-    def resolve(self, model: str | None) -> Target:
-        """What a request's `model` runs on; ModelNotFound for a name nobody knows, never the base instead."""
-        alias = self.aliases.get(model or "")
-        if alias is not None:
-            return replace(self._resolve(alias.model), name=alias.name)
-        return self._resolve(model)
+    def resolve(self, model: str | None, key: Key | None) -> Target:
+        """What a request's `model` runs on; ModelNotFound for a name nobody knows, never the base instead.
 
-    def _resolve(self, model: str | None) -> Target:
+        A job's live weights are looked up when the request runs (`Generator`): their job is on disk.
+        """
+        alias = self.aliases.get(model or "")
+        if alias is None:
+            return self._resolve(model, key)
+        if not self.sees_alias(alias, key):
+            raise unknown_model(alias.name)
+        return replace(self._resolve(alias.model, key), name=alias.name)
+
+    def sees_alias(self, alias: Alias, key: Key | None) -> bool:
+        """Whether `key` may know of an alias: of its name, and of the model that it means."""
+        return sees(key, alias.name) and sees(key, alias.model.partition("@")[0])
+
+    def _resolve(self, model: str | None, key: Key | None) -> Target:
         if model is None or model == self._base.name:
+            if not sees(key, self._base.name):
+                raise unknown_model(self._base.name)
             return Target(self._base.name, None, fingerprint=self._base.fingerprint)
         if model in self._checkpoints:
-            return self._target(model, self._checkpoints[model])
+            checkpoint = self._checkpoints[model]
+            if not sees(key, model, checkpoint.adapter):
+                raise unknown_model(model)
+            return self._target(model, checkpoint.reference)
         if model.startswith("ftjob-") and model.endswith(LIVE):
             if not self._serves_live:
                 raise FailedPrecondition(
@@ -51,32 +77,39 @@ class AdapterNames:
                     code="live_adapters_disabled",
                 )
             return Target(model, None, model.removesuffix(LIVE))
+        if not sees(key, model.partition("@")[0]):
+            raise unknown_model(model)
         return self._target(model, ref(self._registry.resolve(model)))
 
     def _target(self, model: str, adapter: AdapterRef) -> Target:
         """An adapter's version; the fingerprint is the base's and twelve digits of the adapter's digest."""
         return Target(model, adapter, fingerprint=f"{self._base.fingerprint}_{adapter.digest[:12]}")
 
-    def newest(self) -> list[AdapterRow]:
+    def newest(self, key: Key | None) -> list[AdapterRow]:
         """The current version of every name, with its origin."""
-        return [self._rows[version.name, version.version] for version in self._registry.current()]
+        return self._rows_of(self._registry.current(), key)
 
-    def get(self, name: str, version: int = 0) -> AdapterRow:
+    def _rows_of(self, versions: Sequence[AdapterVersion], key: Key | None) -> list[AdapterRow]:
+        return [self._rows[found.name, found.version] for found in versions if sees(key, found.name)]
+
+    def get(self, name: str, version: int = 0, *, key: Key | None) -> AdapterRow:
         """A version by name (or "name@3") and number, 0 for the current one; ModelNotFound."""
         plain, at, number = name.partition("@")
         if at:
             if not number.isascii() or not number.isdigit() or version:
                 raise unknown_model(name)
             version = int(number)
+        if not sees(key, plain):
+            raise unknown_model(name if not version or at else f"{name}@{version}")
         try:
             found = self._registry.get(plain, version)
         except NotFound:
             raise unknown_model(name if not version or at else f"{name}@{version}") from None
         return self._rows[found.name, found.version]
 
-    def all_versions(self) -> list[AdapterRow]:
+    def all_versions(self, key: Key | None) -> list[AdapterRow]:
         """Every version in service."""
-        return [self._rows[version.name, version.version] for version in self._registry.all_versions()]
+        return self._rows_of(self._registry.all_versions(), key)
 
     def tier(self, digest: str) -> str:
         """Where a version's weights are: "device", "host" or "disk"."""
@@ -92,13 +125,23 @@ class AdapterNames:
         loaded = [LoadedAdapter(v.name, tier, v.pinned) for v, tier in found if tier != "disk"]
         self._metrics.adapters((tier for _, tier in found), loaded)
 
-    def check_name(self, name: str, param: str) -> None:
-        """Raise InvalidRequest for a name that can't be an adapter's."""
+    def check_name(self, name: str, param: str, key: Key | None) -> None:
+        """Raise InvalidRequest for a name that can't be an adapter's, PermissionDenied for one that `key` may
+        not give: whether it is taken stays unsaid."""
         check_adapter_name(name, {self._base.name}, param=param)
+        self.check_named(name, param, key)
         if name in self.aliases:
             raise InvalidRequest(f"{name!r} is an alias; choose another name, or delete it.", param=param)
         if name.startswith(("ftjob-", "ftckpt-")) or name.endswith(LIVE):
             raise InvalidRequest(f"{param} must not look like a job or a checkpoint.", param=param)
+
+    @staticmethod
+    def check_named(name: str, param: str, key: Key | None) -> None:
+        """Raise PermissionDenied for a name that `key` may not give to anything."""
+        if key is not None and not sees(key, name):
+            raise PermissionDenied(
+                f"This API key may not use the name {name!r}, only {', '.join(key.models)}.", param=param
+            )
 
     def check_unaliased(self, name: str, version: int = 0) -> None:
         """Raise FailedPrecondition while an alias means this adapter (0: any version of it)."""
@@ -121,10 +164,10 @@ class AdapterNames:
             return bool(self._registry.get(name))
         return False
 
-    def add_checkpoint(self, names: Sequence[str], reference: AdapterRef) -> None:
-        """Let a checkpoint answer by its own names."""
+    def add_checkpoint(self, names: Sequence[str], reference: AdapterRef, adapter: str) -> None:
+        """Let a checkpoint of a job that publishes under the name `adapter` answer by its own names."""
         for name in names:
-            self._checkpoints[name] = reference
+            self._checkpoints[name] = NamedCheckpoint(reference, adapter)
 
     def _in_service(self, version: AdapterVersion) -> bool:
         with contextlib.suppress(NotFound):

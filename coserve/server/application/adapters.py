@@ -37,6 +37,7 @@ from coserve.server.application.adapter_names import AdapterNames, ref
 from coserve.server.application.archives import extract
 from coserve.server.application.generation import Generator
 from coserve.server.application.models import BaseModel
+from coserve.server.auth import Key, sees
 from coserve.server.database import Database
 from coserve.server.state_dir import StateDir, copy_directory
 
@@ -107,7 +108,7 @@ class Adapters(AdapterNames):
             info = await asyncio.to_thread(read_adapter_info, source, self._model_config, self._max_rank)
             if self.knows(name) and self._registry.get(name).digest == info.digest:
                 return
-            await self.load(name, path, pinned=False, replace_existing=True, trusted=True)
+            await self.load(name, path, pinned=False, replace_existing=True, key=None, trusted=True)
         except CoserveError as error:
             raise ConfigError(
                 f"--lora-modules {name}={path}: {error.message}", param="lora_modules"
@@ -118,20 +119,27 @@ class Adapters(AdapterNames):
     async def drop_checkpoint(self, names: Sequence[str]) -> None:
         """Forget a checkpoint's names and free its weights."""
         gone = {name: self._checkpoints.pop(name, None) for name in names}
-        for digest in {reference.digest for reference in gone.values() if reference is not None}:
+        for digest in {found.reference.digest for found in gone.values() if found is not None}:
             await self._release(digest)
 
     # ------------------------------------------------------------------ changing
 
     async def load(
-        self, name: str, path: str, *, pinned: bool, replace_existing: bool, trusted: bool = False
+        self,
+        name: str,
+        path: str,
+        *,
+        pinned: bool,
+        replace_existing: bool,
+        key: Key | None,
+        trusted: bool = False,
     ) -> AdapterRow:
         """Load an adapter from a directory of the server's, or bring an unloaded name back (no `path`).
 
         `trusted` paths come from the command line; others must lie under --adapter-root. Raises
         FailedPrecondition for a name in service without `replace_existing`, NotFound, InvalidRequest.
         """
-        self.check_name(name, "lora_name")
+        self.check_name(name, "lora_name", key)
         async with self._lock:
             if self.knows(name) and not replace_existing:
                 raise FailedPrecondition(
@@ -172,9 +180,9 @@ class Adapters(AdapterNames):
         self._count()
         return self._rows[name, current.version.version]
 
-    async def upload(self, name: str, archive: Path, limit: int) -> AdapterRow:
+    async def upload(self, name: str, archive: Path, limit: int, key: Key | None) -> AdapterRow:
         """Make a version of an uploaded tar or zip."""
-        self.check_name(name, "name")
+        self.check_name(name, "name", key)
         folder = self._state.root / f"upload-{uuid.uuid4().hex}.tmp"
         try:
             await asyncio.to_thread(extract, archive, folder, limit)
@@ -254,25 +262,25 @@ class Adapters(AdapterNames):
                 line("adapter will be loaded on demand", name=row.version.name, reason=error.message)
             )
 
-    async def rollback(self, name: str, version: int) -> AdapterRow:
+    async def rollback(self, name: str, version: int, key: Key | None) -> AdapterRow:
         """Point `name` at an earlier version; 0 is the one before the current."""
         async with self._lock:
-            current = self.get(name).version
+            current = self.get(name, key=key).version
             if not version:
                 earlier = [v.version for v in self._registry.versions(name) if v.version < current.version]
                 if not earlier:
                     raise FailedPrecondition(f"The adapter {name!r} has no earlier version.", param="version")
                 version = max(earlier)
-            row = self.get(name, version)
+            row = self.get(name, version, key=key)
             await self._engine.load_adapter(ref(row.version), row.version.pinned)
             await self._database.run(lambda db: adapter_store.set_current(db, name, version))
             self._registry.rollback(name, version)
             return row
 
-    async def unload(self, name: str) -> None:
+    async def unload(self, name: str, key: Key | None) -> None:
         """Take a name out of service. Files of a loaded one go; trained and uploaded ones can come back."""
         async with self._lock:
-            self.get(name)
+            self.get(name, key=key)
             self.check_unaliased(name)
             rows = [row for row in self._rows.values() if row.version.name == name]
             self._registry.remove(name)
@@ -281,12 +289,12 @@ class Adapters(AdapterNames):
                 self._rows[name, row.version.version] = replace(row, listed=False)
             await self._retire(rows, [row for row in rows if row.origin == "load"])
 
-    async def delete(self, name: str) -> None:
+    async def delete(self, name: str, key: Key | None) -> None:
         """Delete an adapter ("name": all versions; "name@3": one) with its files."""
-        if name == self._base.name:
+        if name == self._base.name and sees(key, name):
             raise InvalidRequest("The base model can't be deleted.", param="model")
         async with self._lock:
-            found = self.get(name).version
+            found = self.get(name, key=key).version
             number = found.version if "@" in name else 0
             is_last = len(self._registry.versions(found.name)) == 1
             self.check_unaliased(found.name, 0 if is_last else number)
@@ -318,7 +326,7 @@ class Adapters(AdapterNames):
 
     async def _release(self, digest: str) -> None:
         held = {version.digest for version in self._registry.all_versions()}
-        held |= {reference.digest for reference in self._checkpoints.values()}
+        held |= {checkpoint.reference.digest for checkpoint in self._checkpoints.values()}
         if digest in held:
             return
         with contextlib.suppress(Unavailable, NotFound):

@@ -14,6 +14,7 @@ from coserve.errors import InvalidRequest, NotFound
 from coserve.server import alias_store, job_store
 from coserve.server.alias_store import Alias
 from coserve.server.application.adapter_names import AdapterNames
+from coserve.server.auth import Key, sees
 from coserve.server.database import Database
 
 
@@ -30,48 +31,52 @@ class Aliases:
         found = await self._database.run(alias_store.all_rows)
         self._names.aliases = {alias.name: alias for alias in found}
 
-    def all(self) -> list[Alias]:
-        """Every alias, in order of name."""
-        return [alias for _, alias in sorted(self._names.aliases.items())]
+    def all(self, key: Key | None) -> list[Alias]:
+        """Every alias that `key` sees, in order of name."""
+        found = sorted(self._names.aliases.items())
+        return [alias for _, alias in found if self._names.sees_alias(alias, key)]
 
-    def get(self, name: str) -> Alias:
-        """One alias; NotFound."""
+    def get(self, name: str, key: Key | None) -> Alias:
+        """One alias; NotFound, also for one that `key` doesn't see."""
         found = self._names.aliases.get(name)
-        if found is None:
+        if found is None or not self._names.sees_alias(found, key):
             raise NotFound(f"There is no alias {name[:200]!r}.", param="alias")
         return found
 
-    async def set(self, name: str, model: str) -> Alias:
-        """Point a new or a known alias at a model.
+    async def set(self, name: str, model: str, key: Key | None) -> Alias:
+        """Point a new or a known alias at a model that `key` sees.
 
-        Raises InvalidRequest for a name that can't be one or is an adapter's, and for a model that is an
-        alias; ModelNotFound for one nobody knows.
+        Raises PermissionDenied for a name that `key` may not give, InvalidRequest for one that can't be an
+        alias or is an adapter's, and for a model that is an alias; ModelNotFound for one nobody knows.
         """
         async with self._lock:
+            self._names.check_named(name, "alias", key)
             if name not in self._names.aliases:
-                self._names.check_name(name, "alias")
+                self._names.check_name(name, "alias", key)
                 if self._names.knows(name) or name in await self._database.run(_to_be_published):
                     raise InvalidRequest(
                         f"{name!r} is an adapter's name, or one that a job will publish under.",
                         param="alias",
                     )
-            if model in self._names.aliases:
+            if model in self._names.aliases and sees(key, model):
                 raise InvalidRequest(
                     f"{model!r} is an alias itself; name the model that it means.", param="model"
                 )
-            if not self._names.is_base(model):
-                self._names.get(model)
+            if not self._names.is_base(model) or not sees(key, model):
+                self._names.get(model, key=key)
             alias = Alias(name, model, int(time.time()))
             await self._database.run(lambda db: alias_store.put(db, alias))
             self._names.aliases = {**self._names.aliases, name: alias}
             return alias
 
-    async def delete(self, name: str) -> None:
+    async def delete(self, name: str, key: Key | None) -> None:
         """Forget an alias; NotFound."""
         async with self._lock:
-            self.get(name)
+            self.get(name, key)
             await self._database.run(lambda db: alias_store.delete(db, name))
-            self._names.aliases = {key: alias for key, alias in self._names.aliases.items() if key != name}
+            self._names.aliases = {
+                other: alias for other, alias in self._names.aliases.items() if other != name
+            }
 
 
 def _to_be_published(connection: Connection) -> set[str]:

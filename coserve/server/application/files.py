@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from coserve.errors import InvalidRequest, NotFound, PayloadTooLarge
 from coserve.server import file_store
+from coserve.server.auth import Key, owns
 from coserve.server.database import Database
 from coserve.server.fields import Fields
 from coserve.server.file_store import FileRow
@@ -25,7 +26,7 @@ _T = TypeVar("_T")
 
 
 class Files:
-    """The files of one server."""
+    """The files of one server. Who asks is a `key`: files of other tenants are unknown to it."""
 
     def __init__(self, database: Database, state: StateDir) -> None:
         self._database = database
@@ -51,9 +52,10 @@ class Files:
                 path.unlink()
 
     async def add(
-        self, temporary: Path, filename: str, purpose: str | None, keep: int | None = None
+        self, temporary: Path, filename: str, purpose: str | None, tenant: str, keep: int | None = None
     ) -> FileRow:
-        """Take a finished temporary file over, for `keep` seconds (None: until it is deleted).
+        """Take a finished temporary file over as one of `tenant`'s, for `keep` seconds (None: until it is
+        deleted).
 
         Raises InvalidRequest for an empty one or an unknown purpose.
         """
@@ -64,7 +66,7 @@ class Files:
         name = PureWindowsPath(filename).name[:255] or "upload"
         now = int(time.time())
         expires_at = now + keep if keep is not None else None
-        file = FileRow(f"file-{uuid.uuid4().hex[:24]}", name, size, purpose, now, expires_at)
+        file = FileRow(f"file-{uuid.uuid4().hex[:24]}", name, size, purpose, now, expires_at, tenant)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         os.rename(temporary, self.path(file.id))
@@ -72,31 +74,31 @@ class Files:
         await self._database.run(lambda db: file_store.insert(db, file))
         return file
 
-    async def add_bytes(self, data: bytes, filename: str, purpose: str) -> FileRow:
+    async def add_bytes(self, data: bytes, filename: str, purpose: str, tenant: str) -> FileRow:
         """Keep a file that the server made."""
         temporary = self._state.files / f"{uuid.uuid4().hex}.tmp"
         temporary.write_bytes(data)
-        return await self.add(temporary, filename, purpose)
+        return await self.add(temporary, filename, purpose, tenant)
 
-    async def get(self, file_id: str, param: str | None = "file_id") -> FileRow:
+    async def get(self, file_id: str, key: Key | None, param: str | None = "file_id") -> FileRow:
         """A file by id; NotFound."""
         await self._expire()
         file = await self._database.run(lambda db: file_store.get(db, file_id))
-        if file is None:
+        if file is None or not owns(key, file.tenant):
             raise NotFound(f"There is no file {file_id[:100]!r}.", param=param, code="file_not_found")
         return file
 
-    async def list(self, purpose: str | None, newest_first: bool) -> list[FileRow]:
+    async def list(self, purpose: str | None, newest_first: bool, key: Key | None) -> list[FileRow]:
         """All files (of a purpose)."""
         await self._expire()
-        return await self._database.run(lambda db: file_store.all_files(db, purpose, newest_first))
+        found = await self._database.run(lambda db: file_store.all_files(db, purpose, newest_first))
+        return [file for file in found if owns(key, file.tenant)]
 
-    async def delete(self, file_id: str) -> None:
+    async def delete(self, file_id: str, key: Key | None) -> None:
         """Delete a file; jobs that read it already have their own copy of its tokens."""
-        await self.get(file_id)
+        await self.get(file_id, key)
         await self._database.run(lambda db: file_store.delete(db, file_id))
         self.path(file_id).unlink(missing_ok=True)
-
 
     async def _expire(self) -> None:
         """Delete what has been kept for as long as it was to be."""
@@ -110,6 +112,12 @@ class Files:
 
         for file_id in await self._database.run(remove):
             self.path(file_id).unlink(missing_ok=True)
+
+
+def upload_limit(key: Key | None, most: int = MAX_UPLOAD_BYTES) -> int:
+    """How many bytes one upload of `key` may have, at `most` so many."""
+    own = key.max_upload_bytes if key is not None else 0
+    return min(own, most) if own else most
 
 
 def check_purpose(purpose: str | None) -> str:

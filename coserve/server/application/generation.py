@@ -22,6 +22,7 @@ from coserve.request_metrics import RequestTimes
 from coserve.server.application.lifecycle import Lifecycle
 from coserve.server.application.models import Target
 from coserve.server.application.sampling import SamplingRequest, check_token_ids
+from coserve.server.auth import Key
 from coserve.server.quotas import Quotas
 from coserve.server.service_tiers import Service, ServiceTiers
 from coserve.tokenizer import StopChecker, Tokenizer
@@ -183,7 +184,7 @@ class Generator:
         quotas: Quotas,
         max_model_len: int,
         vocab_size: int,
-        check_live: Callable[[str], Awaitable[None]],
+        check_live: Callable[[str, Key | None], Awaitable[None]],
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
@@ -243,7 +244,7 @@ class Generator:
     async def run(self, generation: Generation) -> AsyncIterator[Delta]:
         """Deltas of all samples, merged as they come."""
         if generation.target.live_job:
-            await self._check_live(generation.target.live_job)
+            await self._check_live(generation.target.live_job, generation.service.key)
         quota = self._quotas.request(generation.service.key, generation.usage.prompt_tokens)
         with self._lifecycle.work(), quota:
             async with self._using(generation.target):

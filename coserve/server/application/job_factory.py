@@ -17,7 +17,7 @@ from coserve.server.application.files import Files
 from coserve.server.application.job_request import JobRequest, parse_job_request
 from coserve.server.application.lora_request import lora_of, parse_lora
 from coserve.server.application.models import BaseModel
-from coserve.server.auth import Authenticator, Key
+from coserve.server.auth import Authenticator, Key, tenant_of
 from coserve.server.job_store import JobRecord
 from coserve.server.state_dir import StateDir, copy_directory
 from coserve.training.job import LoraSpec
@@ -56,14 +56,16 @@ class JobFactory:
         request = parse_job_request(body, self._base.max_model_len)
         Authenticator.check_priority(key, request.priority)
         if request.adapter:
-            self._adapters.check_name(request.adapter, "adapter")
-        init_from, source = self._source(request)
+            self._adapters.check_name(request.adapter, "adapter", key)
+        init_from, source = self._source(request, key)
         lora = await self._lora(request, source)
         self._check_memory(request, lora)
-        await self._files.get(request.training_file, param="training_file")
+        await self._files.get(request.training_file, key, "training_file")
         if request.validation_file:
-            await self._files.get(request.validation_file, param="validation_file")
-        job = self._record(request, lora, init_from, key.tenant if key is not None else "")
+            await self._files.get(request.validation_file, key, "validation_file")
+        job = self._record(request, lora, init_from, tenant_of(key))
+        if not request.adapter:
+            self._adapters.check_name(job.publish_as, "adapter", key)
         if source is not None:
             await asyncio.to_thread(copy_directory, source, self._state.job(job.id) / "init")
         return job
@@ -81,16 +83,18 @@ class JobFactory:
             shape = lora_of(info.config, self._model_config)
         return parse_lora(request.lora, self._model_config, self._max_rank, shape)
 
-    def _source(self, request: JobRequest) -> tuple[str, Path | None]:
+    def _source(self, request: JobRequest, key: Key | None) -> tuple[str, Path | None]:
         """(name, directory) of the adapter to go on with: `init_from`, or a `model` that is an adapter."""
         found: tuple[str, Path | None] = ("", None)
         for param, name in (("model", request.model), ("init_from", request.init_from)):
-            if not name or (param == "model" and name == self._base.name):
+            if param == "init_from" and not name:
                 continue
             try:
-                adapter = self._adapters.resolve(name).adapter
+                adapter = self._adapters.resolve(name or None, key).adapter
             except CoserveError as error:
                 raise type(error)(error.message, param=param) from None
+            if param == "model" and name in ("", self._base.name):
+                continue
             if adapter is None:
                 raise InvalidRequest(
                     "init_from must name an adapter or a checkpoint, not the base or a job's live weights.",

@@ -17,6 +17,7 @@ from coserve.server.application import job_changes
 from coserve.server.application.job_events import Changes
 from coserve.server.application.lifecycle import Lifecycle
 from coserve.server.application.models import unknown_model
+from coserve.server.auth import Key, owns, sees
 from coserve.server.database import Database
 from coserve.server.job_store import CheckpointRow, JobError, JobEvent, JobRecord
 
@@ -24,7 +25,10 @@ Update = Callable[[JobRecord], tuple[JobRecord, Sequence[JobEvent]]]
 
 
 class JobRecords:
-    """What is known of the jobs of one server. `on_end` hears the id of each job that is found over."""
+    """What is known of the jobs of one server. `on_end` hears the id of each job that is found over.
+
+    Who asks is a `key`: jobs of other tenants are unknown to it.
+    """
 
     def __init__(
         self,
@@ -41,24 +45,28 @@ class JobRecords:
 
     # ------------------------------------------------------------------ reading
 
-    async def get(self, job_id: str) -> JobRecord:
+    async def get(self, job_id: str, key: Key | None) -> JobRecord:
         """A job by id; NotFound."""
         job = await self._database.run(lambda db: job_store.get(db, job_id))
-        if job is None:
+        if job is None or not owns(key, job.tenant):
             raise NotFound(
                 f"There is no fine-tuning job {job_id[:100]!r}.", param="job_id", code="job_not_found"
             )
         return job
 
-    async def check_live(self, job_id: str) -> None:
-        """Whether a job's adapter can answer while it trains, as far as its record tells.
+    async def check_live(self, job_id: str, key: Key | None) -> None:
+        """Whether a job's adapter can answer while it trains, as far as its record tells. As with other
+        models, the names that `key` sees decide, not whose job it is.
 
         Raises ModelNotFound, or AdapterNotLive before the job's first step and after its end.
         """
+        name = f"{job_id}:live"
         try:
-            job = await self.get(job_id)
+            job = await self.get(job_id, None)
         except NotFound:
-            raise unknown_model(f"{job_id}:live") from None
+            raise unknown_model(name) from None
+        if not sees(key, name, job.publish_as):
+            raise unknown_model(name)
         if job.fine_tuned_model:
             reason = f"has succeeded; its adapter answers as {job.fine_tuned_model!r}"
         elif job.is_over:
@@ -69,15 +77,15 @@ class JobRecords:
             return
         raise AdapterNotLive(f"Job {job_id} {reason}.", param="model")
 
-    async def list(self, metadata: dict[str, str] | None = None) -> list[JobRecord]:
+    async def list(self, key: Key | None, metadata: dict[str, str] | None = None) -> list[JobRecord]:
         """All jobs, newest first, with these metadata pairs."""
         wanted = (metadata or {}).items()
         found = await self._database.run(job_store.all_jobs)
-        return [job for job in found if wanted <= job.metadata.items()]
+        return [job for job in found if owns(key, job.tenant) and wanted <= job.metadata.items()]
 
-    async def checkpoints(self, job_id: str) -> Sequence[CheckpointRow]:
+    async def checkpoints(self, job_id: str, key: Key | None) -> Sequence[CheckpointRow]:
         """A job's checkpoints, newest first."""
-        await self.get(job_id)
+        await self.get(job_id, key)
         return await self._database.run(lambda db: job_store.checkpoints(db, job_id))
 
     async def metrics_of(self, checkpoints: Sequence[CheckpointRow]) -> dict[str, JobEvent]:
@@ -91,34 +99,36 @@ class JobRecords:
 
     async def events(self, job_id: str) -> list[JobEvent]:
         """A job's events, oldest first."""
-        await self.get(job_id)
+        await self.get(job_id, None)
         return await self._database.run(lambda db: job_store.events_after(db, job_id, 0))
 
-    async def newest_events(self, job_id: str, after: str | None, limit: int) -> tuple[list[JobEvent], bool]:
+    async def newest_events(
+        self, job_id: str, after: str | None, limit: int, key: Key | None
+    ) -> tuple[list[JobEvent], bool]:
         """(a page of a job's events, newest first, whether older ones follow).
 
         Raises NotFound, InvalidRequest for an unknown `after`.
         """
-        await self.get(job_id)
+        await self.get(job_id, key)
         before = None if after is None else await self._seq_of(job_id, after)
         found = await self._database.run(
             lambda db: job_store.newest_events(db, job_id, before, limit + 1)
         )
         return found[:limit], len(found) > limit
 
-    async def watch(self, job_id: str, after: str = "") -> AsyncIterator[JobEvent]:
+    async def watch(self, job_id: str, after: str, key: Key | None) -> AsyncIterator[JobEvent]:
         """A job's events from the start (or after one) as they come, until its terminal status.
 
         Raises NotFound, InvalidRequest for an unknown `after`, Unavailable when the server stops.
         """
-        job = await self.get(job_id)
+        job = await self.get(job_id, key)
         seq = await self._seq_of(job_id, after) if after else 0
         stopped = asyncio.ensure_future(self._lifecycle.stopped.wait())
         try:
             while True:
                 news = self.changes.next(job_id)
                 try:
-                    job = await self.get(job_id)
+                    job = await self.get(job_id, key)
                     for event in await self._events_after(job_id, seq):
                         seq = event.seq
                         yield event

@@ -59,7 +59,7 @@ class JobReports:
         """At a start, before reports come: let checkpoints answer by their names again."""
         for checkpoint in await self._database.run(job_store.checkpoints):
             if Path(checkpoint.path).is_dir():
-                await self._name_checkpoint(await self._records.get(checkpoint.job_id), checkpoint)
+                await self._name_checkpoint(await self._records.get(checkpoint.job_id, None), checkpoint)
         await self._records.count()
 
     async def take(self, event: JobEvent) -> None:
@@ -97,7 +97,7 @@ class JobReports:
         self._records.changes.notify(progress.job_id)
 
     async def _on_checkpoint(self, event: JobCheckpoint) -> None:
-        job = await self._records.get(event.job_id)
+        job = await self._records.get(event.job_id, None)
         checkpoint = CheckpointRow(
             id=f"ftckpt-{job.id.removeprefix('ftjob-')}-{event.step}",
             job_id=job.id,
@@ -135,7 +135,8 @@ class JobReports:
             logger.warning(line("checkpoint can't be served", id=checkpoint.id, reason=error.message))
             return
         reference = AdapterRef(checkpoint.id, checkpoint.step, info.digest, checkpoint.path)
-        self._adapters.add_checkpoint(job_changes.checkpoint_names(job, checkpoint), reference)
+        names = job_changes.checkpoint_names(job, checkpoint)
+        self._adapters.add_checkpoint(names, reference, job.publish_as)
 
     async def _on_message(self, event: JobMessage) -> None:
         def record(db: Connection) -> None:
@@ -149,7 +150,7 @@ class JobReports:
 
     async def _on_status(self, event: JobStatus) -> None:
         self._deaths.report(event.job_id, event.status)
-        job = await self._records.get(event.job_id)
+        job = await self._records.get(event.job_id, None)
         if event.status == "succeeded":
             await self.publish(job, event.result_path)
         elif event.status == "failed":
@@ -187,5 +188,5 @@ class JobReports:
         if job.result_files:
             return job.result_files
         data = job_data.results_csv(await self._records.events(job.id))
-        file = await self._files.add_bytes(data, f"step_metrics_{job.id}.csv", RESULTS)
+        file = await self._files.add_bytes(data, f"step_metrics_{job.id}.csv", RESULTS, job.tenant)
         return [file.id]

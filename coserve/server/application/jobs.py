@@ -119,7 +119,7 @@ class Jobs:
         status = job_changes.status_event(job)
 
         def insert(db: Connection) -> JobRecord:
-            known = job_store.by_key(db, job.idempotency_key) if job.idempotency_key else None
+            known = job_store.by_key(db, job) if job.idempotency_key else None
             if known is not None:
                 return known
             if key is not None and 0 < key.max_jobs <= job_store.count_open(db, key.tenant):
@@ -192,16 +192,16 @@ class Jobs:
 
     async def _sources(self, job: JobRecord) -> job_data.Sources:
         """The job's files; NotFound for one that was deleted meanwhile."""
-        await self._files.get(job.training_file, param="training_file")
+        await self._files.get(job.training_file, None, "training_file")
         training = self._files.path(job.training_file)
         if not job.validation_file:
             return job_data.Sources(training)
-        await self._files.get(job.validation_file, param="validation_file")
+        await self._files.get(job.validation_file, None, "validation_file")
         return job_data.Sources(training, self._files.path(job.validation_file))
 
     async def _submit(self, job_id: str) -> None:
         async with self._submission:
-            job = await self.records.get(job_id)
+            job = await self.records.get(job_id, None)
             # Without an engine nothing is to be done: `resume_all` comes when it is back.
             if job.is_over or job_id in self._submitted or not self._engine.ready:
                 return
@@ -235,7 +235,7 @@ class Jobs:
         task.add_done_callback(self._releases.discard)
 
     async def _prepare_again(self, job_id: str) -> None:
-        job = await self.records.get(job_id)
+        job = await self.records.get(job_id, None)
         if job_id not in self._tasks:
             self._prepare_soon(job)
 
@@ -258,7 +258,7 @@ class Jobs:
         of, so that the others can go on."""
         in_hand = self._deaths.take_in_hand()
         self._submitted.clear()
-        jobs = {job.id: job for job in await self.records.list() if job.id in in_hand and not job.is_over}
+        jobs = {job.id: job for job in await self.records.list(None) if job.id in in_hand and not job.is_over}
         for job_id in self._deaths.count({job.id: job.step for job in jobs.values()}):
             step = jobs[job_id].step
             when = f"after step {step}" if step else "before its first step"
@@ -271,7 +271,7 @@ class Jobs:
 
     async def resume_all(self) -> None:
         """After a start of the server or of the engine: bring every unfinished job on its way again."""
-        for job in reversed(await self.records.list()):
+        for job in reversed(await self.records.list(None)):
             if job.is_over or job.id in self._tasks:
                 continue
             published = await self._database.run(lambda db, job_id=job.id: adapter_store.of_job(db, job_id))
@@ -290,21 +290,23 @@ class Jobs:
 
     # ------------------------------------------------------------------ controlling
 
-    async def cancel(self, job_id: str) -> JobRecord:
+    async def cancel(self, job_id: str, key: Key | None) -> JobRecord:
         """Cancel a job; FailedPrecondition when it is over."""
-        return await self._control(job_id, "cancel", "cancelled", frozenset({"cancelled"}))
+        return await self._control(job_id, key, "cancel", "cancelled", frozenset({"cancelled"}))
 
-    async def pause(self, job_id: str) -> JobRecord:
+    async def pause(self, job_id: str, key: Key | None) -> JobRecord:
         """Pause a job; FailedPrecondition when it is over."""
-        return await self._control(job_id, "pause", "paused", frozenset({"paused"}))
+        return await self._control(job_id, key, "pause", "paused", frozenset({"paused"}))
 
-    async def resume(self, job_id: str) -> JobRecord:
+    async def resume(self, job_id: str, key: Key | None) -> JobRecord:
         """Let a paused job go on; FailedPrecondition when it is over."""
         going = frozenset({"running", "queued", "validating_files"})
-        return await self._control(job_id, "resume", "queued", going)
+        return await self._control(job_id, key, "resume", "queued", going)
 
-    async def _control(self, job_id: str, action: str, status: str, reached: frozenset[str]) -> JobRecord:
-        job = await self.records.get(job_id)
+    async def _control(
+        self, job_id: str, key: Key | None, action: str, status: str, reached: frozenset[str]
+    ) -> JobRecord:
+        job = await self.records.get(job_id, key)
         if job.status in reached and action != "cancel":
             return job
         if job.is_over:
@@ -317,7 +319,7 @@ class Jobs:
         deadline = asyncio.get_running_loop().time() + _CONTROL_WAIT
         while job.status not in reached and not job.is_over:
             news = self.records.changes.next(job_id)
-            job = await self.records.get(job_id)
+            job = await self.records.get(job_id, key)
             left = deadline - asyncio.get_running_loop().time()
             if job.status in reached or job.is_over or left <= 0.0:
                 self.records.changes.forget(job_id, news)
@@ -326,14 +328,18 @@ class Jobs:
             self.records.changes.forget(job_id, news)
         return job
 
-    async def publish_checkpoint(self, checkpoint_id: str, name: str) -> Any:
+    async def publish_checkpoint(self, checkpoint_id: str, name: str, key: Key | None) -> Any:
         """Make a checkpoint a version of `name` (empty: the name the job publishes under)."""
         checkpoint = await self._database.run(lambda db: job_store.checkpoint(db, checkpoint_id))
+        unknown = NotFound(f"There is no checkpoint {checkpoint_id[:100]!r}.", param="checkpoint")
         if checkpoint is None:
-            raise NotFound(f"There is no checkpoint {checkpoint_id[:100]!r}.", param="checkpoint")
-        job = await self.records.get(checkpoint.job_id)
+            raise unknown
+        try:
+            job = await self.records.get(checkpoint.job_id, key)
+        except NotFound:
+            raise unknown from None
         name = name or job.publish_as
-        self._adapters.check_name(name, "name")
+        self._adapters.check_name(name, "name", key)
         return await self._adapters.publish(name, Path(checkpoint.path), job_id=job.id)
 
     def _ended(self, job_id: str) -> None:

@@ -14,7 +14,8 @@ from sqlite3 import Connection
 
 from coserve.errors import FailedPrecondition, InvalidRequest, NotFound
 from coserve.server import upload_store
-from coserve.server.application.files import Files, check_purpose, keep_seconds
+from coserve.server.application.files import Files, check_purpose, keep_seconds, upload_limit
+from coserve.server.auth import Key, owns, tenant_of
 from coserve.server.database import Database
 from coserve.server.fields import Fields
 from coserve.server.file_store import FileRow
@@ -29,7 +30,7 @@ _FIELDS = frozenset({"bytes", "filename", "mime_type", "purpose", "expires_after
 
 
 class Uploads:
-    """The uploads of one server."""
+    """The uploads of one server. Who asks is a `key`: uploads of other tenants are unknown to it."""
 
     def __init__(self, database: Database, state: StateDir, files: Files) -> None:
         self._database = database
@@ -53,7 +54,7 @@ class Uploads:
             if path.is_dir() and path.name not in known:
                 await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
 
-    async def create(self, fields: Fields) -> UploadRow:
+    async def create(self, fields: Fields, key: Key | None) -> UploadRow:
         """Announce a file; InvalidRequest for a size, a purpose or an expiry that can't be."""
         await self.restore()
         fields.only(_FIELDS, "the upload")
@@ -66,23 +67,24 @@ class Uploads:
         upload = UploadRow(
             id=f"upload_{uuid.uuid4().hex[:24]}",
             filename=fields.required_string("filename"),
-            bytes=fields.integer("bytes", None, 1, MAX_BYTES),
+            bytes=fields.integer("bytes", None, 1, upload_limit(key, MAX_BYTES)),
             purpose=purpose,
             status=upload_store.PENDING,
             created_at=now,
             expires_at=now + LIFETIME,
             keep_seconds=keep_seconds(fields.object("expires_after")),
+            tenant=tenant_of(key),
         )
         (self.folder / upload.id).mkdir()
         await self._database.run(lambda db: upload_store.insert(db, upload))
         return upload
 
-    async def add_part(self, upload_id: str, temporary: Path) -> PartRow:
+    async def add_part(self, upload_id: str, temporary: Path, key: Key | None) -> PartRow:
         """Take a finished temporary file over as a part.
 
         Raises NotFound, FailedPrecondition once the upload has ended, InvalidRequest for an empty part.
         """
-        await self._pending(upload_id)
+        await self._pending(upload_id, key)
         part = PartRow(
             f"part_{uuid.uuid4().hex[:24]}", upload_id, temporary.stat().st_size, int(time.time())
         )
@@ -91,18 +93,20 @@ class Uploads:
         try:
             os.rename(temporary, self._part(part))
         except FileNotFoundError:  # the upload has ended meanwhile
-            await self._pending(upload_id)
+            await self._pending(upload_id, key)
             raise
         await self._database.run(lambda db: upload_store.add_part(db, part))
         return part
 
-    async def complete(self, upload_id: str, part_ids: Sequence[str], md5: str) -> tuple[UploadRow, FileRow]:
+    async def complete(
+        self, upload_id: str, part_ids: Sequence[str], md5: str, key: Key | None
+    ) -> tuple[UploadRow, FileRow]:
         """Put the parts together in this order, as a file.
 
         Raises NotFound, FailedPrecondition when the upload has ended, InvalidRequest for parts that are
         unknown, given twice, not of the size announced, or of another checksum (`md5`, hex, unless empty).
         """
-        upload = await self._pending(upload_id)
+        upload = await self._pending(upload_id, key)
         known = await self._database.run(lambda db: upload_store.parts(db, upload_id))
         for place, name in enumerate(part_ids):
             if name not in known or name in part_ids[:place]:
@@ -119,23 +123,25 @@ class Uploads:
             digest = await asyncio.to_thread(_join, paths, temporary)
             if md5 and md5.lower() != digest:
                 raise InvalidRequest(f"The bytes have the MD5 {digest}, not the one given.", param="md5")
-            file = await self._files.add(temporary, upload.filename, upload.purpose, upload.keep_seconds)
+            file = await self._files.add(
+                temporary, upload.filename, upload.purpose, upload.tenant, upload.keep_seconds
+            )
         finally:
             temporary.unlink(missing_ok=True)
         return await self._end(upload_id, upload_store.COMPLETED, file.id), file
 
-    async def cancel(self, upload_id: str) -> UploadRow:
+    async def cancel(self, upload_id: str, key: Key | None) -> UploadRow:
         """End an upload; NotFound, FailedPrecondition when it has ended."""
-        await self._pending(upload_id)
+        await self._pending(upload_id, key)
         return await self._end(upload_id, upload_store.CANCELLED)
 
-    async def _pending(self, upload_id: str) -> UploadRow:
+    async def _pending(self, upload_id: str, key: Key | None) -> UploadRow:
         def read(db: Connection) -> UploadRow | None:
             upload_store.expire(db, int(time.time()))
             return upload_store.get(db, upload_id)
 
         upload = await self._database.run(read)
-        if upload is None:
+        if upload is None or not owns(key, upload.tenant):
             raise NotFound(f"There is no upload {upload_id[:100]!r}.", param="upload_id")
         if upload.status != upload_store.PENDING:
             raise FailedPrecondition(f"The upload is {upload.status}; begin a new one.", param="upload_id")

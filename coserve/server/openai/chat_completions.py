@@ -66,7 +66,7 @@ class _Answer:
         self.names = TokenNames(context.tokenizer, fields.boolean("return_tokens_as_token_ids"))
         self.echo = fields.boolean("echo")
         self.service = context.tiers.read(fields, key)
-        self.target = context.adapters.resolve(fields.string("model"))
+        self.target = context.adapters.resolve(fields.string("model"), key)
         request = parse_sampling(
             fields,
             context.rules,

@@ -88,7 +88,7 @@ class _Answer:
         self.return_token_ids = fields.boolean("return_token_ids")
         self.wants_prompt_logprobs = read_prompt_logprobs(fields, context.rules, self.options.stream)
         self.service = context.tiers.read(fields, key)
-        self.target = context.adapters.resolve(fields.string("model"))
+        self.target = context.adapters.resolve(fields.string("model"), key)
         request = parse_sampling(
             fields,
             context.rules,

@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from coserve.errors import InvalidRequest
-from coserve.server.application.files import MAX_UPLOAD_BYTES, keep_seconds
-from coserve.server.auth import TUNE
+from coserve.server.application.files import keep_seconds, upload_limit
+from coserve.server.auth import TUNE, tenant_of
 from coserve.server.context import Context
 from coserve.server.fields import Fields
 from coserve.server.file_store import FileRow
@@ -51,12 +51,13 @@ def routes(context: Context) -> list[Route]:
     files = context.files
 
     async def upload(request: Request) -> Response:
-        form = await receive_form(request, files.folder, MAX_UPLOAD_BYTES)
+        form = await receive_form(request, files.folder, upload_limit(request.state.key))
         try:
             if form.path is None or form.filename is None:
                 raise InvalidRequest("The form needs a part named file.", param="file")
             keep = keep_seconds(form_object(form.fields, "expires_after"))
-            added = await files.add(form.path, form.filename, form.fields.get("purpose"), keep)
+            purpose, tenant = form.fields.get("purpose"), tenant_of(request.state.key)
+            added = await files.add(form.path, form.filename, purpose, tenant, keep)
             return json_response(file_body(added))
         finally:
             form.discard()
@@ -65,15 +66,15 @@ def routes(context: Context) -> list[Route]:
         order = request.query_params.get("order", "desc")
         if order not in ("asc", "desc"):
             raise InvalidRequest("order must be asc or desc.", param="order")
-        found = await files.list(request.query_params.get("purpose"), order == "desc")
+        found = await files.list(request.query_params.get("purpose"), order == "desc", request.state.key)
         limit = query_limit(request, 10000, 10000)
         return json_response(list_body(request, found, lambda file: file.id, file_body, limit))
 
     async def get_file(request: Request) -> Response:
-        return json_response(file_body(await files.get(request.path_params["id"])))
+        return json_response(file_body(await files.get(request.path_params["id"], request.state.key)))
 
     async def content(request: Request) -> Response:
-        file = await files.get(request.path_params["id"])
+        file = await files.get(request.path_params["id"], request.state.key)
         disposition = f"attachment; filename*=utf-8''{quote(file.filename)}"
         return FileResponse(
             files.path(file.id),
@@ -83,7 +84,7 @@ def routes(context: Context) -> list[Route]:
 
     async def delete(request: Request) -> Response:
         file_id = request.path_params["id"]
-        await files.delete(file_id)
+        await files.delete(file_id, request.state.key)
         return json_response({"id": file_id, "object": "file", "deleted": True})
 
     return [

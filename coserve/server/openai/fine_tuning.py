@@ -27,8 +27,8 @@ def _metadata_filter(request: Request) -> dict[str, str]:
 
 async def _no_permissions(request: Request) -> Response:
     raise InvalidRequest(
-        "Checkpoint permissions are not supported: this server has no projects, and every key that may chat "
-        "may use every checkpoint.",
+        "Checkpoint permissions are not supported: this server has no projects; which checkpoints a key may "
+        "use follows from the 'models' of the keys file.",
         code="unsupported",
     )
 
@@ -68,23 +68,23 @@ def _job_routes(context: Context) -> list[Route]:
         return json_response(body_of(await jobs.create(body, request.state.key)))
 
     async def list_jobs(request: Request) -> Response:
-        found = await jobs.records.list(_metadata_filter(request))
+        found = await jobs.records.list(request.state.key, _metadata_filter(request))
         if request.query_params.get("metadata") == "null":
             found = [job for job in found if not job.metadata]
         limit = query_limit(request, 20, _MAX_PAGE)
         return json_response(list_body(request, found, lambda job: job.id, body_of, limit))
 
     async def get_job(request: Request) -> Response:
-        return json_response(body_of(await jobs.records.get(request.path_params["id"])))
+        return json_response(body_of(await jobs.records.get(request.path_params["id"], request.state.key)))
 
     async def cancel(request: Request) -> Response:
-        return json_response(body_of(await jobs.cancel(request.path_params["id"])))
+        return json_response(body_of(await jobs.cancel(request.path_params["id"], request.state.key)))
 
     async def pause(request: Request) -> Response:
-        return json_response(body_of(await jobs.pause(request.path_params["id"])))
+        return json_response(body_of(await jobs.pause(request.path_params["id"], request.state.key)))
 
     async def resume(request: Request) -> Response:
-        return json_response(body_of(await jobs.resume(request.path_params["id"])))
+        return json_response(body_of(await jobs.resume(request.path_params["id"], request.state.key)))
 
     return [
         Route("POST", _ROOT, create, TUNE),
@@ -101,12 +101,13 @@ def _log_routes(context: Context) -> list[Route]:
 
     async def events(request: Request) -> Response:
         limit, after = query_limit(request, 20, _MAX_PAGE), request.query_params.get("after")
-        found, more = await records.newest_events(request.path_params["id"], after, limit)
+        name, key = request.path_params["id"], request.state.key
+        found, more = await records.newest_events(name, after, limit, key)
         return json_response(page_body(found, more, lambda event: event.id, event_body))
 
     async def checkpoints(request: Request) -> Response:
-        job = await records.get(request.path_params["id"])
-        found = await records.checkpoints(job.id)
+        job = await records.get(request.path_params["id"], request.state.key)
+        found = await records.checkpoints(job.id, request.state.key)
         steps = await records.metrics_of(found)
         limit = query_limit(request, 10, _MAX_PAGE)
         return json_response(

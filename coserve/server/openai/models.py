@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from coserve.server.adapter_store import AdapterRow
 from coserve.server.application.models import BaseModel
-from coserve.server.auth import TUNE, USE
+from coserve.server.auth import TUNE, USE, Key, sees
 from coserve.server.context import Context
 from coserve.server.http import Route, json_response
 
@@ -48,29 +48,31 @@ def adapter_card(base: BaseModel, row: AdapterRow, name: str | None = None) -> d
 def routes(context: Context) -> list[Route]:
     """This resource's routes."""
 
-    def card_of(name: str) -> dict[str, Any]:
+    def card_of(name: str, key: Key | None) -> dict[str, Any]:
         alias = context.adapters.aliases.get(name)
-        if alias is not None:
-            return {**card_of(alias.model), "id": name, "alias_of": alias.model}
-        if name == context.base.name:
+        if alias is not None and context.adapters.sees_alias(alias, key):
+            return {**card_of(alias.model, key), "id": name, "alias_of": alias.model}
+        if name == context.base.name and sees(key, name):
             return base_card(context.base)
-        return adapter_card(context.base, context.adapters.get(name), name)
+        return adapter_card(context.base, context.adapters.get(name, key=key), name)
 
     async def list_models(request: Request) -> Response:
-        cards = [base_card(context.base)]
-        cards += [adapter_card(context.base, row) for row in context.adapters.newest()]
-        cards += [card_of(alias.name) for alias in context.aliases.all()]
+        key = request.state.key
+        cards = [base_card(context.base)] if sees(key, context.base.name) else []
+        cards += [adapter_card(context.base, row) for row in context.adapters.newest(key)]
+        cards += [card_of(alias.name, key) for alias in context.aliases.all(key)]
         return json_response({"object": "list", "data": cards})
 
     async def get_model(request: Request) -> Response:
-        return json_response(card_of(request.path_params["id"]))
+        return json_response(card_of(request.path_params["id"], request.state.key))
 
     async def delete_model(request: Request) -> Response:
-        name = request.path_params["id"]
-        if name in context.adapters.aliases:
-            await context.aliases.delete(name)
+        name, key = request.path_params["id"], request.state.key
+        alias = context.adapters.aliases.get(name)
+        if alias is not None and context.adapters.sees_alias(alias, key):
+            await context.aliases.delete(name, key)
         else:
-            await context.adapters.delete(name)
+            await context.adapters.delete(name, key)
         return json_response({"id": name, "object": "model", "deleted": True})
 
     return [

@@ -40,14 +40,14 @@ def routes(context: Context) -> list[Route]:
     uploads = context.uploads
 
     async def create(request: Request) -> Response:
-        return json_response(upload_body(await uploads.create(await read_json(request))))
+        return json_response(upload_body(await uploads.create(await read_json(request), request.state.key)))
 
     async def add_part(request: Request) -> Response:
         form = await receive_form(request, uploads.folder, MAX_PART_BYTES, "data")
         try:
             if form.path is None:
                 raise InvalidRequest("The form needs a part named data.", param="data")
-            part = await uploads.add_part(request.path_params["id"], form.path)
+            part = await uploads.add_part(request.path_params["id"], form.path, request.state.key)
         finally:
             form.discard()
         return json_response(
@@ -65,11 +65,12 @@ def routes(context: Context) -> list[Route]:
         names = fields.strings("part_ids")
         if not names:
             raise fields.fail("part_ids", "must name the parts in their order.")
-        upload, file = await uploads.complete(request.path_params["id"], names, fields.string("md5") or "")
+        name, md5 = request.path_params["id"], fields.string("md5") or ""
+        upload, file = await uploads.complete(name, names, md5, request.state.key)
         return json_response(upload_body(upload, file))
 
     async def cancel(request: Request) -> Response:
-        return json_response(upload_body(await uploads.cancel(request.path_params["id"])))
+        return json_response(upload_body(await uploads.cancel(request.path_params["id"], request.state.key)))
 
     root = "/v1/uploads"
     return [
