@@ -87,7 +87,8 @@ class DatasetError(InvalidRequest):
         listed = "; ".join(str(line) for line in lines)
         more = f" (and {total - len(lines)} more)" if total > len(lines) else ""
         noun = "line" if total == 1 else "lines"
-        where = " in the validation file" if param == "validation_file" else ""
+        names = {"training_file": "", "validation_file": " in the validation file"}
+        where = names.get(param, f" in {param}" if param.startswith("publish_if") else "")
         super().__init__(f"{total} bad {noun}{where}: {listed}{more}", param=param)
         self.lines = tuple(lines)
         self.total = total

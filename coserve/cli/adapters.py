@@ -161,18 +161,19 @@ def alias(
     grpc_address: Grpc = DEFAULT_GRPC,
     api_key: ApiKey = "",
     ca_cert: CaCert = "",
+    client_cert: ClientCert = "",
 ) -> None:
     """Point an alias at a model, delete it, or list all of them."""
     if delete == bool(model) and (name or delete):
         raise ConfigError("alias: give ALIAS and MODEL, or ALIAS and --delete.", param="model")
     if delete:
-        _call("DeleteAlias", grpc_address, api_key, ca_cert, alias=name)
+        _call("DeleteAlias", grpc_address, api_key, ca_cert, client_cert, alias=name)
         print(f"{name} deleted")
     elif name:
-        made = _call("SetAlias", grpc_address, api_key, ca_cert, alias=name, model=model)
+        made = _call("SetAlias", grpc_address, api_key, ca_cert, client_cert, alias=name, model=model)
         print(f"{made.alias} means {made.model}")
     else:
-        answer = _call("ListAliases", grpc_address, api_key, ca_cert)
+        answer = _call("ListAliases", grpc_address, api_key, ca_cert, client_cert)
         print_table(("ALIAS", "MODEL"), [(found.alias, found.model) for found in answer.aliases])
 
 

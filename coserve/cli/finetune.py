@@ -50,6 +50,9 @@ def finetune(
     eval_steps: flags.EvalSteps = None,
     early_stopping_patience: flags.EarlyStoppingPatience = None,
     early_stopping_threshold: flags.EarlyStoppingThreshold = None,
+    publish_if_valid_loss: flags.PublishIfValidLoss = None,
+    publish_if_check: flags.PublishIfCheck = None,
+    publish_if_score: flags.PublishIfScore = None,
     auto: flags.Auto = False,
     seed: flags.Seed = None,
     init_from: flags.InitFrom = "",
@@ -75,6 +78,12 @@ def _run(given: Mapping[str, Any]) -> None:
     path = existing_file(given["data"], "DATA")
     scored = given["validation_data"]
     validation = existing_file(scored, "--validation-data") if scored else None
+    checks = {
+        name: existing_file(file, "--publish-if-check")
+        for name, file in pairs(given["publish_if_check"] or (), "--publish-if-check")
+    }
+    if given["publish_if_score"] is not None and not checks:
+        raise ConfigError("--publish-if-score needs a --publish-if-check.", param="--publish-if-score")
     lora, training, rest = settings(given)
     if given["preview"]:
         preview_file(given, path, training)
@@ -85,10 +94,20 @@ def _run(given: Mapping[str, Any]) -> None:
     with channel(given["grpc_address"], given["ca_cert"], given["client_cert"]) as opened:
         pb, stub = fine_tuning(opened)
         config = pb.TrainingConfig(**training)
-        file = stub.UploadFile(upload(pb.UploadFileRequest, path), metadata=metadata(api_key))
+
+        def send(path: Path) -> Any:
+            return stub.UploadFile(upload(pb.UploadFileRequest, path), metadata=metadata(api_key))
+
+        file = send(path)
         if validation is not None:
-            sent = stub.UploadFile(upload(pb.UploadFileRequest, validation), metadata=metadata(api_key))
-            rest["validation_file"] = sent.id
+            rest["validation_file"] = send(validation).id
+        if checks or given["publish_if_valid_loss"] is not None:
+            asked = [
+                pb.PublishCheck(name=name, file=send(source).id, min_score=given["publish_if_score"])
+                for name, source in checks.items()
+            ]
+            loss = given["publish_if_valid_loss"]
+            rest["publish_if"] = pb.PublishGate(max_valid_loss=loss, checks=asked)
         job = stub.CreateJob(
             pb.CreateJobRequest(training_file=file.id, lora=pb.LoraConfig(**lora), training=config, **rest),
             metadata=metadata(api_key),

@@ -104,6 +104,16 @@ EarlyStoppingPatience = Annotated[
 EarlyStoppingThreshold = Annotated[
     float | None, typer.Option(min=0, help="By how much a score must be better [0].")
 ]
+PublishIfValidLoss = Annotated[
+    float | None, typer.Option(min=0, help="Publish only if the last score's loss is at most this.")
+]
+PublishIfCheck = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=FILE", help="Publish only if FILE's questions are answered; repeatable."),
+]
+PublishIfScore = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Share of right answers that every check wants [1].")
+]
 Auto = Annotated[
     bool,
     typer.Option(

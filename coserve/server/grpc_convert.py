@@ -12,7 +12,7 @@ from coserve.server.application.job_changes import checkpoint_names
 from coserve.server.application.preview import Preview
 from coserve.server.file_store import FileRow
 from coserve.server.grpc_gen import adapters_pb2, fine_tuning_pb2
-from coserve.server.job_store import CheckpointRow, JobEvent, JobRecord
+from coserve.server.job_store import Check, CheckpointRow, CheckResult, JobEvent, JobRecord, PublishGate
 from coserve.training.job import LoraSpec, TrainingSpec
 
 
@@ -94,7 +94,20 @@ def job_message(job: JobRecord) -> fine_tuning_pb2.Job:
         loss=job.loss,
         valid_loss=job.valid_loss,
         status_reason=job.status_reason,
+        publish_if=_gate(job.publish_if) if job.publish_if is not None else None,
+        check_results=[fine_tuning_pb2.CheckResult(**_values(found)) for found in job.check_results],
     )
+
+
+def _gate(gate: PublishGate) -> fine_tuning_pb2.PublishGate:
+    checks = [fine_tuning_pb2.PublishCheck(**_values(check)) for check in gate.checks]
+    return fine_tuning_pb2.PublishGate(
+        max_valid_loss=gate.max_valid_loss, min_valid_accuracy=gate.min_valid_accuracy, checks=checks
+    )
+
+
+def _values(struct: Check | CheckResult) -> dict[str, Any]:
+    return {name: getattr(struct, name) for name in struct.__struct_fields__}
 
 
 def event_message(event: JobEvent) -> fine_tuning_pb2.JobEvent:

@@ -22,13 +22,40 @@ class JobError(msgspec.Struct, frozen=True):
     param: str | None = None
 
 
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """Questions of a file, of which a share of `min_score` has to be answered right, in at most `max_tokens`
+    tokens: "exact" (but for white space around it) or so that the answer "contains" the right one."""
+
+    name: str
+    file: str
+    min_score: float = 1.0
+    match: str = "exact"
+    max_tokens: int = 256
+
+
+class PublishGate(msgspec.Struct, frozen=True, kw_only=True):
+    """What has to hold of a job's adapter before it is published; None and () ask for nothing."""
+
+    max_valid_loss: float | None = None
+    min_valid_accuracy: float | None = None
+    checks: tuple[Check, ...] = ()
+
+
+class CheckResult(msgspec.Struct, frozen=True, kw_only=True):
+    """How a check came out: `score` is the share of `questions` that were answered right."""
+
+    name: str
+    score: float
+    questions: int
+
+
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     """All that is known of a job.
 
     `publish_as` is the name its adapter gets, `auto` the settings that the data will decide, `step_seconds`
     how long a step takes, averaged over the latest, `status_reason` what a queued job waits for;
-    `request_digest` tells a repeat of an idempotent request
-    from another one under the same key, `tenant` whose job it is.
+    `request_digest` tells a repeat of an idempotent request from another one under the same key, `tenant`
+    whose job it is; `publish_if` is what its adapter has to meet, `check_results` how its checks came out.
     """
 
     id: str
@@ -67,6 +94,8 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     status_reason: str = ""
     error: JobError | None = None
     result_files: list[str] = []
+    publish_if: PublishGate | None = None
+    check_results: tuple[CheckResult, ...] = ()
 
     @property
     def is_over(self) -> bool:

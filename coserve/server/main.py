@@ -41,6 +41,7 @@ from coserve.server.application.generation import Generator
 from coserve.server.application.jobs import Jobs
 from coserve.server.application.lifecycle import Lifecycle
 from coserve.server.application.models import base_model
+from coserve.server.application.publish_checks import PublishChecks
 from coserve.server.application.sampling import SamplingDefaults, SamplingRules
 from coserve.server.application.uploads import Uploads
 from coserve.server.auth import Authenticator
@@ -245,6 +246,7 @@ def _make_parts(
         info.vocab_size,
         check_live=lambda job_id, key: jobs.records.check_live(job_id, key),
     )
+    rules = _rules(config, engine.config.model, tokenizer, info.vocab_size)
     files = Files(database, state)
     adapters = Adapters(
         base=base,
@@ -267,6 +269,7 @@ def _make_parts(
         state=state,
         files=files,
         adapters=adapters,
+        checks=PublishChecks(generator, tiers, rules, files),
         lifecycle=lifecycle,
         metrics=metrics,
         auth=auth,
@@ -277,7 +280,7 @@ def _make_parts(
         base=base,
         engine=engine,
         tokenizer=tokenizer,
-        rules=_rules(config, engine.config.model, tokenizer, info.vocab_size),
+        rules=rules,
         lifecycle=lifecycle,
         metrics=metrics,
         auth=auth,

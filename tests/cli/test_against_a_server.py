@@ -112,6 +112,20 @@ def test_an_adapter_goes_out_and_comes_back(server: Address, tuned: Ran, tmp_pat
     assert coserve(server, "chat", question, "--model", "copy").code == 2
 
 
+def test_an_adapter_that_fails_its_check_is_not_published(
+    server: Address, data: Path, tmp_path: Path
+) -> None:
+    rows = [["What is 7 + 5?", "Never this."], ["Spell cat.", "c-a-t"]]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("\n".join(json.dumps({"prompt": ask, "completion": right}) for ask, right in rows))
+    flags = ["--adapter", "gated", "--max-steps", "1", "--rank", "2", "--target-modules", "q_proj"]
+    gate = ["--publish-if-check", f"sums={questions}", "--publish-if-score"]
+    failed = coserve(server, "finetune", str(data), *flags, *gate, "0.9")
+    assert failed.code == 1 and "check 'sums', under 0.9" in failed.err
+    assert coserve(server, "finetune", str(data), *flags, *gate, "0").code == 0
+    assert coserve(server, "chat", "What is 7 + 5?", "--model", "gated").code == 0
+
+
 def test_chat_reads_questions_from_a_pipe(server: Address) -> None:
     one = coserve(server, "chat", "What is 7 + 5?")
     two = coserve(server, "chat", typed="What is 7 + 5?\n\nSpell cat.\n")

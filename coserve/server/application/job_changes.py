@@ -10,7 +10,7 @@ from msgspec.structs import replace as change
 
 from coserve.server import job_store
 from coserve.server.application.job_data import Prepared
-from coserve.server.job_store import CheckpointRow, JobError, JobEvent, JobRecord
+from coserve.server.job_store import CheckpointRow, CheckResult, JobError, JobEvent, JobRecord
 from coserve.training.divergence import settings_warnings
 from coserve.training.job import StepMetrics, TrainingSpec
 
@@ -128,6 +128,12 @@ def same_step(known: JobEvent, again: JobEvent) -> bool:
         return event.loss, event.learning_rate, event.grad_norm, event.trained_tokens
 
     return bits(known) == bits(again)
+
+
+def checked(job: JobRecord, results: Sequence[CheckResult]) -> Transition:
+    """The job with the scores of its checks."""
+    texts = [f"Check {found.name!r}: {found.score:.4g} of {found.questions} right" for found in results]
+    return change(job, check_results=tuple(results)), [event_of(job, "message", text) for text in texts]
 
 
 def failed(job: JobRecord, error: JobError) -> Transition:

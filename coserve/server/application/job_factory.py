@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from coserve.server.application.files import Files
 from coserve.server.application.job_request import JobRequest, parse_job_request
 from coserve.server.application.lora_request import lora_of, parse_lora
 from coserve.server.application.models import BaseModel
+from coserve.server.application.publish_checks import PublishChecks
 from coserve.server.auth import Authenticator, Key, tenant_of
 from coserve.server.job_store import JobRecord
 from coserve.server.state_dir import StateDir, copy_directory
@@ -34,6 +36,7 @@ class JobFactory:
         state: StateDir,
         files: Files,
         adapters: Adapters,
+        checks: PublishChecks,
         max_rank: int,
         memory: Callable[[], int | None],
     ) -> None:
@@ -43,6 +46,7 @@ class JobFactory:
         self._state = state
         self._files = files
         self._adapters = adapters
+        self._checks = checks
         self._max_rank = max_rank
         self._memory = memory
 
@@ -66,8 +70,14 @@ class JobFactory:
         job = self._record(request, lora, init_from, tenant_of(key))
         if not request.adapter:
             self._adapters.check_name(job.publish_as, "adapter", key)
-        if source is not None:
-            await asyncio.to_thread(copy_directory, source, self._state.job(job.id) / "init")
+        folder = self._state.job(job.id)
+        try:
+            await self._checks.keep(request.publish_if, key, folder)
+            if source is not None:
+                await asyncio.to_thread(copy_directory, source, folder / "init")
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         return job
 
     def _check_memory(self, request: JobRequest, lora: LoraSpec) -> None:
@@ -125,6 +135,7 @@ class JobFactory:
             priority=request.priority,
             tenant=tenant,
             idempotency_key=request.idempotency_key,
+            publish_if=request.publish_if,
             request_digest=request.digest,
             created_at=int(time.time()),
         )

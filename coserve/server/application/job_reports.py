@@ -25,8 +25,11 @@ from coserve.server.application.adapters import Adapters
 from coserve.server.application.engine_deaths import EngineDeaths
 from coserve.server.application.files import RESULTS, Files
 from coserve.server.application.job_records import JobRecords
+from coserve.server.application.publish_checks import PublishChecks
+from coserve.server.application.publish_gate import refusal
 from coserve.server.database import Database
-from coserve.server.job_store import CheckpointRow, JobError, JobRecord
+from coserve.server.job_store import CheckpointRow, CheckResult, JobError, JobRecord
+from coserve.server.state_dir import StateDir
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,8 @@ class JobReports:
         database: Database,
         files: Files,
         adapters: Adapters,
+        checks: PublishChecks,
+        state: StateDir,
         metrics: Metrics,
         max_rank: int,
     ) -> None:
@@ -52,6 +57,9 @@ class JobReports:
         self._database = database
         self._files = files
         self._adapters = adapters
+        self._checks = checks
+        self._state = state
+        self._checking: dict[str, asyncio.Task[None]] = {}
         self._metrics = metrics
         self._max_rank = max_rank
 
@@ -162,8 +170,62 @@ class JobReports:
             await self._records.update(job.id, lambda now: job_changes.moved(now, event.status))
         logger.info(line("job status", id=job.id, status=event.status))
 
+    def is_checking(self, job_id: str) -> bool:
+        """Whether a job has trained and its adapter is being checked."""
+        return job_id in self._checking
+
+    def stop_checking(self, job_id: str) -> None:
+        """Leave off checking a job's adapter; it isn't published."""
+        task = self._checking.pop(job_id, None)
+        if task is not None:
+            task.cancel()
+
+    async def close(self) -> None:
+        """Leave off checking; the next start begins again."""
+        tasks = [*self._checking.values()]
+        for job_id in [*self._checking]:
+            self.stop_checking(job_id)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     async def publish(self, job: JobRecord, path: str = "") -> None:
-        """Publish the checkpoint at `path` (once), then say so."""
+        """Publish the checkpoint at `path` (once) if it meets the job's `publish_if`, then say so.
+
+        Questions are asked in the background: other reports wait for this one to be taken.
+        """
+        if job.publish_if is None or not job.publish_if.checks:
+            await self._publish(job, path)
+            return
+        self.stop_checking(job.id)
+        task = asyncio.create_task(self._publish(job, path))
+        self._checking[job.id] = task
+        task.add_done_callback(lambda done: self._checked(job.id, done))
+
+    def _checked(self, job_id: str, task: asyncio.Task[None]) -> None:
+        if self._checking.get(job_id) is task:
+            del self._checking[job_id]
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("an adapter could not be published", exc_info=task.exception())
+
+    async def _check(self, job: JobRecord, path: str) -> None:
+        """Raise FailedPrecondition where the adapter at `path` doesn't meet the job's `publish_if`."""
+        gate = job.publish_if
+        if gate is None:
+            return
+        results: list[CheckResult] = []
+        if gate.checks:
+            info = await asyncio.to_thread(
+                read_adapter_info, path, self._model_config, self._max_rank
+            )
+            adapter = AdapterRef(job.id, job.step, info.digest, path)
+            results = await self._checks.run(gate, self._state.job(job.id), adapter)
+            await self._records.update(job.id, lambda now: job_changes.checked(now, results))
+        scored = [event for event in await self._records.events(job.id) if event.valid_loss is not None]
+        loss, accuracy = (scored[-1].valid_loss, scored[-1].valid_accuracy) if scored else (None, None)
+        error = refusal(gate, loss, accuracy, results)
+        if error is not None:
+            raise error
+
+    async def _publish(self, job: JobRecord, path: str) -> None:
         if job.is_over:
             return
         try:
@@ -171,6 +233,7 @@ class JobReports:
             if row is None:
                 if not path:
                     raise FailedPrecondition("The job ended without a checkpoint.")
+                await self._check(job, path)
                 row = await self._adapters.publish(
                     job.publish_as, Path(path), job_id=job.id, origin="job"
                 )

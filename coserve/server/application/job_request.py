@@ -10,8 +10,10 @@ import json
 import secrets
 from dataclasses import dataclass
 
+from coserve.server.application.publish_gate import read_gate
 from coserve.server.application.training_request import parse_auto, parse_training
 from coserve.server.fields import PRIORITIES, Fields, shown
+from coserve.server.job_store import PublishGate
 from coserve.training.job import TrainingSpec
 from coserve.training.methods import METHODS
 
@@ -19,7 +21,7 @@ MAX_SEED = 2**31 - 1
 
 _WORDS = (
     "model training_file validation_file adapter suffix method lora training seed init_from metadata "
-    "priority idempotency_key "
+    "priority idempotency_key publish_if "
 )
 REQUEST_FIELDS = frozenset(_WORDS.split())
 
@@ -43,6 +45,7 @@ class JobRequest:
     metadata: dict[str, str]
     priority: int
     idempotency_key: str
+    publish_if: PublishGate | None
     digest: str
 
 
@@ -55,6 +58,7 @@ def parse_job_request(body: object, max_model_len: int) -> JobRequest:
         raise fields.fail("method", f"must be one of {', '.join(METHODS)}; {shown(method)} is not supported.")
     validation_file = fields.string("validation_file") or ""
     training = fields.object("training") or Fields({}, "training.")
+    spec = parse_training(training, max_model_len, method, bool(validation_file))
     seed = fields.integer("seed", None, 0, MAX_SEED)
     return JobRequest(
         model=fields.string("model") or "",
@@ -64,13 +68,14 @@ def parse_job_request(body: object, max_model_len: int) -> JobRequest:
         method=method,
         lora=fields.object("lora") or Fields({}, "lora."),
         validation_file=validation_file,
-        training=parse_training(training, max_model_len, method, bool(validation_file)),
+        training=spec,
         auto=parse_auto(training),
         seed=seed if seed is not None else secrets.randbelow(MAX_SEED),
         init_from=fields.string("init_from") or "",
         metadata=_metadata(fields),
         priority=fields.integer("priority", 0, *PRIORITIES) or 0,
         idempotency_key=fields.string("idempotency_key", "", 255) or "",
+        publish_if=read_gate(fields, bool(validation_file or spec.validation_split)),
         digest=hashlib.sha256(json.dumps(fields.body, sort_keys=True, default=str).encode()).hexdigest(),
     )
 

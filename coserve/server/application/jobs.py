@@ -35,6 +35,7 @@ from coserve.server.application.job_records import JobRecords
 from coserve.server.application.job_reports import JobReports
 from coserve.server.application.lifecycle import Lifecycle
 from coserve.server.application.models import BaseModel
+from coserve.server.application.publish_checks import PublishChecks
 from coserve.server.auth import Authenticator, Key
 from coserve.server.database import Database
 from coserve.server.errors import internal_error
@@ -63,6 +64,7 @@ class Jobs:
         state: StateDir,
         files: Files,
         adapters: Adapters,
+        checks: PublishChecks,
         lifecycle: Lifecycle,
         metrics: Metrics,
         auth: Authenticator,
@@ -84,6 +86,7 @@ class Jobs:
             state,
             files,
             adapters,
+            checks,
             max_rank,
             memory=lambda: engine.info.job_memory_bytes if engine.info is not None else None,
         )
@@ -100,6 +103,8 @@ class Jobs:
             database=database,
             files=files,
             adapters=adapters,
+            checks=checks,
+            state=state,
             metrics=metrics,
             max_rank=max_rank,
         )
@@ -287,6 +292,7 @@ class Jobs:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.reports.close()
 
     # ------------------------------------------------------------------ controlling
 
@@ -313,6 +319,14 @@ class Jobs:
             raise FailedPrecondition(
                 f"The job is over ({job.status}); there is nothing to {action}.", param="job_id"
             )
+        if self.reports.is_checking(job_id):
+            if action != "cancel":
+                raise FailedPrecondition(
+                    "The job has trained; its adapter is being checked before it is published.",
+                    param="job_id",
+                )
+            self.reports.stop_checking(job_id)
+            return await self.records.update(job_id, lambda now: job_changes.moved(now, status))
         if job_id not in self._submitted:
             return await self.records.update(job_id, lambda now: job_changes.moved(now, status))
         await self._engine.control_job(job_id, action)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from coserve.errors import InvalidRequest
 from coserve.models.config import ModelConfig
 from coserve.server.application.job_changes import checkpoint_names
@@ -111,6 +113,8 @@ def job_body(job: JobRecord, model: ModelConfig) -> dict[str, Any]:
         "suffix": job.suffix or None,
         "init_from": job.init_from or None,
         "priority": job.priority,
+        "publish_if": msgspec.to_builtins(job.publish_if) if job.publish_if is not None else None,
+        "check_results": msgspec.to_builtins(job.check_results),
         "progress": {
             "step": job.step,
             "total_steps": job.total_steps,
