@@ -37,7 +37,17 @@ _PUBLISH = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 MEMORY_OWNERS = ("weights", "kv", "adapters", "activations", "optimizer", "workspace", "runtime", "free")
 ACTIVATION_POLICIES = ("A", "B", "C")
 ADAPTER_TIERS = ("device", "host", "disk")
+REFUSALS = (  # those that an operator wants to see begin; the others come with their first
+    *("queue_full", "ttft_target_out_of_reach", "engine_starting", "shutting_down", "internal_error"),
+    *("concurrent_requests_exceeded", "tokens_per_minute_exceeded", "max_jobs_exceeded", "invalid_api_key"),
+)
 STATUSES = ("validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled")
+
+
+def _begin(metric: Counter | Histogram, values: Iterable[str]) -> None:
+    """Series from 0 on: the first event of one that isn't there yet is no increase to Prometheus."""
+    for value in values:
+        metric.labels(value)
 
 
 class Metrics(RequestMetrics):
@@ -144,6 +154,7 @@ class Metrics(RequestMetrics):
         self._step_seconds = Histogram(
             "coserve_step_seconds", "Duration of a step.", ("kind",), buckets=_STEP, registry=registry
         )
+        _begin(self._step_seconds, ("inference", "training", "mixed"))
         self._arrival_wait = Histogram(
             "coserve_arrival_wait_seconds",
             "From a request's arrival until the engine takes it in, by the kind of step it waited for.",
@@ -174,6 +185,7 @@ class Metrics(RequestMetrics):
         )
         self._adapters = {tier: adapters.labels(tier) for tier in ADAPTER_TIERS}
         self._swaps = Counter("coserve_adapter_swaps", "Movements of adapters.", ("kind",), registry=registry)
+        _begin(self._swaps, ("load", "evict", "unload", "publish"))
         self.publish_seconds = Histogram(
             "coserve_adapter_publish_seconds",
             "Time to publish a version.",
@@ -183,6 +195,7 @@ class Metrics(RequestMetrics):
         self._rejected = Counter(
             "coserve_requests_rejected", "Requests refused, by reason.", ("reason",), registry=registry
         )
+        _begin(self._rejected, REFUSALS)
 
     def rejected(self, reason: str) -> None:
         """Count a refused request; `reason` is a code of the error tree."""
