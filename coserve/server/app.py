@@ -20,7 +20,16 @@ from coserve.server import adapter_routes, alias_routes, health, vllm_routes
 from coserve.server.auth import Authenticator
 from coserve.server.context import Context
 from coserve.server.http import Route, error_response, gone_response, logger, request_id
-from coserve.server.openai import chat_completions, completions, files, fine_tuning, models, uploads
+from coserve.server.openai import (
+    chat_completions,
+    completions,
+    files,
+    fine_tuning,
+    left_out,
+    models,
+    responses,
+    uploads,
+)
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 _WHILE_DRAINING = OPEN_PATHS | {"/ping", "/metrics", "/version"}
@@ -112,7 +121,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 def all_routes(context: Context) -> list[Route]:
     """Every route of the server."""
-    openai = (chat_completions, completions, models, files, uploads, fine_tuning)
+    openai = (chat_completions, completions, responses, models, files, uploads, fine_tuning, left_out)
     parts = (health, *openai, vllm_routes, adapter_routes, alias_routes)
     return [route for part in parts for route in part.routes(context)]
 

@@ -137,6 +137,8 @@ class EventStream(Response):
     iterator.
     """
 
+    end = b"data: [DONE]\n\n"
+
     def __init__(self, first: Sequence[object], events: AsyncIterator[Sequence[object]]) -> None:
         super().__init__(
             headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
@@ -180,12 +182,16 @@ class EventStream(Response):
                     logger.error("unexpected error in a stream", exc_info=error)
                     error = internal_error()
                 await self._send(send, [envelope(error)])
-            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+            await send({"type": "http.response.body", "body": self.end, "more_body": False})
+
+    async def _send(self, send: Send, events: Sequence[object]) -> None:
+        body = b"".join([self.frame(event) for event in events])
+        await send({"type": "http.response.body", "body": body, "more_body": True})
 
     @staticmethod
-    async def _send(send: Send, events: Sequence[object]) -> None:
-        body = b"".join([b"data: " + _encode(event) + b"\n\n" for event in events])
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+    def frame(event: Any) -> bytes:
+        """One event as it is sent."""
+        return b"data: " + _encode(event) + b"\n\n"
 
 
 async def _next(events: AsyncIterator[Sequence[object]]) -> Sequence[object]:

@@ -128,6 +128,50 @@ COMPLETIONS: tuple[RequestField, ...] = (
     ),
 )
 
+# Of /v1/responses; what it doesn't have of its own goes on to chat: temperature, top_k, cache_salt ...
+RESPONSES: tuple[RequestField, ...] = (
+    RequestField("input", "string or items", "messages of text, function calls and their outputs"),
+    RequestField("instructions", "string", "a system message, for this response alone"),
+    RequestField("previous_response_id", "id of a kept response", "goes on from its conversation"),
+    RequestField("max_output_tokens", ">= 1 (the context)", "ends a response as `incomplete`"),
+    RequestField("store", "boolean (true)", "kept in memory, the newest 4096 or 64 MiB"),
+    RequestField("stream", "boolean (false)", "named events, numbered, the last of them response.completed"),
+    RequestField("stream_options", "object", "accepted with `stream`, no effect"),
+    RequestField("tools", "functions", "other kinds are refused"),
+    RequestField("tool_choice", "none, auto, required, a function, allowed_tools", "as in chat"),
+    RequestField("text", "`format`, `verbosity`", "`format`: text, json_object or json_schema"),
+    RequestField("reasoning", "`effort`, `summary`", "`effort` goes to the model's template"),
+    RequestField("include", "`message.output_text.logprobs`", "log-probabilities of the text's tokens"),
+    RequestField("top_logprobs", "0-`--max-logprobs` (0)", "and of the likeliest"),
+    RequestField("truncation", "`disabled`", "auto is refused"),
+    RequestField(
+        "max_tool_calls", "integer", "accepted, no effect: it bounds tools that this server has not"
+    ),
+    RequestField("metadata", "up to 16 pairs of strings", "echoed"),
+    RequestField("background", "false", "true is refused"),
+)
+OWN_RESPONSES = frozenset(field.name for field in RESPONSES)
+
+_IS_IN_CHAT = "is a field of chat completions"
+REFUSED_RESPONSES: dict[str, str] = {
+    "background": "is not supported: nothing runs in the background",
+    "conversation": "is not supported; use previous_response_id",
+    "prompt": "is not supported: this server keeps no prompts",
+    "context_management": "is not supported",
+    "moderation": "is not supported",
+    "messages": f"{_IS_IN_CHAT}; use input",
+    "response_format": f"{_IS_IN_CHAT}; use text.format",
+    "max_tokens": f"{_IS_IN_CHAT}; use max_output_tokens",
+    "max_completion_tokens": f"{_IS_IN_CHAT}; use max_output_tokens",
+    "logprobs": f"{_IS_IN_CHAT}; use include",
+    "n": f"{_IS_IN_CHAT}: a response has one answer",
+    "best_of": f"{_IS_IN_CHAT}: a response has one answer",
+    "echo": _IS_IN_CHAT,
+    "continue_final_message": _IS_IN_CHAT,
+    "prompt_logprobs": _IS_IN_CHAT,
+    "return_token_ids": _IS_IN_CHAT,
+}
+
 REFUSED: dict[str, str] = {
     "suffix": "needs a fill-in-the-middle model, which this server has none of",
     "functions": "is replaced by tools",

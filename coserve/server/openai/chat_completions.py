@@ -48,7 +48,7 @@ from coserve.server.openai.usage import StreamOptions, usage_body
 from coserve.server.preparing import prepared
 
 
-class _Answer:
+class ChatCompletion:
     """What one chat request wants in its answer, and the forms of that answer."""
 
     def __init__(self, context: Context, fields: Fields, key: Key | None, request_id: str) -> None:
@@ -202,7 +202,7 @@ def routes(context: Context) -> list[Route]:
     async def create(request: Request) -> Response:
         fields, state = await read_json(request), request.state
         take_request_id(request, fields)
-        make = partial(_Answer, context, fields, state.key, state.request_id)
+        make = partial(ChatCompletion, context, fields, state.key, state.request_id)
         answer = await prepared(make, state.size)
         if answer.options.stream:
             return await EventStream.open(request, answer.events())
