@@ -160,6 +160,10 @@ class Tokenizer:
             return None
         return next((token for token in self.special_texts if token in text), None)
 
+    def to_json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json."""
+        return self._backend.to_str()
+
     # ---------------------------------------------------------------- conversations
 
     def render_chat(

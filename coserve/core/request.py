@@ -24,6 +24,7 @@ class Request(Sequence):
     `token_ids` holds prompt and output. `block_table` lists the blocks that hold its K and V. `targets` are
     its latency class's where those aren't the server's own; `tenant` and `weight` say whose share it is
     served from, and how large that is. Only requests with the same `cache_salt` share cached prefixes.
+    `awaits_grammar` keeps it waiting until its grammar is compiled; `end_ids` are the model's end tokens.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class Request(Sequence):
         self.num_preemptions = 0
         self.scheduled_at: float | None = None
         self.pace_from: float | None = None  # its tokens are due from there on
+        self.awaits_grammar = bool(sampling.grammar)
+        self.end_ids = frozenset(eos_token_ids)
         self._stop_ids = frozenset(sampling.stop_token_ids) | (
-            frozenset() if sampling.ignore_eos else frozenset(eos_token_ids)
+            frozenset() if sampling.ignore_eos else self.end_ids
         )
         self._max_tokens = min(sampling.max_tokens, max_model_len - self.num_prompt_tokens)
 
@@ -101,6 +104,8 @@ class Request(Sequence):
         output = len(self.token_ids) - self.num_prompt_tokens
         if token_id in self._stop_ids and output > self.sampling.min_tokens:
             return ("stop", token_id)
+        if self.sampling.grammar and token_id in self.end_ids:
+            return ("stop", token_id)  # a grammar lets an end token pass only where it is complete
         if output >= self._max_tokens:
             return ("length", None)
         return None

@@ -71,7 +71,7 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.num_preemptions = 0
-        self.num_deferred = 0  # waiting requests whose adapter wasn't on the device in the last step
+        self.num_deferred = 0  # waiting requests whose adapter or grammar wasn't ready in the last step
         self.prefixes = RequestPrefixes(blocks, limits.block_size)
         self.shares = FairShares()
         self.budgets = TrainingBudgets(model, limits.min_training_share)
@@ -229,7 +229,9 @@ class Scheduler:
             if budget == 0 or len(self.running) >= self.limits.max_num_seqs:
                 self.left_waiting = True
                 break
-            if request.adapter is not None and not self._adapter_ready(request.adapter):
+            if request.awaits_grammar or (
+                request.adapter is not None and not self._adapter_ready(request.adapter)
+            ):
                 self.num_deferred += 1
                 continue
             if not self._has_turn(request, now):

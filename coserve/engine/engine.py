@@ -25,10 +25,12 @@ from coserve.core.step_plan import StepPlan
 from coserve.engine import latency_file
 from coserve.engine import messages as m
 from coserve.engine.device import memory_plan, resolve_device, resolve_dtype, resolve_threads
+from coserve.engine.grammars import Grammars
 from coserve.engine.memory_limit import memory_for_jobs, memory_limit_of
 from coserve.engine.outbox import Outbox
 from coserve.engine.stats import StatsKeeper
 from coserve.errors import ContextLengthExceeded, CoserveError
+from coserve.grammar import GrammarVocabulary
 from coserve.kernels.dispatch import set_batch_invariant
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.lora.adapter_tiers import AdapterTiers
@@ -37,6 +39,7 @@ from coserve.models.loader import load_model
 from coserve.training.job_manager import JobManager
 from coserve.training.unit_calls import Stop
 from coserve.worker.cuda_graph import CudaGraphs
+from coserve.worker.grammar_masks import GrammarMasks
 from coserve.worker.kv_tensors import KVTensors
 from coserve.worker.model_runner import ModelRunner, StepResult
 from coserve.worker.streams import CudaStreams, InOrder, Streams
@@ -102,7 +105,11 @@ class Engine:
         self.admission = Admission(self.scheduler, config.max_num_queued_reqs)
         self.streams: Streams = CudaStreams() if on_gpu else InOrder()
         graphs = CudaGraphs() if on_gpu else None
-        self.runner = ModelRunner(self.decoder, self.kv, self.pool, self.slots, graphs)
+        ends, vocab_size = self.model_config.eos_token_ids, self.model_config.vocab_size
+        vocabulary = GrammarVocabulary.from_dir(config.model, vocab_size, ends)
+        self.masks = GrammarMasks(vocab_size, vocabulary.num_words if vocabulary else 0)
+        self.grammars = Grammars(vocabulary, self.masks)
+        self.runner = ModelRunner(self.decoder, self.kv, self.pool, self.slots, graphs, self.masks)
         # What the host holds of adapters comes and goes; a job keeps what it has until it ends.
         self.job_memory = memory_for_jobs(device, self.kv.arena.nbytes + self.pool.nbytes)
         self.jobs = JobManager(
@@ -127,6 +134,7 @@ class Engine:
         """One step: every sequence owes tokens, the plan says which are paid now."""
         started, forward = time.perf_counter(), 0.0
         self._take_in_adapters()
+        self._take_in_grammars()
         plan = self.scheduler.schedule(time.time())
         self.jobs.prepare(plan)
         deadline = started + plan.end
@@ -176,10 +184,16 @@ class Engine:
             request = span.request
             if request.finished or not span.samples:
                 continue
+            failure = result.failed.get(request.sequence_id)
+            if failure is not None:
+                self.grammars.drop(request)
+                self._refuse(request, failure)
+                continue
             finish: tuple[str, int | None] | None = ("length", None)
             sampled = result.sampled.get(request.sequence_id)
             if sampled is not None and not request.wants_no_tokens:
                 finish = request.append(sampled.token_id)
+                self.masks.advance(request, sampled.token_id)
             outputs.append(self._output(request, result, finish))
             if finish is not None:
                 self._finish(request)
@@ -211,7 +225,12 @@ class Engine:
 
     def _finish(self, request: Request) -> None:
         self.scheduler.finish(request)
+        self.masks.forget(request)
         self._release_live(request)
+
+    def _refuse(self, request: Request, error: CoserveError) -> None:
+        self._finish(request)
+        self.outbox.refuse(request.sequence_id, error)
 
     def _release_live(self, request: Request) -> None:
         if request.adapter is not None and request.adapter in self.live:
@@ -222,9 +241,11 @@ class Engine:
         if not failed:
             return
         for request in [r for r in self.scheduler.waiting if r.adapter in failed]:
-            error = failed[request.adapter or ""]
-            self._finish(request)
-            self.outbox.refuse(request.sequence_id, error)
+            self._refuse(request, failed[request.adapter or ""])
+
+    def _take_in_grammars(self) -> None:
+        for request, error in self.grammars.poll() if self.grammars.is_compiling else ():
+            self._refuse(request, error)
 
     # ------------------------------------------------------------------ messages
 
@@ -232,15 +253,15 @@ class Engine:
     def has_work(self) -> bool:
         """A step would do something now."""
         scheduler = self.scheduler
-        waits_for_load = len(scheduler.waiting) == scheduler.num_deferred and self.adapters.is_loading
+        waits_for_load = len(scheduler.waiting) == scheduler.num_deferred and self.is_loading
         return bool(
             scheduler.running or (scheduler.waiting and not waits_for_load) or self.jobs.has_work
         )
 
     @property
     def is_loading(self) -> bool:
-        """Whether the adapter of this digest is on its way to the device."""
-        return self.adapters.is_loading
+        """An adapter is on its way to the device, or a grammar is being compiled."""
+        return self.adapters.is_loading or self.grammars.is_compiling
 
     @singledispatchmethod
     def handle(self, message: object) -> None:
@@ -278,6 +299,7 @@ class Engine:
             if needed > self.blocks.num_blocks:
                 reason = "The prompt is larger than the server's KV cache."
                 raise ContextLengthExceeded(reason, param="prompt")
+            self.grammars.check(request)
             self.stats.arrived(message.arrival)
             self.admission.check(request, time.time())
         except CoserveError as error:
@@ -285,6 +307,7 @@ class Engine:
             self.outbox.refuse(message.request_id, error)
             return
         self.scheduler.add(request)
+        self.grammars.add(request)
 
     @handle.register
     def _(self, message: m.AbortRequests) -> None:
@@ -348,6 +371,7 @@ class Engine:
         self.jobs.checkpoint_all()
         self.send(self.stats.snapshot(0, with_costs=True))
         self.adapters.close()
+        self.grammars.close()
         self.stopped = True
 
     def describe(self) -> m.EngineReady:

@@ -292,7 +292,7 @@ class EngineStats(Message):
     call_id: int = 0
     running: int = 0
     waiting: int = 0
-    waiting_deferred: int = 0  # waiting for an adapter's load
+    waiting_deferred: int = 0  # waiting for an adapter's load or a grammar's compilation
     kv_usage: float = 0.0
     memory_bytes: dict[str, int] = {}  # by owner; they sum to the two below
     resident_bytes: int = 0

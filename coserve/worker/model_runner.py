@@ -12,6 +12,7 @@ import torch
 from coserve.core.request import Request
 from coserve.core.span import InferenceSpan
 from coserve.core.step_plan import StepPlan
+from coserve.errors import InvalidRequest
 from coserve.layers.batch import LayerSaver
 from coserve.layers.lm_head import HeadRun
 from coserve.layers.pieces import Pieces
@@ -19,6 +20,7 @@ from coserve.lora.adapter_pool import AdapterPool
 from coserve.models.decoder import PIECES, Decoder
 from coserve.worker.cuda_graph import BucketedForward, Graphs
 from coserve.worker.forward_batch import AdapterRows, WindowSource, build_forward_batch, lora_batch
+from coserve.worker.grammar_masks import NO_MASKS, GrammarMasks
 from coserve.worker.kv_tensors import KVTensors
 from coserve.worker.sampler import SamplingRow, TokenLogprob, sample, score
 from coserve.worker.standing_batch import StandingBatches
@@ -36,9 +38,11 @@ class Sampled:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the step's forward gave: by request id, the token of every span that samples."""
+    """What the step's forward gave: by request id, the token of every span that samples, or why it can't have
+    one."""
 
     sampled: dict[str, Sampled] = field(default_factory=dict)
+    failed: dict[str, InvalidRequest] = field(default_factory=dict)
 
 
 @dataclass
@@ -51,7 +55,8 @@ class RestingForward:
 
 
 class ModelRunner:
-    """The decoder, the KV cache and the adapter rows, joined. With `graphs` steps replay one if they can."""
+    """The decoder, the KV cache and the adapter rows, joined. With `graphs` steps replay one if they can;
+    `masks` know what grammars forbid."""
 
     def __init__(
         self,
@@ -60,7 +65,9 @@ class ModelRunner:
         pool: AdapterPool,
         slots: AdapterRows,
         graphs: Graphs | None = None,
+        masks: GrammarMasks | None = None,
     ) -> None:
+        self._masks = masks
         self._decoder = decoder
         self._kv = kv
         self._pool = pool
@@ -162,14 +169,19 @@ class ModelRunner:
         x_SH = x_TH[torch.tensor(last_rows, device=x_TH.device)]
         return self._choose(due, self._logits(self._decoder.final_norm(x_SH), adapters))
 
-    @staticmethod
-    def _choose(due: Sequence[InferenceSpan], logits_SV: torch.Tensor) -> StepResult:
-        chosen = sample(logits_SV, [_sampling_row(span.request) for span in due])
+    def _choose(self, due: Sequence[InferenceSpan], logits_SV: torch.Tensor) -> StepResult:
+        requests = [span.request for span in due]
+        masks = NO_MASKS if self._masks is None else self._masks.fill(requests)
+        chosen = sample(
+            logits_SV, [_sampling_row(request, masks.banned.get(i)) for i, request in enumerate(requests)]
+        )
+        ids = [request.sequence_id for request in requests]
         return StepResult(
             {
-                span.request.sequence_id: Sampled(token_id, logprobs)
-                for span, token_id, logprobs in zip(due, chosen.token_ids, chosen.logprobs, strict=True)
-            }
+                request_id: Sampled(token_id, logprobs)
+                for request_id, token_id, logprobs in zip(ids, chosen.token_ids, chosen.logprobs, strict=True)
+            },
+            {ids[place]: error for place, error in masks.failed.items()},
         )
 
     def _score_prompts(self, plan: StepPlan, x_TH: torch.Tensor) -> None:
@@ -206,5 +218,12 @@ class ModelRunner:
         return self._decoder.logits(h_SH, runs)
 
 
-def _sampling_row(request: Request) -> SamplingRow:
-    return SamplingRow(request.sampling, request.token_ids, request.num_prompt_tokens, request.stop_ids)
+def _sampling_row(request: Request, banned_V: torch.Tensor | None) -> SamplingRow:
+    return SamplingRow(
+        request.sampling,
+        request.token_ids,
+        request.num_prompt_tokens,
+        request.stop_ids,
+        banned_V,
+        request.end_ids,
+    )

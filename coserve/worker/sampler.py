@@ -1,8 +1,9 @@
 """From logits to tokens. A row's result depends on nothing but the row: its logits, its settings, its tokens.
 
-Order: raw log-probabilities are taken (what `logprobs` reports); then allowed ids, the bans on ends of bad
-words and, before `min_tokens`, on end tokens, logit bias, penalties; then the choice (kernels/sampling.py).
-The number drawn is a hash of (seed, position): preemption, batching and training change nothing.
+Order: raw log-probabilities are taken (what `logprobs` reports); then a grammar's mask, allowed ids, the bans
+on ends of bad words and, before `min_tokens`, on end tokens, logit bias, penalties; then the choice
+(kernels/sampling.py). The number drawn is a hash of (seed, position): preemption, batching and training
+change nothing.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ class SamplingRow:
     """One row of logits and how to choose from it.
 
     `token_ids` is prompt and output so far, the first `num_prompt_tokens` of them the prompt; `stop_ids` are
-    what `min_tokens` bans.
+    what `min_tokens` bans. `banned` (bool [V] on the CPU, not all true) is what a grammar forbids: of
+    `end_ids`, the model's end tokens, it lets one pass where it is complete.
     """
 
     params: SamplingParams
     token_ids: Sequence[int]
     num_prompt_tokens: int
     stop_ids: frozenset[int] = frozenset()
+    banned: torch.Tensor | None = None
+    end_ids: frozenset[int] = frozenset()
 
     @property
     def position(self) -> int:
@@ -170,7 +174,8 @@ def _splitmix64(state: int) -> int:
 def _is_adjusted(row: SamplingRow) -> bool:
     params = row.params
     return bool(
-        params.allowed_token_ids
+        row.banned is not None
+        or params.allowed_token_ids
         or params.logit_bias
         or params.bad_words
         or params.presence_penalty
@@ -182,18 +187,10 @@ def _is_adjusted(row: SamplingRow) -> bool:
 
 def _adjust_(logits_V: torch.Tensor, row: SamplingRow) -> None:
     params = row.params
-    allowed = set(params.allowed_token_ids)
-    if allowed:
-        kept = torch.tensor(sorted(allowed), device=logits_V.device)
-        values = logits_V[kept]
-        logits_V.fill_(-math.inf)
-        logits_V[kept] = values
-    early = row.stop_ids if row.num_output_tokens < params.min_tokens else frozenset()
-    for banned in (_bad_ends(row), early):
-        # When nothing else is allowed there is no way to go on: the ban gives in.
-        if banned and not (allowed and allowed <= banned):
-            logits_V[_ids(banned, logits_V)] = -math.inf
-            allowed -= banned
+    if row.banned is None:
+        _restrict_(logits_V, row)
+    else:
+        logits_V.masked_fill_(_banned(row, row.banned).to(logits_V.device), -math.inf)
     if params.logit_bias:
         bias = torch.tensor(list(params.logit_bias.values()), dtype=logits_V.dtype, device=logits_V.device)
         logits_V[_ids(params.logit_bias, logits_V)] += bias
@@ -206,6 +203,43 @@ def _adjust_(logits_V: torch.Tensor, row: SamplingRow) -> None:
             params.presence_penalty,
             params.frequency_penalty,
         )
+
+
+def _restrict_(logits_V: torch.Tensor, row: SamplingRow) -> None:
+    allowed = set(row.params.allowed_token_ids)
+    if allowed:
+        kept = torch.tensor(sorted(allowed), device=logits_V.device)
+        values = logits_V[kept]
+        logits_V.fill_(-math.inf)
+        logits_V[kept] = values
+    for banned in (_bad_ends(row), _early_ends(row)):
+        # When nothing else is allowed there is no way to go on: the ban gives in.
+        if banned and not (allowed and allowed <= banned):
+            logits_V[_ids(banned, logits_V)] = -math.inf
+            allowed -= banned
+
+
+def _banned(row: SamplingRow, grammar_V: torch.Tensor) -> torch.Tensor:
+    """bool [V]: what the grammar bans, and what the request's own settings do, as far as that leaves
+    something. With `ignore_eos` an output ends only where its grammar can't go on."""
+    params, banned_V = row.params, grammar_V
+    ignored = row.end_ids if params.ignore_eos else frozenset()
+    for ids in (_bad_ends(row), _early_ends(row), ignored):
+        if ids:
+            with_ids_V = banned_V.clone()
+            with_ids_V[_ids(ids, banned_V)] = True
+            banned_V = banned_V if bool(with_ids_V.all()) else with_ids_V
+    if params.allowed_token_ids:
+        allowed = _ids(params.allowed_token_ids, banned_V)
+        others_V = torch.ones_like(banned_V)
+        others_V[allowed] = banned_V[allowed]
+        banned_V = banned_V if bool(others_V.all()) else others_V
+    return banned_V
+
+
+def _early_ends(row: SamplingRow) -> frozenset[int]:
+    """Tokens that would end the output before `min_tokens`."""
+    return row.stop_ids if row.num_output_tokens < row.params.min_tokens else frozenset()
 
 
 def _bad_ends(row: SamplingRow) -> frozenset[int]:

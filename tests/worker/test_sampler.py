@@ -1,6 +1,7 @@
 """The sampler against plain per-row references in float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coserve.core.sampling_params import SamplingParams
+from coserve.kernels import dispatch
+from coserve.kernels.dispatch import native_replaced
 from coserve.kernels.sampling import candidates
 from coserve.worker.sampler import SamplingRow, sample, score, uniform
 
@@ -276,3 +279,61 @@ def test_bad_words_never_come_whole(seed, words):
 def test_a_bad_word_gives_in_when_nothing_else_is_allowed():
     one = row(bad_words=((3,),), allowed_token_ids=(3,), temperature=0.0)
     assert sample(random_logits(0), [one]).token_ids == [3]
+
+
+MASKED = {
+    "greedy": {"temperature": 0.0},
+    "open": {"temperature": 1.3},
+    "top-k": {"top_k": 7},
+    "top-p": {"top_p": 0.7},
+    "min-p": {"min_p": 0.1},
+    "penalties": {"presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
+    "bias": {"logit_bias": {3: 5.0, 4: -100.0}},
+}
+
+
+def masked_row(banned, **params):
+    return replace(row((1, 2, 3, 7, 7), 3, **params), banned=banned)
+
+
+@pytest.mark.parametrize("params", MASKED.values(), ids=MASKED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
+@given(seed=st.integers(0, 10**6), share=st.sampled_from([0.1, 0.5, 0.98]))
+@settings(max_examples=15)
+def test_a_masked_row_is_one_whose_banned_logits_are_gone(params, dtype, native, seed, share):
+    """Equal to the same settings over logits that hold minus infinity there, and the rows beside it don't
+    change; log-probabilities are those of the raw logits."""
+    generator = torch.Generator().manual_seed(seed)
+    banned = torch.rand(V, generator=generator) < share
+    banned[seed % V] = False
+    logits = random_logits(seed, rows=3).to(dtype)
+    free = row(seed=1), row(temperature=0.0)
+    params = {"seed": seed, "logprobs": 2, **params}
+    with native_replaced(dispatch.native if native else None):
+        found = sample(logits.clone(), [free[0], masked_row(banned, **params), free[1]])
+        alone = sample(logits[[0, 2]].clone(), list(free))
+        gone = logits.clone()
+        gone[1, banned] = -math.inf
+        expected = sample(gone, [free[0], row((1, 2, 3, 7, 7), 3, **params), free[1]])
+        raw = score(logits[1:2], [found.token_ids[1]], 2)
+    assert not banned[found.token_ids[1]]
+    assert found.token_ids == expected.token_ids
+    assert [found.token_ids[0], found.token_ids[2]] == alone.token_ids
+    assert found.logprobs[1] == raw[0]
+
+
+def test_settings_that_leave_nothing_of_a_mask_give_in():
+    logits, end, stop = random_logits(2), 9, 8
+    banned = torch.ones(V, dtype=torch.bool)
+    banned[[end, stop]] = False
+
+    def choice(**params):
+        held = masked_row(banned, **params)
+        held = replace(held, stop_ids=frozenset({end, stop}), end_ids=frozenset({end}))
+        return sample(logits.clone(), [held]).token_ids[0]
+
+    assert choice(ignore_eos=True, temperature=0.0) == stop
+    assert choice(allowed_token_ids=(end, 20), temperature=0.0) == end
+    assert choice(bad_words=((end,),), temperature=0.0) == stop
+    assert choice(min_tokens=50) in (end, stop) and choice(allowed_token_ids=(20, 21)) in (end, stop)

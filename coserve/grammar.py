@@ -1,0 +1,100 @@
+"""What constrained output has to match: grammars over a model's vocabulary, by llguidance. Free of torch.
+
+A grammar is a text: a Lark grammar, or the JSON of several, as the library's `grammar_from_...` write it. The
+server checks it without a vocabulary (`check_grammar`), the engine compiles it for the model's
+(`GrammarVocabulary.compile`). Both may take a while and let other threads run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from coserve.errors import ConfigError, InvalidRequest
+from coserve.tokenizer import Tokenizer
+
+MAX_GRAMMAR_BYTES = 512 * 2**10
+_SHOWN = 300
+
+# What one grammar may cost: tens of milliseconds to compile, under 10 ms a token, and an automaton of 40 MB,
+# by the library's figures. One that asks for more is refused, or ends in an error where it gets there.
+_LIMITS = LLParserLimits(
+    max_items_in_row=10_000,
+    step_lexer_fuel=100_000,
+    max_lexer_states=20_000,
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
+
+
+def check_grammar(grammar: str, param: str = "grammar") -> None:
+    """Raise InvalidRequest, saying why, unless `grammar` is one and small enough."""
+    size = len(grammar.encode("utf-8", errors="replace"))
+    if size > MAX_GRAMMAR_BYTES:
+        raise InvalidRequest(
+            f"{param} makes a grammar of {size} bytes; at most {MAX_GRAMMAR_BYTES} are allowed.", param=param
+        )
+    refused, reasons = LLMatcher.validate_grammar_with_warnings(grammar, None, limits=_LIMITS)
+    if refused:
+        raise InvalidRequest(f"{param} can't be used: {_short(' '.join(reasons))}", param=param)
+
+
+def failure_of(matcher: LLMatcher) -> InvalidRequest | None:
+    """Why a matcher can't go on, where it can't: its grammar asked for more than the limits."""
+    if not matcher.is_error():
+        return None
+    return InvalidRequest(
+        f"The grammar became too complex to follow: {_short(matcher.get_error())}", param="grammar"
+    )
+
+
+class GrammarVocabulary:
+    """A model's tokens as bytes: what its grammars are compiled for.
+
+    Masks have `num_words` int32 words with a bit for each token id, 1 where it is allowed; an id that the
+    tokenizer doesn't know never is. Making a vocabulary holds the interpreter's lock, a second for 150,000
+    tokens: it is done before there are requests.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Sequence[int]) -> None:
+        """`vocab_size` and `end_ids`, the tokens that end an output, are the model's. Raises ValueError where
+        there is no end token or tokens aren't byte strings."""
+        known = max(vocab_size, tokenizer.id_limit)
+        self._tokenizer = LLTokenizer(tokenizer.to_json(), n_vocab=known, eos_token=list(end_ids))
+        self.num_words = -(-known // 32)
+
+    @classmethod
+    def from_dir(cls, path: str | Path, vocab_size: int, end_ids: Sequence[int]) -> GrammarVocabulary | None:
+        """That of a model directory; None where the model can't be held to a grammar: it has no end token, or
+        no tokenizer, or one whose tokens aren't byte strings."""
+        try:
+            return cls(Tokenizer.from_dir(path), vocab_size, end_ids)
+        except (ConfigError, ValueError):
+            return None
+
+    def compile(self, grammar: str) -> LLMatcher:
+        """A matcher at the grammar's start; outputs are followed by copies of it, which share its automaton.
+
+        Raises InvalidRequest for what isn't a grammar, or can't be followed from its first tokens on.
+        """
+        check_grammar(grammar)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
+        probe = matcher.deep_copy()
+        for _ in range(2):
+            allowed = np.frombuffer(probe.compute_bitmask(), dtype=np.uint8)
+            failure = failure_of(probe)
+            if failure is not None:
+                raise failure
+            byte = int(allowed.nonzero()[0][0])
+            probe.consume_token(8 * byte + (int(allowed[byte]) & -int(allowed[byte])).bit_length() - 1)
+        return matcher
+
+
+def _short(reason: str) -> str:
+    """The library's reason without its backtraces and its position marks, on one line."""
+    lines = reason.partition("<backtrace>")[0].split("\n")
+    text = " ".join(line.strip() for line in lines if line.strip(" |^-"))
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
