@@ -51,8 +51,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The API server's own settings; `engine` goes on to the engine process.
 
-    `max_logprobs` -1 lets a request have those of the whole vocabulary. `stream_interval` is the tokens of
-    one chunk of a stream.
+    `served_model_names` are further names of the base model, `generation_config` is "auto" (the model's own
+    sampling defaults), "vllm" (none), or a directory that has them. `force_include_usage` ends every stream
+    with its usage, asked for or not. `max_logprobs` -1 lets a request have those of the whole vocabulary.
+    `stream_interval` is the tokens of one chunk of a stream.
     """
 
     engine: EngineConfig
@@ -65,6 +67,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     lora_modules: tuple[tuple[str, str], ...] = ()
     enable_live_adapters: bool = False
     chat_template: str = ""
+    served_model_names: tuple[str, ...] = ()
+    generation_config: str = "auto"
+    force_include_usage: bool = False
+    log_level: str = "info"
     max_logprobs: int = 20
     stream_interval: int = 1
     api_keys: tuple[str, ...] = ()

@@ -15,6 +15,7 @@ import typer
 from coserve import __version__
 from coserve.cli import adapters, bench, chat, finetune, jobs, keys, serve
 from coserve.cli.failure import CommandFailed
+from coserve.cli.vllm_flags import ours
 from coserve.errors import ConfigError, CoserveError
 
 EXIT_FAILURE = 1
@@ -57,6 +58,10 @@ def _root(
 def run(arguments: Sequence[str]) -> int:
     """Run one command line (without the program's name) and return its exit code."""
     try:
+        if list(arguments[:1]) == ["serve"]:
+            arguments, said = ours(arguments)
+            for sentence in said:
+                print(f"coserve: {sentence}", file=sys.stderr)
         code = typer.main.get_command(app).main(list(arguments), "coserve", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED

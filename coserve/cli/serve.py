@@ -17,13 +17,17 @@ from coserve.errors import ConfigError
 
 DEFAULT_STATE_DIR = "~/.local/state/coserve"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_LOG_LEVELS = ("debug", "info", "warning", "error")
 _MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 def serve(
     model: flags.Model = None,
     model_option: flags.ModelOption = None,
-    served_model_name: flags.ServedModelName = "",
+    served_model_name: flags.ServedModelName = None,
+    revision: flags.Revision = "",
+    download_dir: flags.DownloadDir = "",
+    generation_config: flags.GenerationConfig = "auto",
     host: flags.Host = "127.0.0.1",
     port: flags.Port = 8000,
     grpc_port: flags.GrpcPort = 50051,
@@ -45,6 +49,8 @@ def serve(
     adapter_root: flags.AdapterRoot = None,
     enable_live_adapters: flags.EnableLiveAdapters = False,
     chat_template: flags.ChatTemplate = "",
+    force_include_usage: flags.ForceUsage = False,
+    log_level: flags.LogLevel = "info",
     max_logprobs: flags.MaxLogprobs = 20,
     stream_interval: flags.StreamInterval = 1,
     api_key: flags.ApiKey = None,
@@ -77,10 +83,22 @@ def server_config(given: Mapping[str, Any]) -> ServerConfig:
         if not math.isfinite(given[name]):
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} {given[name]}: give milliseconds, or 0 for automatic.", param=name)
-    directory, name = find_model(_one_model(given["model"], given["model_option"]))
+    if given["log_level"] not in _LOG_LEVELS:
+        raise ConfigError(
+            f"--uvicorn-log-level {given['log_level']}: must be one of {', '.join(_LOG_LEVELS)}.",
+            param="log_level",
+        )
+    if given["generation_config"] not in ("auto", "vllm"):
+        existing_dir(given["generation_config"], "--generation-config")
+    model = _one_model(given["model"], given["model_option"])
+    directory, name = find_model(model, given["revision"], given["download_dir"])
+    names = tuple(dict.fromkeys(given["served_model_name"] or (name,)))
+    if not all(names):
+        raise ConfigError("--served-model-name: a name can't be empty.", param="served_model_name")
     changed = {
         "model": str(directory),
-        "served_model_name": given["served_model_name"] or name,
+        "served_model_name": names[0],
+        "served_model_names": names[1:],
         "kv_cache_memory_bytes": size_in_bytes(given["kv_cache_memory_bytes"], "--kv-cache-memory-bytes"),
         "state_dir": str(Path(given["state_dir"]).expanduser().resolve()),
         "adapter_roots": _directories(given["adapter_root"] or (), "--adapter-root"),
@@ -93,11 +111,16 @@ def server_config(given: Mapping[str, Any]) -> ServerConfig:
     return ServerConfig(engine=engine, **_fields(ServerConfig, values))
 
 
-def find_model(given: str | None) -> tuple[Path, str]:
-    """The model's directory and its name in requests; a hub id is fetched unless it is in the local cache.
+def find_model(given: str | None, revision: str = "", download_dir: str = "") -> tuple[Path, str]:
+    """The model's directory and its name in requests; a hub id (of a `revision`) is fetched unless it is in
+    the local cache, or in `download_dir`.
 
     Raises ConfigError when there is neither such a directory nor such an id.
     """
+    is_hub_id = given is not None and given != DEMO_MODEL_NAME and not Path(given).expanduser().is_dir()
+    for flag, value in (("--revision", revision), ("--download-dir", download_dir)):
+        if value and not is_hub_id:
+            raise ConfigError(f"{flag} {value}: goes with a hub id, and this model is on disk.", param=flag)
     if given is None or given == DEMO_MODEL_NAME:
         return DEMO_MODEL_DIR, DEMO_MODEL_NAME
     directory = Path(given).expanduser()
@@ -108,7 +131,10 @@ def find_model(given: str | None) -> tuple[Path, str]:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(given, allow_patterns=_MODEL_FILES)), given
+        folder = huggingface_hub.snapshot_download(
+            given, revision=revision or None, cache_dir=download_dir or None, allow_patterns=_MODEL_FILES
+        )
+        return Path(folder), given
     except Exception as error:  # the hub client raises a dozen kinds, all meaning the same to the user
         raise ConfigError(
             f"model {given}: no such directory, and the hub doesn't give it ({type(error).__name__}).",

@@ -12,7 +12,24 @@ Model = Annotated[
 ModelOption = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help="The same as the argument.")
 ]
-ServedModelName = Annotated[str, typer.Option(help="The base model's name in requests.")]
+ServedModelName = Annotated[
+    list[str] | None, typer.Option(help="The base model's name; repeatable, answers carry the first.")
+]
+Revision = Annotated[str, typer.Option(help="Branch, tag or commit of a hub id.")]
+DownloadDir = Annotated[str, typer.Option(metavar="DIR", help="Where a hub id's files are kept.")]
+GenerationConfig = Annotated[
+    str,
+    typer.Option(metavar="auto|vllm|DIR", help="Sampling defaults: the model's, none, or DIR's."),
+]
+LogLevel = Annotated[
+    str,
+    typer.Option(
+        "--uvicorn-log-level", "--log-level", metavar="debug|info|warning|error", help="What the log says."
+    ),
+]
+ForceUsage = Annotated[
+    bool, typer.Option("--enable-force-include-usage", help="End every stream with its usage.")
+]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="HTTP port; 0 takes a free one.")]
 GrpcPort = Annotated[int, typer.Option(min=0, max=65535, help="gRPC port; 0 takes a free one.")]

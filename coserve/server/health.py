@@ -38,6 +38,10 @@ def routes(context: Context) -> list[Route]:
             return error_response(error)
         return json_response({"status": "ready"})
 
+    async def load(request: Request) -> Response:
+        """vLLM's: the requests under way."""
+        return json_response({"server_load": context.lifecycle.in_flight})
+
     async def version(request: Request) -> Response:
         return json_response({"version": __version__})
 
@@ -53,5 +57,6 @@ def routes(context: Context) -> list[Route]:
         Route("GET", "/ping", health, USE),
         Route("POST", "/ping", health, USE),
         Route("GET", "/version", version, USE),
+        Route("GET", "/load", load, USE),
         Route("GET", "/metrics", metrics, METRICS),
     ]

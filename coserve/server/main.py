@@ -68,7 +68,7 @@ EngineFactory = Callable[[EngineConfig], EngineClient]
 
 def run_server(config: ServerConfig) -> int:
     """Serve until SIGTERM (returns 0) or Ctrl-C (130). Raises ConfigError, InternalError before it serves."""
-    log.configure()
+    log.configure(config.log_level)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time; the cores are the engine's
     sys.setswitchinterval(_SWITCH_INTERVAL)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -233,7 +233,8 @@ def _make_parts(
     name, max_rank = engine.config.served_model_name, engine.config.max_lora_rank
     lifecycle = Lifecycle(engine)
     fingerprint = model_fingerprint(config.engine.model or DEMO_MODEL_DIR)
-    base = base_model(name, config.engine.model or name, info.max_model_len, info.vocab_size, fingerprint)
+    names = (name, *(other for other in config.served_model_names if other != name))
+    base = base_model(names, config.engine.model or name, info.max_model_len, info.vocab_size, fingerprint)
     metrics, quotas = _metrics(engine.config, tiers, info, name), Quotas()
     generator = Generator(
         engine,
@@ -301,11 +302,18 @@ def _rules(config: ServerConfig, model: str, tokenizer: Tokenizer, vocab_size: i
     return SamplingRules(
         tokenizer,
         vocab_size,
-        SamplingDefaults.from_dir(model),
+        _sampling_defaults(config.generation_config, model),
         config.max_logprobs,
         config.stream_interval,
         random.Random(seed) if seed else random.SystemRandom(),
     )
+
+
+def _sampling_defaults(source: str, model: str) -> SamplingDefaults:
+    """Those of `--generation-config`."""
+    if source == "vllm":
+        return SamplingDefaults()
+    return SamplingDefaults.from_dir(model if source == "auto" else source)
 
 
 def _listen(context: Context, state: StateDir) -> None:

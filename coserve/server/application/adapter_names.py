@@ -37,7 +37,7 @@ class AdapterNames:
         self._base = base
         self._metrics = metrics
         self._serves_live = serves_live
-        self._registry = AdapterRegistry({base.name})
+        self._registry = AdapterRegistry(base.names)
         self._rows: dict[tuple[str, int], AdapterRow] = {}
         self._checkpoints: dict[str, NamedCheckpoint] = {}
         self._tiers: dict[str, str] = {}
@@ -60,7 +60,7 @@ class AdapterNames:
         return sees(key, alias.name) and sees(key, alias.model.partition("@")[0])
 
     def _resolve(self, model: str | None, key: Key | None) -> Target:
-        if model is None or model == self._base.name:
+        if model is None or self.is_base(model):
             if not sees(key, self._base.name):
                 raise unknown_model(self._base.name)
             return Target(self._base.name, None, fingerprint=self._base.fingerprint)
@@ -128,7 +128,7 @@ class AdapterNames:
     def check_name(self, name: str, param: str, key: Key | None) -> None:
         """Raise InvalidRequest for a name that can't be an adapter's, PermissionDenied for one that `key` may
         not give: whether it is taken stays unsaid."""
-        check_adapter_name(name, {self._base.name}, param=param)
+        check_adapter_name(name, self._base.names, param=param)
         self.check_named(name, param, key)
         if name in self.aliases:
             raise InvalidRequest(f"{name!r} is an alias; choose another name, or delete it.", param=param)
@@ -155,8 +155,8 @@ class AdapterNames:
                 )
 
     def is_base(self, name: str) -> bool:
-        """True for the base model's name."""
-        return name == self._base.name
+        """True for one of the base model's names."""
+        return name in self._base.names
 
     def knows(self, name: str) -> bool:
         """True when the name is an adapter in service."""

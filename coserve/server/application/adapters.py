@@ -291,7 +291,7 @@ class Adapters(AdapterNames):
 
     async def delete(self, name: str, key: Key | None) -> None:
         """Delete an adapter ("name": all versions; "name@3": one) with its files."""
-        if name == self._base.name and sees(key, name):
+        if self.is_base(name) and sees(key, self._base.name):
             raise InvalidRequest("The base model can't be deleted.", param="model")
         async with self._lock:
             found = self.get(name, key=key).version

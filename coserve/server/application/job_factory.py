@@ -103,7 +103,7 @@ class JobFactory:
                 adapter = self._adapters.resolve(name or None, key).adapter
             except CoserveError as error:
                 raise type(error)(error.message, param=param) from None
-            if param == "model" and name in ("", self._base.name):
+            if param == "model" and name in ("", *self._base.names):
                 continue
             if adapter is None:
                 raise InvalidRequest(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coserve.engine.messages import AdapterRef
@@ -11,8 +12,8 @@ from coserve.errors import ModelNotFound
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The one base model that is served: its public name, where it came from, its sizes, and which weights
-    it has (models/fingerprint.py)."""
+    """The one base model that is served: its public name and the other ones it answers to, where it came
+    from, its sizes, and which weights it has (models/fingerprint.py)."""
 
     name: str
     root: str
@@ -20,6 +21,12 @@ class BaseModel:
     vocab_size: int
     created: int = 0
     fingerprint: str = ""
+    other_names: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of its names, the one that answers carry first."""
+        return (self.name, *self.other_names)
 
 
 @dataclass(frozen=True)
@@ -33,9 +40,13 @@ class Target:
     fingerprint: str = ""
 
 
-def base_model(name: str, root: str, max_model_len: int, vocab_size: int, fingerprint: str) -> BaseModel:
-    """A BaseModel created now."""
-    return BaseModel(name, root, max_model_len, vocab_size, int(time.time()), fingerprint)
+def base_model(
+    names: Sequence[str], root: str, max_model_len: int, vocab_size: int, fingerprint: str
+) -> BaseModel:
+    """A BaseModel created now; the first of `names` is the one that answers carry."""
+    name, *others = names
+    created = int(time.time())
+    return BaseModel(name, root, max_model_len, vocab_size, created, fingerprint, tuple(others))
 
 
 def unknown_model(name: str) -> ModelNotFound:

@@ -56,7 +56,7 @@ class ChatCompletion:
         check_response_format(fields)
         log_unknown(fields, KNOWN_CHAT)
         self.context = context
-        self.options = StreamOptions.read(fields)
+        self.options = StreamOptions.read(fields, force_usage=context.config.force_include_usage)
         wants = fields.boolean("logprobs")
         top = read_logprobs(fields, "top_logprobs", context.rules)
         if top is not None and not wants:

@@ -79,7 +79,7 @@ class _Answer:
         check_response_format(fields)
         log_unknown(fields, KNOWN_COMPLETIONS)
         self.context = context
-        self.options = StreamOptions.read(fields)
+        self.options = StreamOptions.read(fields, force_usage=context.config.force_include_usage)
         self.echo = fields.boolean("echo")
         if isinstance(fields.raw("logprobs"), bool):
             raise fields.fail("logprobs", "must be an integer: the number of alternatives.")

@@ -14,10 +14,10 @@ from coserve.server.context import Context
 from coserve.server.http import Route, json_response
 
 
-def base_card(base: BaseModel) -> dict[str, Any]:
-    """The base model's entry."""
+def base_card(base: BaseModel, name: str = "") -> dict[str, Any]:
+    """The base model's entry, under its first name or another one."""
     return {
-        "id": base.name,
+        "id": name or base.name,
         "object": "model",
         "created": base.created,
         "owned_by": "coserve",
@@ -52,13 +52,14 @@ def routes(context: Context) -> list[Route]:
         alias = context.adapters.aliases.get(name)
         if alias is not None and context.adapters.sees_alias(alias, key):
             return {**card_of(alias.model, key), "id": name, "alias_of": alias.model}
-        if name == context.base.name and sees(key, name):
-            return base_card(context.base)
+        if context.adapters.is_base(name) and sees(key, context.base.name):
+            return base_card(context.base, name)
         return adapter_card(context.base, context.adapters.get(name, key=key), name)
 
     async def list_models(request: Request) -> Response:
         key = request.state.key
-        cards = [base_card(context.base)] if sees(key, context.base.name) else []
+        names = context.base.names if sees(key, context.base.name) else ()
+        cards = [base_card(context.base, name) for name in names]
         cards += [adapter_card(context.base, row) for row in context.adapters.newest(key)]
         cards += [card_of(alias.name, key) for alias in context.aliases.all(key)]
         return json_response({"object": "list", "data": cards})

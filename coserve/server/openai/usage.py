@@ -41,15 +41,15 @@ class StreamOptions:
     obfuscates: bool = False
 
     @classmethod
-    def read(cls, fields: Fields) -> StreamOptions:
-        """From a request; options without stream are refused."""
+    def read(cls, fields: Fields, *, force_usage: bool) -> StreamOptions:
+        """From a request; options without stream are refused. `force_usage`: every stream ends with it."""
         stream = fields.boolean("stream")
         options = fields.object("stream_options")
         if options is None:
-            return cls(stream)
+            return cls(stream, stream and force_usage)
         if not stream:
             raise fields.fail("stream_options", "is only allowed with stream.")
-        include = options.boolean("include_usage")
+        include = options.boolean("include_usage") or force_usage
         continuous = options.boolean("continuous_usage_stats")
         return cls(stream, include, include and continuous, options.boolean("include_obfuscation"))
 

@@ -1,0 +1,72 @@
+"""A base model of several names, and what else a vLLM command line sets for every request."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from coserve.config import EngineConfig
+from tests.server.fake_engine import write_peft
+from tests.server.running import ServerThread
+from tests.server.test_adapters_http import chat, load
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerThread]:
+    root = tmp_path_factory.mktemp("named")
+    (root / "defaults").mkdir()
+    (root / "defaults" / "generation_config.json").write_text(json.dumps({"temperature": 0.25, "top_k": 7}))
+    server = ServerThread(
+        root / "state",
+        engine=EngineConfig(model="", served_model_name="chat"),
+        served_model_names=("chat-latest", "chat/eu"),
+        generation_config=str(root / "defaults"),
+        force_include_usage=True,
+        adapter_roots=(str(root),),
+    )
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def http(named: ServerThread) -> Iterator[httpx.Client]:
+    with named.http() as client:
+        yield client
+
+
+def test_every_name_answers_and_the_first_is_told(named: ServerThread, http: httpx.Client) -> None:
+    for name in ("chat", "chat-latest", "chat/eu"):
+        assert chat(http, name).json()["model"] == "chat"
+        card = http.get(f"/v1/models/{name}").json()
+        assert (card["id"], card["parent"]) == (name, None)
+    listed = [card["id"] for card in http.get("/v1/models").json()["data"]]
+    assert listed == ["chat", "chat-latest", "chat/eu"]
+    assert chat(http, "coserve-demo").status_code == 404
+    sampling = named.engine.requests[-1].sampling
+    assert (sampling.temperature, sampling.top_k) == (0.25, 7)
+    assert http.post("/tokenize", json={"model": "chat/eu", "prompt": "Hi"}).status_code == 200
+
+
+def test_no_adapter_takes_one_of_them(named: ServerThread, http: httpx.Client) -> None:
+    root = Path(named.config.adapter_roots[0])
+    refused = load(http, "chat-latest", write_peft(root / "x"))
+    assert refused.status_code == 400 and "base model" in refused.json()["error"]["message"]
+    assert http.delete("/v1/models/chat-latest").json()["error"]["message"].startswith("The base model")
+
+
+def test_every_stream_ends_with_its_usage(http: httpx.Client) -> None:
+    for path, prompt in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+        ("/v1/completions", {"prompt": "Hi"}),
+    ):
+        lines = http.post(path, json={"stream": True, "max_tokens": 4, **prompt}).text.split("\n\n")
+        last = json.loads(lines[-3].removeprefix("data: "))
+        assert lines[-2] == "data: [DONE]" and last["choices"] == [] and last["usage"]["prompt_tokens"] > 0
+
+
+def test_what_is_under_way(http: httpx.Client) -> None:
+    assert http.get("/load").json() == {"server_load": 0}
