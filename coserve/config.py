@@ -19,6 +19,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     `dtype` is "auto" (fp32 for the demo model and fp32 checkpoints, else bf16), "float32" or "bfloat16".
     `kv_cache_memory_bytes` 0 derives the pool's size from `gpu_memory_utilization` of the free memory.
     `max_num_queued_reqs` bounds the requests that wait for a place in a step; 0: any number may.
+    `max_cpu_lora_memory_bytes` bounds adapters in host memory beside their count; 0: an eighth of all memory.
     `latency_file` holds what was learnt of this machine's costs at the last start, if it is there.
     `min_training_share` is what jobs get of the time at least, 0 to 0.9, whatever the latency targets.
     `deterministic` asks a GPU for products whose rows don't depend on the batch; a CPU's never do.
@@ -39,6 +40,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_loras: int = 16
     max_lora_rank: int = 64
     max_cpu_loras: int = 128
+    max_cpu_lora_memory_bytes: int = 0
     slo_tpot_ms: float = 0.0
     slo_ttft_ms: float = 0.0
     min_training_share: float = 0.0

@@ -1,7 +1,7 @@
 """Which adapters have rows on the device, who reads them, and which may go.
 
-An adapter of rank r takes r rows of the pool, so rank 8 costs an eighth of rank 64. Adapters in use or pinned
-are never evicted; the others go least recently used first.
+An adapter of rank r takes r rows of the pool, so rank 8 costs an eighth of rank 64. Adapters in use, pinned or
+just being written are never evicted; of the others the least used of late goes first (adapter_use.py).
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from coserve.core.adapter_use import AdapterUse
+
 
 @dataclass(slots=True)
 class AdapterSlot:
     """An adapter's rows. `readers` counts the requests (and jobs) that use it now. One with a `lender` reads
-    that adapter's rows for now; its own are set aside for when they part."""
+    that adapter's rows for now; its own are set aside for when they part. Until it `is_written` nobody may
+    read it, and nobody else may have its rows."""
 
     key: str
     rows: list[int]
@@ -22,6 +25,7 @@ class AdapterSlot:
     pinned: bool = False
     doomed: bool = field(default=False)  # unloaded while in use: goes with its last reader
     lender: str | None = None
+    is_written: bool = True
 
 
 class AdapterSlots:
@@ -33,6 +37,8 @@ class AdapterSlots:
     ) -> None:
         self.max_rows = max_rows
         self.max_adapters = max_adapters
+        self.use = AdapterUse()
+        self.changes = 0  # counts them, for those who tell others which adapters have rows
         self._on_free = on_free
         self._free_rows = list(range(max_rows - 1, -1, -1))
         self._slots: OrderedDict[str, AdapterSlot] = OrderedDict()
@@ -53,23 +59,48 @@ class AdapterSlots:
         """Adapters with rows, least recently used first."""
         return list(self._slots)
 
+    @property
+    def held(self) -> list[AdapterSlot]:
+        """The slots that can't be had now: read, pinned, or being written."""
+        return [slot for slot in self._slots.values() if not self._is_idle(slot)]
+
+    @property
+    def rows_free(self) -> int:
+        """Rows that nobody has."""
+        return len(self._free_rows)
+
     def rows(self, key: str) -> list[int]:
         """The numbers of the rows that the adapter is read from, in rank order."""
         slot = self._slots[key]
         return slot.rows if slot.lender is None else self._slots[slot.lender].rows
 
-    def allocate(self, key: str, rank: int, *, pinned: bool = False) -> tuple[AdapterSlot, list[str]] | None:
-        """Rows for an adapter that has none, with the keys evicted for it; None while all are in use."""
+    def allocate(
+        self, key: str, rank: int, *, pinned: bool = False, is_written: bool = True
+    ) -> tuple[AdapterSlot, list[str]] | None:
+        """Rows for an adapter that has none, with the keys evicted for it; None, and nobody is evicted, while
+        too many are in use. One that isn't `is_written` yet waits for `written`."""
+        held = self.held
+        if len(held) >= self.max_adapters or self.max_rows - sum(len(s.rows) for s in held) < rank:
+            return None
         evicted = []
         while len(self._slots) >= self.max_adapters or len(self._free_rows) < rank:
-            victim = next((s for s in self._slots.values() if self._is_idle(s)), None)
-            if victim is None:
-                return None
+            idle = (slot for slot in self._slots.values() if self._is_idle(slot))
+            victim = min(idle, key=lambda slot: self.use.of(slot.key))
             self._remove(victim)
             evicted.append(victim.key)
-        slot = AdapterSlot(key, [self._free_rows.pop() for _ in range(rank)], pinned=pinned)
+        rows = [self._free_rows.pop() for _ in range(rank)]
+        slot = AdapterSlot(key, rows, pinned=pinned, is_written=is_written)
         self._slots[key] = slot
+        self.changes += 1
         return slot, evicted
+
+    def written(self, key: str) -> None:
+        """The rows hold the adapter now: it may be read."""
+        self._slots[key].is_written = True
+
+    def is_ready(self, key: str) -> bool:
+        """It has rows, and they hold it."""
+        return key in self._slots and self._slots[key].is_written
 
     def borrow(self, key: str, lender: str) -> bool:
         """Let a new key read the rows of `lender`, until they `part` or its last reader has gone; as many
@@ -88,9 +119,10 @@ class AdapterSlots:
         slot.rows, lender.rows, slot.lender = lender.rows, slot.rows, None
 
     def acquire(self, key: str) -> AdapterSlot:
-        """One more reader; the adapter becomes the most recently used."""
+        """One more reader, and one more use."""
         slot = self._slots[key]
         slot.readers += 1
+        self.use.count(key)
         self._slots.move_to_end(key)
         return slot
 
@@ -109,13 +141,15 @@ class AdapterSlots:
 
     @staticmethod
     def _is_idle(slot: AdapterSlot) -> bool:
-        return not (slot.readers or slot.pinned)
+        return not (slot.readers or slot.pinned) and slot.is_written
 
     def rename(self, key: str, name: str) -> None:
         """The same rows under another key, one that has none."""
         slot = self._slots.pop(key)
         slot.key = name
         self._slots[name] = slot
+        self.use.rename(key, name)
+        self.changes += 1
 
     def pin(self, key: str, pinned: bool) -> None:
         """Keep an adapter on the device whoever reads it, or no longer."""
@@ -138,6 +172,7 @@ class AdapterSlots:
 
     def _remove(self, slot: AdapterSlot) -> None:
         del self._slots[slot.key]
+        self.changes += 1
         self._free_rows.extend(reversed(slot.rows))
         if self._on_free is not None:
             self._on_free(slot.rows)

@@ -26,7 +26,7 @@ from coserve.engine import latency_file
 from coserve.engine import messages as m
 from coserve.engine.device import memory_plan, resolve_device, resolve_dtype, resolve_threads
 from coserve.engine.grammars import Grammars
-from coserve.engine.memory_limit import memory_for_jobs, memory_limit_of
+from coserve.engine.memory_limit import memory_for_adapters, memory_for_jobs, memory_limit_of
 from coserve.engine.outbox import Outbox
 from coserve.engine.stats import StatsKeeper
 from coserve.errors import ContextLengthExceeded, CoserveError
@@ -79,7 +79,13 @@ class Engine:
         self.blocks = BlockPool(num_blocks, PrefixCache() if config.enable_prefix_caching else None)
         self.slots = AdapterSlots(self.pool.max_rows, max_adapters, on_free=self.pool.free_heads)
         self.adapters = AdapterTiers(
-            self.model_config, self.pool, self.slots, config.max_cpu_loras, self.decoder.head
+            self.model_config,
+            self.pool,
+            self.slots,
+            max_in_use=config.max_loras,
+            max_host=config.max_cpu_loras,
+            max_host_bytes=config.max_cpu_lora_memory_bytes or memory_for_adapters(),
+            base_head=self.decoder.head,
         )
         self.live = LiveSnapshots(self.slots, self.blocks)
         on_gpu = device.type == "cuda"
@@ -226,6 +232,7 @@ class Engine:
     def _finish(self, request: Request) -> None:
         self.scheduler.finish(request)
         self.masks.forget(request)
+        self.adapters.unwant(request.sequence_id)
         self._release_live(request)
 
     def _refuse(self, request: Request, error: CoserveError) -> None:
@@ -237,7 +244,7 @@ class Engine:
             self.live.release(request.adapter, request.block_hashes)
 
     def _take_in_adapters(self) -> None:
-        failed = self.adapters.poll() if self.adapters.is_loading else {}
+        failed = self.adapters.poll(busy=bool(self.scheduler.running))
         if not failed:
             return
         for request in [r for r in self.scheduler.waiting if r.adapter in failed]:
@@ -260,7 +267,7 @@ class Engine:
 
     @property
     def is_loading(self) -> bool:
-        """An adapter is on its way to the device, or a grammar is being compiled."""
+        """Adapters are on their way to the device, or a grammar is being compiled."""
         return self.adapters.is_loading or self.grammars.is_compiling
 
     @singledispatchmethod
@@ -271,8 +278,6 @@ class Engine:
     @handle.register
     def _(self, message: m.AddRequest) -> None:
         ref = message.adapter
-        if ref is not None:
-            self.adapters.know(ref.digest, ref.name, ref.path)
         adapter = ref.digest if ref else None
         if message.live_job:
             try:
@@ -306,6 +311,8 @@ class Engine:
             self._release_live(request)
             self.outbox.refuse(message.request_id, error)
             return
+        if ref is not None:
+            self.adapters.want(message.request_id, ref.digest, ref.name, ref.path, request.order)
         self.scheduler.add(request)
         self.grammars.add(request)
 

@@ -1,4 +1,4 @@
-"""How much memory there is: for this process by its cgroup and the machine, for jobs beside the rest."""
+"""How much memory there is: for this process by its cgroup and the machine, for adapters and jobs."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ def _limits(cgroups: Path, own: Path) -> list[int]:
             if text.isdecimal() and int(text) < NO_LIMIT:
                 found.append(int(text))
     return found
+
+
+def memory_for_adapters() -> int:
+    """Bytes that adapters may take in host memory where nobody says: an eighth of all."""
+    return memory_limit() // 8
 
 
 def memory_for_jobs(device: torch.device, promised: int) -> int:

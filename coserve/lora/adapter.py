@@ -62,15 +62,7 @@ def load_adapter(
     Raises NotFound and InvalidRequest as `read_adapter_info` does, for weights that are not finite, and where
     the files carry the base's head beside an adapter on it and it isn't `base_head`'s weight.
     """
-    info = read_adapter_info(path, model, max_rank, param=param)
-    tensors = load_file(Path(info.path) / TENSOR_FILE)
-    carried_VH = tensors.get(BASE_HEAD_KEY)
-    if carried_VH is not None and base_head is not None and not _same(carried_VH, base_head.unpacked().cpu()):
-        raise InvalidRequest(
-            f"cannot load the adapter: its {BASE_HEAD_KEY} is not the head of this base model; it was made "
-            "for another one",
-            param=param,
-        )
+    info, tensors = read_tensors(path, model, max_rank, base_head=base_head, param=param)
     modules = {}
     for (layer, name), module in info.modules.items():
         module_path = model.module_path(layer, name)
@@ -81,6 +73,28 @@ def load_adapter(
             )
         modules[layer, name] = ModuleWeights(a.contiguous(), b.contiguous(), module.scale)
     return HostAdapter(info, modules)
+
+
+def read_tensors(
+    path: str | Path,
+    model: LinearShapes,
+    max_rank: int | None,
+    *,
+    base_head: PackedLinear | None = None,
+    param: str = "lora_path",
+) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
+    """A checked PEFT directory and its tensors by PEFT's keys, as the file has them; raises as `load_adapter`
+    does, but for values that aren't finite."""
+    info = read_adapter_info(path, model, max_rank, param=param)
+    tensors = load_file(Path(info.path) / TENSOR_FILE)
+    carried_VH = tensors.get(BASE_HEAD_KEY)
+    if carried_VH is not None and base_head is not None and not _same(carried_VH, base_head.unpacked().cpu()):
+        raise InvalidRequest(
+            f"cannot load the adapter: its {BASE_HEAD_KEY} is not the head of this base model; it was made "
+            "for another one",
+            param=param,
+        )
+    return info, tensors
 
 
 def _same(carried: torch.Tensor, own: torch.Tensor) -> bool:

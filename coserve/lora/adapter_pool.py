@@ -11,7 +11,7 @@ head is there for those adapters alone, as long as they are.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
@@ -19,9 +19,11 @@ import torch
 from coserve.kernels.dropout import module_salt
 from coserve.kernels.lora import LoraGroup, LoraModule
 from coserve.layers.batch import HeadAdapter
-from coserve.lora.adapter import HostAdapter, ModuleWeights
+from coserve.lora.adapter import HostAdapter
+from coserve.lora.adapter_rows import AdapterRows, pack
 from coserve.lora.peft_files import LinearShapes
-from coserve.models.config import HEAD_MODULE
+
+PIECE_BYTES = 1 << 20  # copied between two places where writing an adapter may rest
 
 
 class AdapterPool:
@@ -35,6 +37,7 @@ class AdapterPool:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
+        self._config = config
         self.num_layers = config.num_layers
         self.num_modules = len(config.linear_modules)
         self.max_rows = max_rows
@@ -45,8 +48,9 @@ class AdapterPool:
         self._a = [_zeros((*sizes, inputs), dtype, device) for _, inputs in shapes]
         self._b = [_zeros((*sizes, outputs), dtype, device) for outputs, _ in shapes]
         self._ranks: dict[int, torch.Tensor] = {}  # by an adapter's first row
+        self._placed: dict[int, int] = {}  # likewise: which placement it was
         self._heads: dict[int, HeadAdapter] = {}  # likewise
-        self.placements = 0  # counts them, so that tables made of rows and ranks can tell that they are old
+        self.placements = 0  # counts them
         self._groups: dict[tuple[tuple[tuple[int, int], ...], int], LoraGroup] = {}
 
     @property
@@ -82,30 +86,42 @@ class AdapterPool:
         """
         return self._ranks[rows[0]]
 
+    def placement(self, rows: Sequence[int]) -> int:
+        """Number of the placement that put the adapter into `rows`: another adapter, or other rows, have
+        another. So tables made of rows and ranks can tell that they are old."""
+        return self._placed[rows[0]]
+
     def head(self, rows: Sequence[int]) -> HeadAdapter | None:
         """What the adapter in `rows` adds to the head; None where it leaves the head alone."""
         return self._heads.get(rows[0])
 
     def write(self, rows: Sequence[int], adapter: HostAdapter) -> None:
         """Copy an adapter into `rows`, as many as its rank; what a smaller module leaves is set to zero."""
+        for _ in self.write_pieces(rows, pack(adapter, self._config, self.dtype)):
+            pass
+
+    def write_pieces(self, rows: Sequence[int], adapter: AdapterRows) -> Iterator[int]:
+        """As `write`, a few layers of a module at a time; yields the bytes of each piece. Nobody can read the
+        rows before the end."""
         if len(rows) != adapter.rank:
             raise ValueError(f"{len(rows)} rows for an adapter of rank {adapter.rank}")
-        blocks = {place: module for place, module in adapter.modules.items() if place[1] != HEAD_MODULE}
-        ranks_LM = torch.zeros(self.num_layers, len(self._modules), dtype=torch.int32)
-        for (layer, name), weights in blocks.items():
-            ranks_LM[layer, self._modules[name]] = len(weights.a_RK)
-        self.place(rows, ranks_LM)
-        for (layer, name), weights in blocks.items():
-            self.write_module(rows, self._modules[name], layer, weights.a_RK, _scaled(weights))
-        head = adapter.modules.get((self.num_layers, HEAD_MODULE))
-        if head is not None:
-            self.write_head(rows, head.a_RK, _scaled(head))
+        self._vacate(rows)
+        for module, (pool_a, pool_b) in enumerate(zip(self._a, self._b, strict=True)):
+            a_LRK, b_LRN = adapter.modules.get(module, (None, None))
+            for pool, weights in ((pool_a, a_LRK), (pool_b, b_LRN)):
+                step = max(1, PIECE_BYTES // (len(rows) * pool.shape[2] * pool.itemsize))
+                for layer in range(0, self.num_layers, step):
+                    layers = slice(layer, layer + step)
+                    yield _fill(pool[layers], rows, None if weights is None else weights[layers])
+        if adapter.head is not None:
+            self.write_head(rows, *adapter.head)
+            yield self._heads[rows[0]].nbytes
+        self._settle(rows, adapter.ranks_LM)
 
     def place(self, rows: Sequence[int], ranks_LM: torch.Tensor) -> None:
         """Clear `rows` for an adapter with these ranks [L, modules], whose modules are then written."""
         self.clear(rows)
-        self.placements += 1
-        self._ranks[rows[0]] = ranks_LM.to(torch.int32)
+        self._settle(rows, ranks_LM)
 
     def write_module(
         self, rows: Sequence[int], module: int, layer: int, a_RK: torch.Tensor, scaled_b_RN: torch.Tensor
@@ -133,12 +149,35 @@ class AdapterPool:
 
     def clear(self, rows: Sequence[int]) -> None:
         """Set `rows` to zero: nobody's adapter is in them."""
-        self.free_heads(rows)
-        where = torch.tensor(rows, dtype=torch.int64)
+        self._vacate(rows)
         for tensor in (*self._a, *self._b):
-            tensor[:, where.to(tensor.device)] = 0
+            _fill(tensor, rows, None)
+
+    def _settle(self, rows: Sequence[int], ranks_LM: torch.Tensor) -> None:
+        self.placements += 1
+        self._ranks[rows[0]], self._placed[rows[0]] = ranks_LM.to(torch.int32), self.placements
+
+    def _vacate(self, rows: Sequence[int]) -> None:
+        self.free_heads(rows)
         for row in rows:
             self._ranks.pop(row, None)
+
+
+def _fill(pool_LRX: torch.Tensor, rows: Sequence[int], weights_LrX: torch.Tensor | None) -> int:
+    """Write weights into the first of `rows` and zeros into the others; returns the bytes written."""
+    filled = 0 if weights_LrX is None else weights_LrX.shape[1]
+    first, count = rows[0], len(rows)
+    if rows[-1] - first == count - 1 and list(rows) == list(range(first, first + count)):
+        own = pool_LRX[:, first : first + count]  # as fast as memory; rows here and there take twice as long
+        if weights_LrX is not None:
+            own[:, :filled].copy_(weights_LrX)
+        own[:, filled:] = 0
+    else:
+        where = torch.tensor(rows, dtype=torch.int64, device=pool_LRX.device)
+        if weights_LrX is not None:
+            pool_LRX.index_copy_(1, where[:filled], weights_LrX.to(pool_LRX))
+        pool_LRX.index_fill_(1, where[filled:], 0)
+    return pool_LRX[:, :count].nbytes
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
@@ -146,7 +185,3 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.frombuffer(mmap.mmap(-1, prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
-
-
-def _scaled(weights: ModuleWeights) -> torch.Tensor:
-    return weights.b_NR.t() * weights.scale

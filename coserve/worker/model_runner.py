@@ -148,11 +148,14 @@ class ModelRunner:
         """A step that only decodes, every row of which is due."""
         spans = plan.inference
         adapters = [span.request.adapter for span in spans]
-        # A running request holds its adapter's rows where they are; others may be placed meanwhile.
-        layout = (self._pool.placements, *adapters) if any(adapters) else None
+        # A running request holds its adapter's rows where they are, but for those of a job that parts.
+        layout = tuple(map(self._placement, adapters)) if any(adapters) else None
         make_lora = partial(lora_batch, spans, (), (), self._pool, self._slots, self._kv.device)
         h_SH = self._standing.forward(spans, layout, make_lora)
         return self._choose(spans, self._logits(h_SH, adapters))
+
+    def _placement(self, key: str | None) -> int:
+        return 0 if key is None else self._pool.placement(self._slots.rows(key))
 
     def _sample(self, plan: StepPlan, x_TH: torch.Tensor) -> StepResult:
         due: list[InferenceSpan] = []

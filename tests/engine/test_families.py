@@ -46,7 +46,7 @@ def test_a_job_beside_requests(kind: str, tmp_path: Path) -> None:
 
     folder = max(path for path in Path(spec.checkpoint_dir).iterdir() if path.is_dir())
     peft = PeftModel.from_pretrained(reference, folder).eval()
-    tuned = [busy.generate(prompt, world.GREEDY, world.ref(folder)) for prompt in PROMPTS]
+    tuned = [busy.generate(prompt, world.GREEDY, world.ref(folder, model)) for prompt in PROMPTS]
     assert tuned != answers
     for prompt, answer in zip(PROMPTS, tuned, strict=True):
         text = torch.tensor([prompt])

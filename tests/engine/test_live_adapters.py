@@ -38,7 +38,7 @@ def answers(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
     world.submit(local, make_job(data, tmp_path_factory.mktemp("checkpoints")))
     while len(found) < 7:
         for checkpoint in local.take(m.JobCheckpoint):
-            found.append(reader.generate(PROMPT, LONG, world.ref(Path(checkpoint.path))))
+            found.append(reader.generate(PROMPT, LONG, world.ref(Path(checkpoint.path), model)))
         local.engine.step()
     assert len({tuple(answer) for answer in found}) == 7, "each step answers otherwise"
     return found
@@ -98,7 +98,7 @@ def test_adapters_on_the_head_and_of_mixed_ranks_move_whole(model, data, tmp_pat
             if checkpoint.step in (2, 3):
                 name = f"at-{checkpoint.step}"
                 local.add(name, PROMPT, LONG, live_job=JOB)
-                expected[name] = reader.generate(PROMPT, LONG, world.ref(Path(checkpoint.path)))
+                expected[name] = reader.generate(PROMPT, LONG, world.ref(Path(checkpoint.path), model))
         local.engine.step()
         world.settle(local)  # told before the next update
     local.run_until(lambda: expected.keys() <= local.finished.keys(), 2000)

@@ -24,7 +24,7 @@ def trained(model: Path, data: Path, tmp_path: Path) -> Callable[..., tuple[Loca
         local, spec = world.make_engine(model), world.make_job(data, tmp_path, **training)
         world.submit(local, spec)
         world.finish(local, spec.job_id)
-        return local, world.ref(Path(local.take(m.JobStatus)[-1].result_path))
+        return local, world.ref(Path(local.take(m.JobStatus)[-1].result_path), model)
 
     return make
 
@@ -96,7 +96,7 @@ def test_rows_that_a_live_reader_keeps_are_not_taken_over(model, data, tmp_path)
     local.add("late", PROMPT, long, live_job=spec.job_id)
     world.finish(local, spec.job_id)
     assert spec.job_id not in local.engine.slots
-    version = world.ref(Path(local.take(m.JobStatus)[-1].result_path))
+    version = world.ref(Path(local.take(m.JobStatus)[-1].result_path), model)
     publish(local, version)
     assert local.engine.adapters.swaps["load"] == 1
     local.run_until(lambda: "late" in local.finished, 2000)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from coserve.config import EngineConfig
 from coserve.core.sampling_params import SamplingParams
 from coserve.engine import messages as m
 from coserve.engine.local import LocalEngine
+from coserve.lora.peft_files import read_adapter_info
+from coserve.models.config import ModelConfig
 from coserve.training.dataset import TokenDataset
 from coserve.training.job import JobSpec, LoraSpec, TrainingSpec
 
@@ -55,13 +56,13 @@ def make_adapter(model: Path, folder: Path, rank: int, seed: int) -> m.AdapterRe
         if "lora_B" in name:
             parameter.data.normal_(0.0, 1.0)
     peft.save_pretrained(folder)
-    return ref(folder)
+    return ref(folder, model)
 
 
-def ref(folder: Path) -> m.AdapterRef:
+def ref(folder: Path, model: Path) -> m.AdapterRef:
     """A PEFT directory as requests name it."""
-    digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-    return m.AdapterRef(folder.name, 1, f"sha256:{digest}", str(folder))
+    info = read_adapter_info(folder, ModelConfig.from_dir(model), None)
+    return m.AdapterRef(folder.name, 1, info.digest, str(folder))
 
 
 def make_data(folder: Path, examples: int = 12, seed: int = 5, prompt: int = 0) -> Path:

@@ -157,7 +157,7 @@ def test_a_job_trains_serves_and_exports_the_head(tmp_path: Path) -> None:
     theirs = PeftModel.from_pretrained(base, folder).eval()
     assert torch.equal(theirs.get_input_embeddings().weight, table)
     prompt = [3, 9, 4]
-    answers = local.generate(prompt, world.GREEDY, world.ref(folder))
+    answers = local.generate(prompt, world.GREEDY, world.ref(folder, model))
     with torch.no_grad():
         logits = theirs(torch.tensor([prompt + answers])).logits[0]
     assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answers
