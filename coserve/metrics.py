@@ -7,7 +7,7 @@ layer. No label has unbounded values.
 from __future__ import annotations
 
 from collections import Counter as Counts
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -186,6 +186,18 @@ class Metrics(RequestMetrics):
         self._adapters = {tier: adapters.labels(tier) for tier in ADAPTER_TIERS}
         self._swaps = Counter("coserve_adapter_swaps", "Movements of adapters.", ("kind",), registry=registry)
         _begin(self._swaps, ("load", "evict", "unload", "publish"))
+        found = Counter(
+            "coserve_adapter_found",
+            "Requests by the tier that their adapter was in when they came.",
+            ("tier",),
+            registry=registry,
+        )
+        self._found_in = {tier: found.labels(tier) for tier in ADAPTER_TIERS}
+        self._adapter_seconds = Counter(
+            "coserve_adapter_engine_seconds",
+            "Time of the engine's loop that moving adapters took.",
+            registry=registry,
+        )
         self.publish_seconds = Histogram(
             "coserve_adapter_publish_seconds",
             "Time to publish a version.",
@@ -228,6 +240,9 @@ class Metrics(RequestMetrics):
         self._engine_memory["untouched"].set(stats.untouched_bytes)
         for kind, count in stats.swaps.items():
             self._swaps.labels(kind).inc(count)
+        for tier, count in stats.adapters_found_in.items():
+            self._found_in[tier].inc(count)
+        self._adapter_seconds.inc(stats.adapter_seconds)
         for step in stats.steps:
             self._step(step)
         for kind, seconds in stats.arrival_waits:
@@ -259,9 +274,10 @@ class Metrics(RequestMetrics):
             gauge.set(0)
         self._of_adapters.requests({}, {})
 
-    def adapters(self, tiers: Iterable[str], loaded: Iterable[LoadedAdapter]) -> None:
-        """The tier of each registered version, and those that are loaded."""
-        found = Counts(tiers)
+    def adapters(self, registered: int, loaded: Sequence[LoadedAdapter]) -> None:
+        """How many versions are registered, and those that are loaded."""
+        found = Counts(adapter.tier for adapter in loaded)
+        found["disk"] = registered - len(loaded)
         for tier, gauge in self._adapters.items():
             gauge.set(found[tier])
         self._of_adapters.loaded(loaded)

@@ -45,6 +45,7 @@ def serve(
     max_loras: flags.MaxLoras = 16,
     max_lora_rank: flags.MaxLoraRank = 64,
     max_cpu_loras: flags.MaxCpuLoras = 128,
+    max_cpu_lora_memory_bytes: flags.MaxCpuLoraMemory = "0",
     lora_modules: flags.LoraModules = None,
     adapter_root: flags.AdapterRoot = None,
     enable_live_adapters: flags.EnableLiveAdapters = False,
@@ -100,6 +101,9 @@ def server_config(given: Mapping[str, Any]) -> ServerConfig:
         "served_model_name": names[0],
         "served_model_names": names[1:],
         "kv_cache_memory_bytes": size_in_bytes(given["kv_cache_memory_bytes"], "--kv-cache-memory-bytes"),
+        "max_cpu_lora_memory_bytes": size_in_bytes(
+            given["max_cpu_lora_memory_bytes"], "--max-cpu-lora-memory-bytes"
+        ),
         "state_dir": str(Path(given["state_dir"]).expanduser().resolve()),
         "adapter_roots": _directories(given["adapter_root"] or (), "--adapter-root"),
         "lora_modules": pairs(given["lora_modules"] or (), "--lora-modules"),

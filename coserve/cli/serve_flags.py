@@ -55,6 +55,9 @@ EnablePrefixCaching = Annotated[bool, typer.Option(help="Keep the KV of shared p
 MaxLoras = Annotated[int, typer.Option(min=1, help="Adapters on the device at once.")]
 MaxLoraRank = Annotated[int, typer.Option(min=1, max=512, help="Highest rank of an adapter.")]
 MaxCpuLoras = Annotated[int, typer.Option(min=1, help="Adapters kept in host memory.")]
+MaxCpuLoraMemory = Annotated[
+    str, typer.Option(metavar="SIZE", help="Bytes of these, such as 4GiB; 0 is an eighth of all memory.")
+]
 LoraModules = Annotated[
     list[str] | None, typer.Option(metavar="NAME=PATH", help="An adapter to load at the start; repeatable.")
 ]

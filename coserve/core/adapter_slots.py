@@ -1,7 +1,7 @@
 """Which adapters have rows on the device, who reads them, and which may go.
 
-An adapter of rank r takes r rows of the pool, so rank 8 costs an eighth of rank 64. Adapters in use, pinned or
-just being written are never evicted; of the others the least used of late goes first (adapter_use.py).
+An adapter of rank r takes r rows of the pool, so rank 8 costs an eighth of rank 64. Adapters in use, pinned
+or just being written are never evicted; of the others the least used of late goes first (adapter_use.py).
 """
 
 from __future__ import annotations
@@ -63,11 +63,6 @@ class AdapterSlots:
     def held(self) -> list[AdapterSlot]:
         """The slots that can't be had now: read, pinned, or being written."""
         return [slot for slot in self._slots.values() if not self._is_idle(slot)]
-
-    @property
-    def rows_free(self) -> int:
-        """Rows that nobody has."""
-        return len(self._free_rows)
 
     def rows(self, key: str) -> list[int]:
         """The numbers of the rows that the adapter is read from, in rank order."""
@@ -134,6 +129,10 @@ class AdapterSlots:
             self._remove(slot)
             return True
         return False
+
+    def readers(self, key: str) -> int:
+        """How many use it now; 0 for one without rows."""
+        return self._slots[key].readers if key in self._slots else 0
 
     def is_idle(self, key: str) -> bool:
         """It has rows that nobody reads, and that anybody else may have."""

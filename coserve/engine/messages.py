@@ -297,7 +297,7 @@ class EngineStats(Message):
     memory_bytes: dict[str, int] = {}  # by owner; they sum to the two below
     resident_bytes: int = 0
     untouched_bytes: int = 0  # of the pool
-    adapter_tiers: dict[str, str] = {}  # digest -> "device" | "host"; absent: disk only
+    adapter_tiers: dict[str, str] | None = None  # digest -> "device" | "host"; None: as they were
     running_adapters: dict[str, int] = {}  # requests by their adapter's name
     waiting_adapters: dict[str, int] = {}
     least_targets: LatencyTargets | None = None  # one request alone could be held to; None: unknown
@@ -314,6 +314,8 @@ class EngineStats(Message):
     evictions: int = 0  # times that they took all of a microbatch's
     latency_model: str = ""  # the text of its file; "": not due
     swaps: dict[str, int] = {}  # adapter movements by kind: "load", "evict", "unload", "publish"
+    adapters_found_in: dict[str, int] = {}  # requests by the tier that their adapter was in when they came
+    adapter_seconds: float = 0.0  # that the engine's loop has spent on moving adapters
 
 
 FromEngine = (

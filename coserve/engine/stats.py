@@ -32,7 +32,10 @@ class StatsKeeper:
         self._preemptions = 0
         self._prefix = (0, 0)
         self._reclaims = (0, 0)
-        self._swaps: dict[str, int] = {}
+        self._swaps: Counter[str] = Counter()
+        self._found_in: Counter[str] = Counter()
+        self._adapter_seconds = 0.0
+        self._tiers_told = (0, 0)
         self._share = 0.0
         self._saved_at = time.monotonic()
 
@@ -84,7 +87,7 @@ class StatsKeeper:
             memory_bytes=self._ledger.owners(held),
             resident_bytes=held.resident,
             untouched_bytes=held.untouched,
-            adapter_tiers=adapters.tiers(),
+            adapter_tiers=self._new_tiers(always=call_id != 0),
             running_adapters=self._by_adapter(scheduler.running),
             waiting_adapters=self._by_adapter(scheduler.waiting),
             least_targets=engine.admission.least_targets(),
@@ -100,14 +103,27 @@ class StatsKeeper:
             downgrades=queue.num_downgrades - self._reclaims[0],
             evictions=queue.num_evictions - self._reclaims[1],
             latency_model=engine.saved_costs() if with_costs else "",
-            swaps={kind: n - self._swaps.get(kind, 0) for kind, n in adapters.swaps.items()},
+            swaps=dict(adapters.swaps - self._swaps),
+            adapters_found_in=dict(adapters.found_in - self._found_in),
+            adapter_seconds=adapters.seconds - self._adapter_seconds,
         )
         self._steps, self._waits = [], []
         self._preemptions = scheduler.num_preemptions
         self._prefix = (scheduler.prefixes.queries, scheduler.prefixes.hits)
         self._reclaims = (queue.num_downgrades, queue.num_evictions)
-        self._swaps = dict(adapters.swaps)
+        self._swaps, self._found_in = adapters.swaps.copy(), adapters.found_in.copy()
+        self._adapter_seconds = adapters.seconds
         return stats
+
+    def _new_tiers(self, *, always: bool) -> dict[str, str] | None:
+        """Which tier each adapter is in, where that has changed since it was last told unasked."""
+        adapters = self._engine.adapters
+        if always:
+            return adapters.tiers()
+        if adapters.changes == self._tiers_told:
+            return None
+        self._tiers_told = adapters.changes
+        return adapters.tiers()
 
     def _by_adapter(self, requests: list[Request]) -> dict[str, int]:
         names = self._engine.adapters

@@ -22,8 +22,8 @@ from coserve.models.config import HEAD_MODULE
 @dataclass(frozen=True, slots=True)
 class AdapterRows:
     """`modules` has for each module that is adapted, by number, A [L, r, K] and B, transposed and times its
-    scale [L, r, N]; r is the module's largest rank, what a layer has less is zero. `head` the same of the head,
-    without L. `ranks_LM` int32 [L, modules], 0 where there is nothing. `nbytes` are those of the weights."""
+    scale [L, r, N]; r is the module's largest rank, what a layer has less is zero. `head` has the head's,
+    without L. `ranks_LM` is int32 [L, modules], 0 where there is nothing. `nbytes` are those of the weights."""
 
     digest: str
     rank: int
@@ -65,7 +65,10 @@ def load_rows(
             param="model",
         )
     weights = (
-        (place, ModuleWeights(*(tensors[tensor_key(model.module_path(*place), side)] for side in "AB"), m.scale))
+        (
+            place,
+            ModuleWeights(*(tensors[tensor_key(model.module_path(*place), side)] for side in "AB"), m.scale),
+        )
         for place, m in info.modules.items()
     )
     return _pack(digest, info.rank, weights, model, dtype)

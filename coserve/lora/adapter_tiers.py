@@ -1,7 +1,7 @@
 """Where each adapter's weights are: rows on the device, a copy in host memory, or only its files on disk.
 
-Nothing is kept of an adapter that is on disk alone and that nobody asks for, so the number registered costs no
-memory here. Files are read by threads (adapter_loader.py) as soon as a request comes; weights move to the
+Nothing is kept of an adapter that is on disk alone and that nobody asks for, so the number registered costs
+no memory here. Files are read by threads (adapter_loader.py) as soon as a request comes; weights move to the
 device between steps, a few megabytes each. The device tier is `core.AdapterSlots`; host memory keeps as many
 as count and bytes allow; what was used least of late goes first from both.
 """
@@ -35,8 +35,8 @@ FEWEST_SWEPT = 64
 
 @dataclass(slots=True)
 class KnownAdapter:
-    """An adapter in memory, or one that somebody asks for: where its files are (`paths` with the requests that
-    came with each, whose files stay as long as they do), and who waits for it."""
+    """An adapter in memory, or one that somebody asks for: where its files are (`paths` with the number of
+    requests that came with each, whose files stay as long as they do), and who waits for it."""
 
     name: str
     path: str
@@ -142,6 +142,8 @@ class AdapterTiers:
             self._turns.forget(digest)
             if not (known.waiters or known.pinned):
                 self._loader.drop(digest)
+            if known.unloaded and self._slots.readers(digest) == 0:
+                self._free(digest)
 
     def acquire(self, digest: str) -> bool:
         """True when the adapter is on the device, with one reference taken. To be asked in the queue's order,
@@ -171,7 +173,10 @@ class AdapterTiers:
             if adapter is None:
                 self._loader.want(digest, (0, 0.0, ""))  # it is this one's turn
                 return False
-            if not (self._turns.has_room(digest) and self._place(digest)):
+            began = time.perf_counter()
+            is_placed = self._turns.has_room(digest) and self._place(digest)
+            self.seconds += time.perf_counter() - began
+            if not is_placed:
                 self._turns.wait(digest, adapter.rank)
                 return False
         elif not self._turns.has_room(digest):
@@ -201,13 +206,18 @@ class AdapterTiers:
 
     def load(self, digest: str, pinned: bool, on_loaded: OnLoaded) -> None:
         """Bring a known adapter in; `on_loaded` hears None, or why it can't be had."""
+        began = time.perf_counter()
+        self._load(digest, pinned, on_loaded)
+        self.seconds += time.perf_counter() - began
+
+    def _load(self, digest: str, pinned: bool, on_loaded: OnLoaded) -> None:
         known = self._known[digest]
         others = sum(other.pinned for key, other in self._known.items() if key != digest)
         if pinned and others >= self._max_in_use - 1:
             on_loaded(
                 FailedPrecondition(
-                    f"--max-loras {self._max_in_use} has room for {self._max_in_use - 1} pinned adapters beside "
-                    f"one for all others, and {others} are pinned; unpin one or raise it.",
+                    f"--max-loras {self._max_in_use} has room for {self._max_in_use - 1} pinned adapters "
+                    f"beside one for all others, and {others} are pinned; unpin one or raise it.",
                     param="pinned",
                 )
             )
@@ -233,11 +243,15 @@ class AdapterTiers:
         known = self._known.get(digest)
         if known is None:
             raise NotFound("The engine has no such adapter.", param="lora_name")
+        known.unloaded, known.pinned = True, False
+        self._unplaced_pins.discard(digest)
+        self._free(digest)
+
+    def _free(self, digest: str) -> None:
+        """Its rows go, now or with their last reader, and its copy."""
         if digest in self._slots and self._slots.unload(digest):
             self.swaps["unload"] += 1
             self._writers.pop(digest, None)
-        known.unloaded, known.pinned = True, False
-        self._unplaced_pins.discard(digest)
         self._drop_copy(digest)
 
     def close(self) -> None:
@@ -247,7 +261,7 @@ class AdapterTiers:
     # ------------------------------------------------------------------ between two steps
 
     def poll(self, busy: bool) -> dict[str, CoserveError]:
-        """Take in what has been read, copy to the device (all there is, or where others wait, `busy`, a part),
+        """Take in what has been read, copy to the device (all of it, or where others run, `busy`, a part),
         have more read. Returns the digests that failed, with the reason. Begins a pass over the queue."""
         began = time.perf_counter()
         self._turns.begin()
@@ -281,7 +295,7 @@ class AdapterTiers:
         if known is None:
             return error
         waiters, known.waiters = known.waiters, []
-        if error is None and (waiters or known.paths or not known.unloaded):
+        if error is None and (known.paths or not known.unloaded):
             self._keep(digest, rows)
             if (waiters or known.pinned) and not self._place(digest) and known.pinned:
                 self._unplaced_pins.add(digest)

@@ -1,8 +1,9 @@
 """The names under which adapters are known: name -> versions, and which one the bare name means.
 
 Held in memory by the server and fed from its database. A version is immutable; publishing swaps one pointer,
-so whoever resolved a name before keeps the version it got. Readers take no lock: they see the table as it
-was before a change or after it.
+so whoever resolved a name before keeps the version it got. Readers take no lock: they see a name as it was
+before a change or after it. A change costs the same however many names there are, and a registered version
+about a kilobyte.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import re
 import threading
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 from coserve.errors import Conflict, FailedPrecondition, InvalidRequest, ModelNotFound, NotFound
 
 _NAME = re.compile(r"[A-Za-z0-9_:-][A-Za-z0-9._:-]{0,127}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AdapterVersion:
     """One immutable version. `path` is its PEFT directory, `digest` names its content (peft_files.py).
 
@@ -41,8 +43,10 @@ class AdapterVersion:
         return f"{self.name}@{self.version}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Entry:
+    """What a name means; `versions` only grows, one that shrinks is another."""
+
     versions: dict[int, AdapterVersion]
     current: int
     highest: int  # version numbers are never given twice
@@ -70,7 +74,17 @@ class AdapterRegistry:
     def __init__(self, base_names: Collection[str]) -> None:
         self.base_names = frozenset(base_names)
         self._entries: dict[str, _Entry] = {}
+        self._by_digest: dict[str, tuple[AdapterVersion, ...]] = {}
+        self._count = 0
         self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """How many versions there are, of all names together."""
+        return self._count
+
+    def of_digest(self, digest: str) -> tuple[AdapterVersion, ...]:
+        """The versions with these weights."""
+        return self._by_digest.get(digest, ())
 
     def resolve(self, model: str) -> AdapterVersion:
         """The version that "name" or "name@3" means now.
@@ -106,11 +120,12 @@ class AdapterRegistry:
 
     def current(self) -> list[AdapterVersion]:
         """The current version of every name, in order of name."""
-        return [entry.versions[entry.current] for _, entry in sorted(self._entries.items())]
+        entries = sorted(self._entries.items(), key=itemgetter(0))
+        return [entry.versions[entry.current] for _, entry in entries]
 
     def all_versions(self) -> list[AdapterVersion]:
         """Every version of every name."""
-        return [version for entry in self._entries.values() for version in entry.versions.values()]
+        return [version for entry in list(self._entries.values()) for version in entry.versions.values()]
 
     def next_version(self, name: str) -> int:
         """The number the next version of `name` gets: one more than the largest it has had."""
@@ -127,16 +142,19 @@ class AdapterRegistry:
             entry = self._entries.get(version.name)
             if entry is not None and version.version in entry.versions:
                 raise Conflict(f"adapter {version.full_name} exists already", param="name")
-            versions = {**entry.versions, version.version: version} if entry else {version.version: version}
+            versions = entry.versions if entry else {}
+            versions[version.version] = version
+            self._by_digest[version.digest] = (*self.of_digest(version.digest), version)
+            self._count += 1
             current = version.version if make_current or entry is None else entry.current
             highest = max(version.version, entry.highest if entry else 0)
-            self._swap(version.name, _Entry(versions, current, highest))
+            self._entries[version.name] = _Entry(versions, current, highest)
 
     def rollback(self, name: str, version: int) -> AdapterVersion:
         """Point `name` at an earlier version again; later versions keep their numbers. Raises NotFound."""
         with self._lock:
             wanted = self.get(name, version)
-            self._swap(name, replace(self._entries[name], current=wanted.version))
+            self._entries[name] = replace(self._entries[name], current=wanted.version)
             return wanted
 
     def remove(self, name: str, version: int = 0) -> list[AdapterVersion]:
@@ -148,13 +166,21 @@ class AdapterRegistry:
             found = self.get(name, version)
             entry = self._entries[name]
             gone = [found] if version else list(entry.versions.values())
-            left = {number: kept for number, kept in entry.versions.items() if kept not in gone}
+            numbers = {removed.version for removed in gone}
+            left = {number: kept for number, kept in entry.versions.items() if number not in numbers}
             if left:
                 current = entry.current if entry.current in left else max(left)
-                self._swap(name, _Entry(left, current, entry.highest))
+                self._entries[name] = _Entry(left, current, entry.highest)
             else:
-                self._entries = {key: value for key, value in self._entries.items() if key != name}
+                del self._entries[name]
+            self._count -= len(gone)
+            for removed in gone:
+                self._forget(removed)
             return gone
 
-    def _swap(self, name: str, entry: _Entry) -> None:
-        self._entries = {**self._entries, name: entry}
+    def _forget(self, version: AdapterVersion) -> None:
+        left = tuple(kept for kept in self.of_digest(version.digest) if kept is not version)
+        if left:
+            self._by_digest[version.digest] = left
+        else:
+            self._by_digest.pop(version.digest, None)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 from dataclasses import dataclass
 
 from coserve.lora.registry import AdapterVersion
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AdapterRow:
     """A version as it is kept: `root` is what /v1/models shows as its origin (a path or a job), `origin` is
     "load", "upload" or "job", `listed` False once it was unloaded."""
@@ -30,7 +31,7 @@ def _row(row: sqlite3.Row) -> AdapterRow:
         job_id=row["job_id"] or "",
         pinned=bool(row["pinned"]),
     )
-    return AdapterRow(version, row["root"], row["origin"], bool(row["listed"]))
+    return AdapterRow(version, row["root"], sys.intern(row["origin"]), bool(row["listed"]))
 
 
 def all_rows(connection: sqlite3.Connection) -> list[AdapterRow]:

@@ -329,7 +329,8 @@ def _listen(context: Context, state: StateDir) -> None:
             for sentence in context.tiers.out_of_reach(stats.least_targets):
                 logger.warning(sentence)
         metrics.engine_stats(stats)
-        adapters.take_tiers(stats.adapter_tiers)
+        if stats.adapter_tiers is not None:
+            adapters.take_tiers(stats.adapter_tiers)
         if stats.latency_model:
             state.save_latency_model(stats.latency_model)
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from coserve.engine import messages as m
-
 from . import world
+from .fixtures import adapters as adapters
 from .fixtures import model as model
 
 
@@ -22,10 +21,3 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose sums are long enough to be cut into several."""
     return world.make_model(tmp_path_factory.mktemp("wide"), hidden_size=320, intermediate_size=600)
-
-
-@pytest.fixture(scope="session")
-def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[m.AdapterRef]:
-    """Three adapters of ranks 2, 4 and 8."""
-    folder = tmp_path_factory.mktemp("adapters")
-    return [world.make_adapter(model, folder / f"a{rank}", rank, seed=rank) for rank in (2, 4, 8)]

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from coserve.engine import messages as m
+
 from . import world
 
 
@@ -19,3 +21,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve training examples; nobody writes into them."""
     return world.make_data(tmp_path_factory.mktemp("data") / "train")
+
+
+@pytest.fixture(scope="session")
+def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[m.AdapterRef]:
+    """Three adapters of ranks 2, 4 and 8."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return [world.make_adapter(model, folder / f"a{rank}", rank, seed=rank) for rank in (2, 4, 8)]

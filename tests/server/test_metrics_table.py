@@ -87,6 +87,8 @@ CONTRACT = {  # name: (type, labels, values of the last label; None: those that 
     ),
     "coserve_adapters": ("gauge", ("tier",), ("device", "disk", "host")),
     "coserve_adapter_swaps": ("counter", ("kind",), None),
+    "coserve_adapter_found": ("counter", ("tier",), None),
+    "coserve_adapter_engine_seconds": ("counter", (), None),
     "coserve_adapter_publish_seconds": ("histogram", (), ()),
     "coserve_slo_target_seconds": ("gauge", ("kind",), ("tpot", "ttft")),
     "coserve_slo_missed": ("counter", ("kind",), ("tpot", "ttft")),
@@ -182,7 +184,7 @@ def test_the_gateways_metric_tells_who_is_ready_and_who_is_waited_for() -> None:
         LoadedAdapter("idle", "device", True),
         LoadedAdapter("cold", "host", False),
     ]
-    metrics.adapters(["device", "device", "host"], loaded)
+    metrics.adapters(3, loaded)
     metrics.engine_stats(EngineStats(running_adapters={"busy": 2}, waiting_adapters={"far": 3}))
     labels, value = info(metrics)
     assert labels == {
@@ -194,14 +196,14 @@ def test_the_gateways_metric_tells_who_is_ready_and_who_is_waited_for() -> None:
     metrics.engine_stats(EngineStats())
     labels, value = info(metrics)
     assert labels["running_lora_adapters"] == "busy,idle" and labels["waiting_lora_adapters"] == ""
-    metrics.adapters([], [])
+    metrics.adapters(0, [])
     labels, _ = info(metrics)
     assert labels["running_lora_adapters"] == ""
 
 
 def test_series_with_an_adapters_name_go_with_the_adapter() -> None:
     metrics = made()
-    metrics.adapters(["device", "device"], [LoadedAdapter("a", "device", True)] * 2)
+    metrics.adapters(2, [LoadedAdapter("a", "device", True)] * 2)
     waiting = {f"far-{i}": 1 for i in range(500)} | {"a": 1}
     metrics.engine_stats(EngineStats(running_adapters={"a": 3}, waiting_adapters=waiting))
     found = told(metrics)
@@ -214,7 +216,7 @@ def test_series_with_an_adapters_name_go_with_the_adapter() -> None:
         (NOT_LOADED, "running"): 0,
         (NOT_LOADED, "waiting"): 500,
     }
-    metrics.adapters(["disk", "disk"], [])
+    metrics.adapters(2, [])
     metrics.engine_stats(EngineStats())
     found = told(metrics)
     assert found["coserve_adapter_residency"].samples == []

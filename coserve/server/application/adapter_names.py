@@ -121,9 +121,12 @@ class AdapterNames:
         self._count()
 
     def _count(self) -> None:
-        found = [(version, self.tier(version.digest)) for version in self._registry.all_versions()]
-        loaded = [LoadedAdapter(v.name, tier, v.pinned) for v, tier in found if tier != "disk"]
-        self._metrics.adapters((tier for _, tier in found), loaded)
+        loaded = [
+            LoadedAdapter(version.name, tier, version.pinned)
+            for digest, tier in self._tiers.items()
+            for version in self._registry.of_digest(digest)
+        ]
+        self._metrics.adapters(len(self._registry), loaded)
 
     def check_name(self, name: str, param: str, key: Key | None) -> None:
         """Raise InvalidRequest for a name that can't be an adapter's, PermissionDenied for one that `key` may
