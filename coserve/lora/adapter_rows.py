@@ -23,7 +23,7 @@ from coserve.models.config import HEAD_MODULE
 class AdapterRows:
     """`modules` has for each module that is adapted, by number, A [L, r, K] and B, transposed and times its
     scale [L, r, N]; r is the module's largest rank, what a layer has less is zero. `head` has the head's,
-    without L. `ranks_LM` is int32 [L, modules], 0 where there is nothing. `nbytes` are those of the weights."""
+    without L. `ranks_LM` is int32 [L, modules], 0 where there is nothing. `nbytes` are its bytes."""
 
     digest: str
     rank: int
