@@ -303,6 +303,7 @@ class Machine(RuleBasedStateMachine):
 
     config: ModelConfig
     paths: list[Path]
+    served = 0  # requests, over all runs
 
     @initialize(in_use=st.integers(2, 4), host=st.integers(1, 3), rows=st.integers(3, 14))
     def begin(self, in_use: int, host: int, rows: int) -> None:
@@ -333,6 +334,7 @@ class Machine(RuleBasedStateMachine):
             if self.world.tiers.acquire(self.digest(number)):
                 self.waiting.remove((request, number))
                 self.running.append((request, number))
+                type(self).served += 1
                 assert holds(self.world, self.digest(number), self.paths[number])
 
     @precondition(lambda self: self.running)
@@ -416,3 +418,4 @@ def test_whatever_comes_when(config: ModelConfig, saved: list[Path]) -> None:
         max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
     )
     kind.TestCase("runTest").runTest()
+    assert kind.served > 50
