@@ -393,7 +393,8 @@ def resolve_model(config: EngineConfig, state: StateDir) -> EngineConfig:
 def bind(host: str, port: int, flag: str) -> socket.socket:
     """A listening socket; ConfigError in one line when the address can't be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol is named since asyncio switches Nagle's delay off only for sockets that say theirs.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
