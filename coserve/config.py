@@ -84,6 +84,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ssl_cert_reqs: int = 0
     enable_ssl_refresh: bool = False
     shutdown_timeout: float = 25.0
+    http_timeout: float = 60.0
+    allowed_origins: tuple[str, ...] = ()
 
 
 DEMO_MODEL_NAME = "coserve-demo"

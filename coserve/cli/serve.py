@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,6 +64,8 @@ def serve(
     ssl_ca_certs: flags.SslCaCerts = "",
     ssl_cert_reqs: flags.SslCertReqs = 0,
     enable_ssl_refresh: flags.EnableSslRefresh = False,
+    allowed_origins: flags.AllowedOrigins = "[]",
+    http_timeout: flags.HttpTimeout = 60.0,
     state_dir: flags.StateDir = DEFAULT_STATE_DIR,
     shutdown_timeout: flags.ShutdownTimeout = 25.0,
     slo_ttft_ms: flags.SloTtftMs = 0.0,
@@ -72,6 +76,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP (OpenAI's API) and gRPC, and fine-tune adapters of it beside that."""
     config = server_config(dict(locals()))
+    for name in flags.KEY_VARIABLES:
+        os.environ.pop(name, None)  # the engine and its children needn't have them
     from coserve.server.main import run_server
 
     raise typer.Exit(run_server(config) or 0)
@@ -109,6 +115,7 @@ def server_config(given: Mapping[str, Any]) -> ServerConfig:
         "lora_modules": pairs(given["lora_modules"] or (), "--lora-modules"),
         "api_keys": tuple(given["api_key"] or ()),
         "admin_api_keys": tuple(given["admin_api_key"] or ()),
+        "allowed_origins": _origins(given["allowed_origins"]),
     }
     values = {**given, **changed}
     engine = EngineConfig(**_fields(EngineConfig, values))
@@ -178,6 +185,19 @@ def _check_tls(given: Mapping[str, Any]) -> None:
             "that have none.",
             param="ssl_ca_certs",
         )
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(origin, str) for origin in found):
+        raise ConfigError(
+            f"--allowed-origins {text}: give a JSON list such as '[\"https://example.com\"]'.",
+            param="allowed_origins",
+        )
+    return tuple(found)
 
 
 def _directories(paths: Sequence[str], flag: str) -> tuple[str, ...]:

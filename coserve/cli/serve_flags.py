@@ -73,9 +73,21 @@ MaxLogprobs = Annotated[
     int, typer.Option(min=-1, help="Log-probabilities that a request may have a token; -1: of all tokens.")
 ]
 StreamInterval = Annotated[int, typer.Option(min=1, help="Tokens of one chunk of a stream.")]
-ApiKey = Annotated[list[str] | None, typer.Option(metavar="KEY", help="A key that may chat; repeatable.")]
+KEY_VARIABLES = ("COSERVE_API_KEY", "VLLM_API_KEY", "COSERVE_ADMIN_API_KEY")
+ApiKey = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY", envvar=list(KEY_VARIABLES[:2]), help="A key that may chat; repeatable."),
+]
 AdminApiKey = Annotated[
-    list[str] | None, typer.Option(metavar="KEY", help="A key that may do all; repeatable.")
+    list[str] | None,
+    typer.Option(metavar="KEY", envvar=KEY_VARIABLES[2], help="A key that may do all; repeatable."),
+]
+AllowedOrigins = Annotated[
+    str, typer.Option(metavar="JSON", help='Web pages that may call: ["https://..."], or ["*"] for all.')
+]
+HttpTimeout = Annotated[
+    float,
+    typer.Option(min=0.0, help="Seconds that an HTTP client may stall in, sending or reading; 0: any."),
 ]
 KeysFile = Annotated[
     str, typer.Option(metavar="FILE", help="Keys with roles, limits and latency classes: TOML or JSON.")

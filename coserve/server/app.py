@@ -19,7 +19,8 @@ from coserve.rpc_metrics import NO_ROUTE
 from coserve.server import adapter_routes, alias_routes, health, vllm_routes
 from coserve.server.auth import Authenticator
 from coserve.server.context import Context
-from coserve.server.http import Route, error_response, gone_response, logger, request_id
+from coserve.server.cors import Cors
+from coserve.server.http import BodyMemory, Route, error_response, gone_response, logger, request_id
 from coserve.server.openai import (
     chat_completions,
     completions,
@@ -33,6 +34,7 @@ from coserve.server.openai import (
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 _WHILE_DRAINING = OPEN_PATHS | {"/ping", "/metrics", "/version"}
+_LOGGED = 200  # characters of a path
 
 
 class Gate:
@@ -41,14 +43,14 @@ class Gate:
     def __init__(self, app: ASGIApp, context: Context) -> None:
         self._app = app
         self._context = context
+        self._cors = Cors(context.config.allowed_origins)
+        self._bodies = BodyMemory()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         headers = dict(scope["headers"])
         state = scope.setdefault("state", {})
         state["request_id"] = request_id(headers)  # a body may change it
+        state["body_memory"] = body = self._bodies.share()
         started = time.monotonic()
         status = 0
 
@@ -56,9 +58,12 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                body.release()  # it has been read into what it asks for
                 added = {
                     "x-request-id": state["request_id"],
+                    "x-content-type-options": "nosniff",
                     **self._context.quotas.headers(state.get("key")),
+                    **self._cors.headers(headers),
                 }
                 message["headers"] = [
                     *message.get("headers", ()),
@@ -66,13 +71,19 @@ class Gate:
                 ]
             await send(message)
 
-        path = scope["path"]
+        path, method = scope["path"], scope["method"]
+        preflight = self._cors.preflight(method, headers)
+        if preflight is not None:
+            await preflight(scope, receive, send_named)
+            return
         try:
             try:
                 authorization = headers.get(b"authorization")
                 text = authorization.decode("latin-1") if authorization is not None else None
                 state["key"] = None if path in OPEN_PATHS else self._context.auth.key(text)
                 if path not in _WHILE_DRAINING:
+                    if state["key"] is None:
+                        self._cors.check_page(method, headers)
                     self._context.lifecycle.check_open()
                     self._context.quotas.arrival(state["key"])
             except errors.CoserveError as error:
@@ -84,12 +95,12 @@ class Gate:
             else:
                 await self._app(scope, receive, send_named)
         finally:
+            body.release()
             if path not in _WHILE_DRAINING:
                 seconds = time.monotonic() - started
-                method = scope["method"]
                 self._context.metrics.rpc.http(method, state.get("route", NO_ROUTE), status, seconds)
-                name = state["request_id"]
-                logger.info(line("http", id=name, method=method, path=path, status=status, seconds=seconds))
+                named = {"id": state["request_id"], "method": method, "path": path[:_LOGGED]}
+                logger.info(line("http", **named, status=status, seconds=seconds))
 
 
 def _endpoint(route: Route, context: Context) -> Callable[[Request], Awaitable[Response]]:

@@ -22,6 +22,7 @@ from coserve.server.fields import Fields
 logger = logging.getLogger(__name__)
 
 MAX_JSON_BYTES = 32 * 2**20
+MAX_BODIES_BYTES = 16 * MAX_JSON_BYTES
 _CLIENT_GONE = 499
 _T = TypeVar("_T")
 _encode = msgspec.json.Encoder().encode
@@ -91,6 +92,40 @@ async def read_json(request: Request) -> Fields:
         raise errors.InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
 
 
+class BodyMemory:
+    """What the bodies that are being read may have of the memory together, in bytes: slow clients, each
+    within its own limit, would else fill it."""
+
+    def __init__(self, limit: int = MAX_BODIES_BYTES) -> None:
+        self.left = limit
+
+    def share(self) -> BodyShare:
+        """One request's part of it."""
+        return BodyShare(self)
+
+
+class BodyShare:
+    """What one request has taken."""
+
+    def __init__(self, memory: BodyMemory) -> None:
+        self._memory = memory
+        self._taken = 0
+
+    def take(self, count: int) -> None:
+        """Room for `count` bytes more. Raises Unavailable when there is none."""
+        if count > self._memory.left:
+            raise errors.Unavailable(
+                "The server is reading as many bodies as it has memory for; try again.", code="bodies_full"
+            )
+        self._memory.left -= count
+        self._taken += count
+
+    def release(self) -> None:
+        """Give all of it back; once is enough."""
+        self._memory.left += self._taken
+        self._taken = 0
+
+
 async def read_body(request: Request, limit: int) -> bytes:
     """The whole body; PayloadTooLarge once it passes `limit` bytes."""
     declared = request.headers.get("content-length", "")
@@ -101,6 +136,7 @@ async def read_body(request: Request, limit: int) -> bytes:
         size += len(chunk)
         if size > limit:
             raise errors.PayloadTooLarge(f"The body is over the limit of {limit} bytes.")
+        request.state.body_memory.take(len(chunk))
         chunks.append(chunk)
     return b"".join(chunks)
 

@@ -49,6 +49,7 @@ from coserve.server.context import Context
 from coserve.server.database import Database
 from coserve.server.grpc_server import GrpcServer
 from coserve.server.health import metrics_app
+from coserve.server.http_protocol import bounded
 from coserve.server.keys_reload import KeysReload
 from coserve.server.quotas import Quotas
 from coserve.server.service_tiers import ServiceTiers
@@ -60,6 +61,7 @@ logger = logging.getLogger(__name__)
 
 _ENGINE_SHUTDOWN = 20.0  # seconds for jobs to checkpoint
 _GRPC_GRACE = 2.0
+_KEEP_ALIVE = 5.0  # seconds that a connection may rest between two requests
 _SWITCH_INTERVAL = 0.0005  # seconds: streams don't wait Python's 5 ms for a thread that prepares a file
 _COLLECT_AFTER = (10_000, 20, 20)  # objects, and collections of the younger ones: 400 requests make many
 DEFAULT_STATE_DIR = "~/.local/state/coserve"
@@ -153,9 +155,10 @@ async def running_server(
         grpc_server = GrpcServer(context, tls)
         grpc_port = await grpc_server.start()
         stack.push_async_callback(grpc_server.stop, _GRPC_GRACE)
-        await stack.enter_async_context(_http_server(create_app(context), http_socket, tls))
+        seconds = config.http_timeout
+        await stack.enter_async_context(_http_server(create_app(context), http_socket, seconds, tls))
         if metrics_socket is not None:
-            await stack.enter_async_context(_http_server(metrics_app(context), metrics_socket))
+            await stack.enter_async_context(_http_server(metrics_app(context), metrics_socket, seconds))
         await context.jobs.resume_all()
         if config.keys_file:
             stack.callback(asyncio.create_task(keys.watch()).cancel)
@@ -417,15 +420,20 @@ class _Uvicorn(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def _http_server(app: ASGIApp, listener: socket.socket, tls: Tls | None = None) -> AsyncIterator[None]:
+async def _http_server(
+    app: ASGIApp, listener: socket.socket, timeout: float, tls: Tls | None = None
+) -> AsyncIterator[None]:
     server = _Uvicorn(
         uvicorn.Config(
             app,
+            http=bounded(timeout),
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
             lifespan="off",
             timeout_graceful_shutdown=2,
+            timeout_keep_alive=min(timeout or _KEEP_ALIVE, _KEEP_ALIVE),  # type: ignore[arg-type]
             ssl_context_factory=(lambda config, make: tls.http_context) if tls is not None else None,
         )
     )
