@@ -32,6 +32,7 @@ from coserve.engine.stats import StatsKeeper
 from coserve.errors import ContextLengthExceeded, CoserveError
 from coserve.grammar import GrammarVocabulary
 from coserve.kernels.dispatch import set_batch_invariant
+from coserve.log import line
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.lora.adapter_tiers import AdapterTiers
 from coserve.models.config import ModelConfig
@@ -324,6 +325,7 @@ class Engine:
             if request is not None:
                 self._finish(request)
                 self.runner.forget(request)
+                logger.info(line("request aborted", id=request_id, tokens=request.num_output_tokens))
                 ended.append(m.RequestOutput(request_id=request_id, finish_reason="abort"))
         if ended:
             self.send(m.StepOutputs(outputs=ended))

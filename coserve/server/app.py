@@ -49,7 +49,8 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         state = scope.setdefault("state", {})
-        state["request_id"] = request_id(headers)  # a body may change it
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        state["request_id"] = request_id(given)  # a body may change it
         state["body_memory"] = body = self._bodies.share()
         started = time.monotonic()
         status = 0

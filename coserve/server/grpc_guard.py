@@ -14,6 +14,7 @@ from coserve.errors import CoserveError
 from coserve.server.auth import TUNE, USE, Authenticator, Key
 from coserve.server.context import Context
 from coserve.server.errors import grpc_code, grpc_status, internal_error
+from coserve.server.http import request_id
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,18 @@ def key_of(context: Context, metadata: Iterable[tuple[str, str | bytes]] | None)
     return context.auth.key(authorization if isinstance(authorization, str) else None)
 
 
+def _kind(handler: grpc.RpcMethodHandler) -> str:
+    """What a method takes and gives, as grpc's own names have it: unary_stream and the like."""
+    takes = "stream" if handler.request_streaming else "unary"
+    return f"{takes}_{'stream' if handler.response_streaming else 'unary'}"
+
+
+def id_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
+    """The request id that a call's metadata carries as `x-request-id`, or a new one."""
+    given = dict(metadata or ()).get("x-request-id")
+    return request_id(given if isinstance(given, str) else "")
+
+
 class Guard(grpc.aio.ServerInterceptor):
     """Health is open; every other method wants a key where keys are set, our services the right role."""
 
@@ -71,34 +84,38 @@ class Guard(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
-        """Wrap the method's handler; a refused call never reaches it."""
+        """Wrap the method's handler; a refused call never reaches it, nor is its message read."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or method.startswith(_HEALTH):
+        if method.startswith(_HEALTH):
             return handler
         ours = method.startswith("/coserve.v1.")
-        refusal: CoserveError | None = None
         try:
             self._check(handler_call_details, ours)
         except CoserveError as error:
             self._context.metrics.rejected(error.code)
-            refusal = error
-        if refusal is None and not ours:
-            return handler
-        return self._wrapped(method, handler, refusal)
+            return self._refused(method, handler, error)
+        return self._wrapped(method, handler) if handler is not None and ours else handler
 
-    def _wrapped(
-        self, method: str, handler: grpc.RpcMethodHandler, refusal: CoserveError | None
+    def _refused(
+        self, method: str, handler: grpc.RpcMethodHandler | None, refusal: CoserveError
     ) -> grpc.RpcMethodHandler:
-        kind = ("stream" if handler.request_streaming else "unary") + (
-            "_stream" if handler.response_streaming else "_unary"
-        )
-        behaviour = getattr(handler, kind)
+        """As a stream whatever the method is: a handler of one message would wait for it."""
+
+        async def call(requests: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            if handler is not None:
+                self._count(_kind(handler), method, context)
+            await abort(context, refusal)
+            yield
+
+        return grpc.stream_stream_rpc_method_handler(call)
+
+    def _wrapped(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+        kind = _kind(handler)
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         wrap = self._streaming if handler.response_streaming else self._unary
-        wrapped = wrap(behaviour, refusal, lambda context: self._count(kind, method, context))
         return make(
-            wrapped,
+            wrap(getattr(handler, kind), lambda context: self._count(kind, method, context)),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
@@ -113,34 +130,27 @@ class Guard(grpc.aio.ServerInterceptor):
         ended = self._context.metrics.rpc.grpc(kind, method)
         context.add_done_callback(lambda done: ended(_code_word(done)))
 
-    def _unary(
-        self, behaviour: Callable[..., Awaitable[Any]], refusal: CoserveError | None, count: _Count
-    ) -> Any:
+    def _unary(self, behaviour: Callable[..., Awaitable[Any]], count: _Count) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             count(context)
-            failure: Exception | None = refusal
-            if failure is None:
-                try:
-                    return await behaviour(request, context)
-                except Exception as error:
-                    failure = self._failed(error)
+            try:
+                return await behaviour(request, context)
+            except Exception as error:
+                failure = self._failed(error)
             await abort(context, failure)
 
         return call
 
-    def _streaming(
-        self, behaviour: Callable[..., AsyncIterator[Any]], refusal: CoserveError | None, count: _Count
-    ) -> Any:
+    def _streaming(self, behaviour: Callable[..., AsyncIterator[Any]], count: _Count) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             count(context)
-            failure: Exception | None = refusal
-            if failure is None:
-                try:
-                    async with aclosing(behaviour(request, context)) as answers:  # type: ignore[type-var]
-                        async for answer in answers:
-                            yield answer
-                except Exception as error:
-                    failure = self._failed(error)
+            failure: Exception | None = None
+            try:
+                async with aclosing(behaviour(request, context)) as answers:  # type: ignore[type-var]
+                    async for answer in answers:
+                        yield answer
+            except Exception as error:
+                failure = self._failed(error)
             if failure is not None:
                 await abort(context, failure)
 

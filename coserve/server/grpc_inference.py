@@ -18,7 +18,7 @@ from coserve.server.fields import Fields
 from coserve.server.grpc_convert import plain
 from coserve.server.grpc_gen import inference_pb2 as pb
 from coserve.server.grpc_gen import inference_pb2_grpc
-from coserve.server.grpc_guard import key_of
+from coserve.server.grpc_guard import id_of, key_of
 from coserve.server.preparing import prepared
 
 
@@ -32,13 +32,15 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream the output of one prompt."""
-        key = key_of(self._context, context.invocation_metadata())
-        generation = await prepared(lambda: self._prepare(plain(request), key), request.ByteSize())
+        metadata = context.invocation_metadata()
+        key, name = key_of(self._context, metadata), id_of(metadata)
+        context.set_trailing_metadata((("x-request-id", name),))
+        generation = await prepared(lambda: self._prepare(plain(request), key, name), request.ByteSize())
         async with aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
                 yield self._response(delta, generation)
 
-    def _prepare(self, body: dict[str, object], key: Key | None) -> Generation:
+    def _prepare(self, body: dict[str, object], key: Key | None, request_id: str) -> Generation:
         context = self._context
         fields = Fields(body)
         sampling = fields.object("sampling_params") or Fields({}, "sampling_params.")
@@ -50,7 +52,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             logprobs=read_logprobs(sampling, "logprobs", context.rules),
             default_max_tokens=None,
         )
-        return context.generator.prepare(target, request, service, [self._prompt(fields)])
+        return context.generator.prepare(target, request, service, [self._prompt(fields)], request_id)
 
     def _prompt(self, fields: Fields) -> list[int]:
         given = [name for name in ("prompt", "token_ids", "messages") if fields.has(name)]

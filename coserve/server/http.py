@@ -55,9 +55,8 @@ def error_response(error: Exception) -> Response:
     return json_response(envelope(error), status, http_headers(error))
 
 
-def request_id(headers: dict[bytes, bytes]) -> str:
+def request_id(given: str) -> str:
     """The client's X-Request-Id where it is a plain short word, else a new one."""
-    given = headers.get(b"x-request-id", b"").decode("latin-1")
     return given if _is_plain(given) else uuid.uuid4().hex
 
 

@@ -238,7 +238,7 @@ def test_a_client_that_does_not_read_loses_its_place(bounded: ServerThread) -> N
     ).encode()
     with Raw(bounded, buffer=4096) as raw:
         raw.send(request("/v1/completions", body=body))
-        wait_for(lambda: lifecycle.in_flight)
+        assert wait_for(lambda: lifecycle.in_flight) == 1
         wait_for(lambda: not lifecycle.in_flight)
 
 

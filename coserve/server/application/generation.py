@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -127,12 +128,14 @@ class Generation:
         request: SamplingRequest,
         service: Service,
         prompts: list[list[int]],
+        request_id: str,
     ) -> None:
         self._generator = generator
         self.target = target
         self.request = request
         self.service = service
         self.prompts = prompts
+        self.request_id = request_id
         self.samples = generator.samples(request, prompts)
         self.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in prompts))
         self.snapshot: str | None = None
@@ -199,13 +202,18 @@ class Generator:
         self.vocab_size = vocab_size
 
     def prepare(
-        self, target: Target, request: SamplingRequest, service: Service, prompts: list[list[int]]
+        self,
+        target: Target,
+        request: SamplingRequest,
+        service: Service,
+        prompts: list[list[int]],
+        request_id: str = "",
     ) -> Generation:
         """Check prompts and lengths. What is wrong with a request is refused here; limits and targets speak
-        before its first output."""
+        before its first output. `request_id` is what the engine's log calls it; empty: any name."""
         self._lifecycle.check_ready()
         kept = [request.truncated(prompt, self.max_model_len) for prompt in prompts]
-        return Generation(self, target, request, service, kept)
+        return Generation(self, target, request, service, kept, request_id or uuid.uuid4().hex)
 
     def samples(self, request: SamplingRequest, prompts: list[list[int]]) -> list[Sample]:
         """Samples of all prompts: index = prompt * n + sample."""
@@ -322,7 +330,8 @@ class Generator:
     def _message(self, generation: Generation, sample: Sample, times: RequestTimes) -> AddRequest:
         service, latency_class = generation.service, generation.service.latency_class
         return AddRequest(
-            request_id=uuid.uuid4().hex,
+            # Clients may give the same id twice at once; the engine's is its own.
+            request_id=f"{generation.request_id}-{sample.index}-{secrets.token_hex(4)}",
             prompt_token_ids=sample.prompt_token_ids,
             sampling=sample.sampling,
             adapter=generation.target.adapter,

@@ -76,7 +76,7 @@ class ChatCompletion:
         )
         self.conversation: Conversation = read_conversation(fields, context.tokenizer)
         self.generation: Generation = context.generator.prepare(
-            self.target, request, self.service, [self.conversation.token_ids]
+            self.target, request, self.service, [self.conversation.token_ids], request_id
         )
         self.answers = ChatAnswers(self.generation, self.conversation.form)
         self.id = f"chatcmpl-{request_id}"

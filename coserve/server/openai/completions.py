@@ -98,7 +98,9 @@ class _Answer:
             prompt_logprobs=self._prompt_logprobs(),
         )
         prompts = read_prompts(fields, context.tokenizer)
-        self.generation: Generation = context.generator.prepare(self.target, request, self.service, prompts)
+        self.generation: Generation = context.generator.prepare(
+            self.target, request, self.service, prompts, request_id
+        )
         self.n = request.n
         self.skip_special_tokens = request.skip_special_tokens
         self.id = f"cmpl-{request_id}"
