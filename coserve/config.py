@@ -75,6 +75,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str = "info"
     max_logprobs: int = 20
     stream_interval: int = 1
+    trust_request_chat_template: bool = False
+    response_role: str = "assistant"
+    enable_auto_tool_choice: bool = True
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
     api_keys: tuple[str, ...] = ()
     admin_api_keys: tuple[str, ...] = ()
     keys_file: str = ""

@@ -102,6 +102,11 @@ class StopChecker:
         self._held = ""
         self.stopped_by: str | None = None
 
+    @property
+    def held(self) -> int:
+        """Characters held back."""
+        return len(self._held)
+
     def feed(self, text: str) -> tuple[str, str | None]:
         """(text to show now, the stop string that ended it or None). Nothing is shown after a stop."""
         if self.stopped_by is not None:

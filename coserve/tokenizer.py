@@ -124,10 +124,14 @@ class Tokenizer:
         return decoder.push(ids) + decoder.finish()
 
     def incremental_decoder(
-        self, skip_special_tokens: bool = True, continues_text: bool = False
+        self,
+        skip_special_tokens: bool = True,
+        continues_text: bool = False,
+        shown: frozenset[int] = frozenset(),
     ) -> IncrementalDecoder:
-        """A fresh stream of ids to text, equal to `decode` with the same settings once finished."""
-        hidden = self.special_ids if skip_special_tokens else frozenset()
+        """A fresh stream of ids to text, equal to `decode` with the same settings once finished; special
+        tokens that are `shown` are never skipped."""
+        hidden = self.special_ids - shown if skip_special_tokens else frozenset()
         if self._style.by_bytes:
             strip = self._style.strip_space and not continues_text
             return IncrementalDecoder(BytesDecoder(self.token_bytes, strip), hidden)
@@ -154,6 +158,10 @@ class Tokenizer:
         """The id of the one token written exactly so, or None."""
         return self._backend.token_to_id(text)
 
+    def added_token_id(self, text: str) -> int | None:
+        """The id of the added token (special or not) written exactly so, or None."""
+        return self._added_ids.get(text)
+
     def special_text_in(self, text: str) -> str | None:
         """The first special token whose text occurs in `text`, or None."""
         if self._special_starts.isdisjoint(text):  # some models have thousands of special tokens
@@ -172,16 +180,24 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        template: str | None = None,
         **kwargs: Any,
     ) -> str:
-        """The conversation's text by the model's chat template; InvalidRequest when there is no template
-        or it refuses the messages."""
-        if self._template is None:
+        """The conversation's text by the model's chat template, or by the source of another; InvalidRequest
+        when there is none, it can't be read, or it refuses the messages."""
+        if template is not None:
+            try:
+                chosen: ChatTemplate | None = ChatTemplate(template, self._special_names)
+            except ConfigError as error:
+                raise InvalidRequest(f"chat_template: {error}", param="chat_template") from error
+        else:
+            chosen = self._template
+        if chosen is None:
             raise InvalidRequest(
                 "this model has no chat template; use /v1/completions, or start with --chat-template",
                 param="messages",
             )
-        return self._template.render(
+        return chosen.render(
             messages,
             tools,
             add_generation_prompt=add_generation_prompt,
@@ -206,6 +222,15 @@ class Tokenizer:
     def _named_id(self, name: str) -> int | None:
         text = self._special_names.get(name)
         return self._backend.token_to_id(text) if text else None
+
+    @cached_property
+    def _added_ids(self) -> dict[str, int]:
+        return {text: token_id for token_id, text in self._added.items()}
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the chat template, or None."""
+        return self._template.source if self._template is not None else None
 
     @cached_property
     def special_texts(self) -> tuple[str, ...]:

@@ -73,6 +73,17 @@ MaxLogprobs = Annotated[
     int, typer.Option(min=-1, help="Log-probabilities that a request may have a token; -1: of all tokens.")
 ]
 StreamInterval = Annotated[int, typer.Option(min=1, help="Tokens of one chunk of a stream.")]
+TrustRequestChatTemplate = Annotated[
+    bool, typer.Option("--trust-request-chat-template", help="Let requests bring a chat template.")
+]
+ResponseRole = Annotated[str, typer.Option(help="The role that answers have.")]
+EnableAutoToolChoice = Annotated[bool, typer.Option(help="Let models choose whether to call tools.")]
+ToolCallParser = Annotated[
+    str, typer.Option(metavar="auto|none|NAME", help="How calls are written; auto: by the template.")
+]
+ReasoningParser = Annotated[
+    str, typer.Option(metavar="auto|none|NAME", help="How reasoning is marked; auto: by the template.")
+]
 KEY_VARIABLES = ("COSERVE_API_KEY", "VLLM_API_KEY", "COSERVE_ADMIN_API_KEY")
 ApiKey = Annotated[
     list[str] | None,

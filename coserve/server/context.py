@@ -9,6 +9,7 @@ from coserve.engine.client import EngineClient
 from coserve.metrics import Metrics
 from coserve.server.application.adapters import Adapters
 from coserve.server.application.aliases import Aliases
+from coserve.server.application.chat_settings import ChatSettings
 from coserve.server.application.files import Files
 from coserve.server.application.generation import Generator
 from coserve.server.application.jobs import Jobs
@@ -30,6 +31,7 @@ class Context:
     base: BaseModel
     engine: EngineClient
     tokenizer: Tokenizer
+    chat: ChatSettings
     rules: SamplingRules
     lifecycle: Lifecycle
     metrics: Metrics

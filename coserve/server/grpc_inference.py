@@ -63,7 +63,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         if given == ["token_ids"]:
             return fields.integers("token_ids") or []
         messages = [{"content": "", **message} for message in fields.array("messages") or []]
-        return read_conversation(Fields({"messages": messages}), self._context.tokenizer).token_ids
+        return read_conversation(Fields({"messages": messages}), self._context.chat).token_ids
 
     def _response(self, delta: Delta, generation: Generation) -> pb.GenerateResponse:
         tokenizer = self._context.tokenizer

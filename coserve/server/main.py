@@ -36,6 +36,7 @@ from coserve.models.fingerprint import model_fingerprint
 from coserve.server.app import create_app
 from coserve.server.application.adapters import Adapters
 from coserve.server.application.aliases import Aliases
+from coserve.server.application.chat_settings import ChatSettings
 from coserve.server.application.files import Files
 from coserve.server.application.generation import Generator
 from coserve.server.application.jobs import Jobs
@@ -284,6 +285,7 @@ def _make_parts(
         base=base,
         engine=engine,
         tokenizer=tokenizer,
+        chat=ChatSettings.of(config, tokenizer),
         rules=rules,
         lifecycle=lifecycle,
         metrics=metrics,

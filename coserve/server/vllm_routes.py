@@ -44,7 +44,7 @@ def routes(context: Context) -> list[Route]:
         if prompt is not None:
             return tokenizer.encode(prompt, add_special_tokens=fields.boolean("add_special_tokens", True))
         if fields.has("messages"):
-            return read_conversation(fields, tokenizer).token_ids
+            return read_conversation(fields, context.chat).token_ids
         raise InvalidRequest("prompt or messages is required.", param="prompt")
 
     async def tokenize(request: Request) -> Response:

@@ -19,7 +19,11 @@ def adapter_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def module_server(tmp_path_factory: pytest.TempPathFactory, adapter_root: Path) -> Iterator[ServerThread]:
-    server = ServerThread(tmp_path_factory.mktemp("state") / "s", adapter_roots=(str(adapter_root),))
+    server = ServerThread(
+        tmp_path_factory.mktemp("state") / "s",
+        adapter_roots=(str(adapter_root),),
+        trust_request_chat_template=True,
+    )
     yield server
     server.stop()
 

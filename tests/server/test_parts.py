@@ -1,4 +1,4 @@
-"""Small parts alone: keys files, tool calls, sampling defaults, the log's lines."""
+"""Small parts alone: keys files, sampling defaults, the log's lines."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from coserve import log
 from coserve.core.slo import LatencyTargets
 from coserve.errors import ConfigError, PermissionDenied, Unauthenticated
 from coserve.server.application.job_data import Sources, prepare
 from coserve.server.application.sampling import SamplingDefaults
-from coserve.server.application.tool_calls import ToolCallParser
 from coserve.server.auth import Authenticator
 from coserve.server.keys_file import read_keys_file
 from coserve.training.job import TrainingSpec
 from tests.server.fake_engine import TOKENIZER
-
-CALL = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
 
 
 def test_keys_files(tmp_path: Path) -> None:
@@ -53,42 +48,6 @@ def test_bad_keys_files(tmp_path: Path, text: str) -> None:
         read_keys_file(str(path), LatencyTargets())
     with pytest.raises(ConfigError, match="--keys-file"):
         read_keys_file(str(tmp_path / "none.toml"), LatencyTargets())
-
-
-PIECES = ["a", "<", "<tool", "_call>", CALL, "</tool_call>", "\n", "世"]
-
-
-@given(st.lists(st.sampled_from(PIECES), max_size=8), st.data())
-def test_tool_calls_do_not_depend_on_the_cuts(pieces: list[str], data: st.DataObject) -> None:
-    text = "".join(pieces)
-    whole = ToolCallParser()
-    content, calls = whole.feed(text)
-    content += whole.finish()
-    cut = data.draw(st.integers(0, len(text)))
-    parser = ToolCallParser()
-    parts, found = [], []
-    for piece in (text[:cut], text[cut:]):
-        shown, made = parser.feed(piece)
-        parts.append(shown)
-        found += made
-    parts.append(parser.finish())
-    assert [(call.name, call.arguments) for call in found] == [(call.name, call.arguments) for call in calls]
-    if not calls:
-        assert "".join(parts) == content == text
-
-
-def test_calls_that_are_none_stay_text() -> None:
-    for block in ("{}", "nonsense", '{"name": 5}', '{"name": "f", "arguments": 3}', "[" * 5000):
-        text = f"<tool_call>{block}</tool_call>"
-        parser = ToolCallParser()
-        shown, calls = parser.feed(text)
-        assert shown + parser.finish() == text and calls == []
-
-
-def test_parallel_calls_can_be_limited() -> None:
-    parser = ToolCallParser(limit=1)
-    _, calls = parser.feed(CALL * 3)
-    assert len(calls) == 1
 
 
 def test_sampling_defaults(tmp_path: Path) -> None:

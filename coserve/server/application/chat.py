@@ -1,130 +1,171 @@
-"""A chat request's conversation: messages and tools checked, rendered by the model's template."""
+"""A chat request's conversation: checked, rendered by the model's template, and what its answer may hold."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from coserve.errors import InvalidRequest
+import msgspec
+
+from coserve.server.application import reasoning
 from coserve.server.application.chat_answer import AnswerForm
-from coserve.server.fields import Fields, shown
+from coserve.server.application.chat_messages import read_messages
+from coserve.server.application.chat_settings import ChatSettings
+from coserve.server.application.sampling import SamplingRequest
+from coserve.server.application.tool_calling import grammar
+from coserve.server.application.tool_calling.formats import JSON_LIST, ToolFormat
+from coserve.server.application.tool_calling.prompt import with_tools
+from coserve.server.application.tool_calling.request import ToolUse, read_tool_use
+from coserve.server.fields import Fields
 from coserve.tokenizer import Tokenizer
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-_TOOL_CHOICES = ("none", "auto", "required")
 _RESERVED = frozenset({"self", "messages", "tools", "add_generation_prompt", "continue_final_message"})
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Token ids of a conversation, and what its answer may hold."""
+    """Token ids of a conversation, and what its answer may hold.
+
+    `role` gives the answer; `continued` is the text of the message that it goes on with.
+    """
 
     token_ids: list[int]
     form: AnswerForm
-    continued: str = ""
+    role: str
+    continued: str
+    _tools: ToolUse | None
+    _tokenizer: Tokenizer
+
+    def sampling(self, request: SamplingRequest) -> SamplingRequest:
+        """The request with the grammar that the answer has to match, made of the one asked for its text.
+
+        Calls go by their functions' schemas where they are demanded or strict; a model free to call may do
+        so in place of that text. Reasoning comes before, freely. Special tokens that mark something are
+        shown for the answer's reader. Raises InvalidRequest naming a tool.
+        """
+        token_id, form = self._tokenizer.added_token_id, self.form
+        made = self._with_calls(request.sampling.grammar)
+        if made and form.reasoning is not None:
+            made = grammar.with_reasoning(made, form.reasoning, form.inside, token_id)
+        ids = map(token_id, form.marks)
+        return replace(
+            request,
+            sampling=msgspec.structs.replace(request.sampling, grammar=made),
+            shown_token_ids=frozenset(found for found in ids if found is not None),
+        )
+
+    def _with_calls(self, body: str) -> str:
+        use, form = self._tools, self.form.tools
+        if use is None or form is None or form.kind == "python" or not (use.constrained or body):
+            return body
+        calls = grammar.calls_grammar(
+            form,
+            use.functions,
+            self._tokenizer.added_token_id,
+            parallel=use.parallel,
+            text=not use.forced and not body,
+        )
+        return grammar.either(calls, body) if body and not use.forced else calls
 
 
-def read_messages(fields: Fields) -> list[dict[str, Any]]:
-    """The messages, each with a known role and text content; InvalidRequest names the place."""
-    messages = fields.array("messages")
-    if not messages:
-        raise InvalidRequest("messages must hold at least one message.", param="messages")
-    return [_read_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-
-
-def _read_message(message: object, where: str) -> dict[str, Any]:
-    fields = Fields(message, f"{where}.")
-    role = fields.choice("role", ROLES)
-    if role is None:
-        raise fields.fail("role", "is required.")
-    content = fields.raw("content")
-    if content is None:
-        if role not in ("assistant", "tool", "function"):
-            raise fields.fail("content", "is required.")
-    elif isinstance(content, list):
-        for index, part in enumerate(content):
-            _check_part(Fields(part, f"{where}.content[{index}]."))
-    elif not isinstance(content, str):
-        raise fields.fail("content", f"must be a string or an array of text parts, not {shown(content)}.")
-    calls = fields.array("tool_calls")
-    for index, call in enumerate(calls or []):
-        function = Fields(call, f"{where}.tool_calls[{index}].").object("function")
-        if function is None or not function.required_string("name"):
-            raise fields.fail(f"tool_calls[{index}].function", "is required.")
-    plain = dict(fields.body)
-    if role == "developer":
-        plain["role"] = "system"
-    return plain
-
-
-def _check_part(part: Fields) -> None:
-    kind = part.string("type")
-    if kind not in ("text", "refusal"):
-        raise part.fail("type", f"{shown(kind)} is not supported: this server reads text only.")
-    if part.string(kind) is None:
-        raise part.fail(kind, "must be a string.")
-
-
-def read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, bool]:
-    """(tools for the template or None, whether to look for calls in the answer)."""
-    tools = fields.array("tools")
-    choice = fields.raw("tool_choice")
-    if tools is not None and not tools:
-        raise InvalidRequest("tools must not be empty; leave it out instead.", param="tools")
-    for index, tool in enumerate(tools or []):
-        entry = Fields(tool, f"tools[{index}].")
-        entry.choice("type", ("function",), "function")
-        function = entry.object("function")
-        if function is None:
-            raise entry.fail("function", "is required.")
-        function.required_string("name")
-        function.object("parameters")
-    if choice is not None:
-        _check_choice(fields, choice, tools)
-    if tools is None or choice == "none":
-        return None, False
-    return tools, True
-
-
-def _check_choice(fields: Fields, choice: object, tools: list[dict[str, Any]] | None) -> None:
-    if isinstance(choice, Mapping):
-        function = choice.get("function")
-        name = function.get("name") if isinstance(function, Mapping) else None
-        if tools is not None and name not in [tool["function"]["name"] for tool in tools]:
-            raise fields.fail("tool_choice", f"names {shown(name)}, which is not among tools.")
-        raise fields.fail("tool_choice", "forcing a named tool is not supported; use auto or none.")
-    if choice not in _TOOL_CHOICES:
-        raise fields.fail("tool_choice", f"must be none or auto, not {shown(choice)}.")
-    if choice == "required":
-        raise fields.fail("tool_choice", "required is not supported; use auto or none.")
-    if tools is None and choice == "auto":
-        raise fields.fail("tool_choice", "needs tools.")
-
-
-def read_conversation(fields: Fields, tokenizer: Tokenizer) -> Conversation:
+def read_conversation(fields: Fields, chat: ChatSettings) -> Conversation:
     """Check, render and tokenise a request's conversation."""
     messages = read_messages(fields)
-    tools, parse_tools = read_tools(fields)
+    use = read_tool_use(fields)
+    tool_format = _tool_format(fields, use, chat)
+    add_prompt = fields.boolean("add_generation_prompt", True)
+    continues = fields.boolean("continue_final_message")
+    if continues and fields.has("add_generation_prompt") and add_prompt:
+        raise fields.fail("continue_final_message", "can't be combined with add_generation_prompt.")
+    tools = use.tools if use is not None else None
+    template = _template(fields, chat)
+    text = chat.tokenizer.render_chat(
+        messages if _knows(template, "tools") else with_tools(messages, tools),
+        tools,
+        add_generation_prompt=add_prompt and not continues,
+        continue_final_message=continues,
+        template=fields.string("chat_template"),
+        **_variables(fields, template),
+    )
+    continued = _text_of(messages[-1]) if continues else ""
+    form = AnswerForm(
+        tools=tool_format,
+        schemas={function.name: function.parameters for function in use.functions} if use is not None else {},
+        parallel_tool_calls=use is None or use.parallel,
+        named=use is not None and use.named,
+        include_reasoning=fields.boolean("include_reasoning", True),
+    )
+    if chat.reasoning is not None:
+        inside = reasoning.begins_inside(chat.reasoning, text, continued)
+        if inside is not None:
+            form = replace(form, reasoning=chat.reasoning, inside=inside)
+    return Conversation(
+        token_ids=chat.tokenizer.encode(text, add_special_tokens=fields.boolean("add_special_tokens", False)),
+        form=form,
+        role=chat.response_role if add_prompt and not continues else messages[-1]["role"],
+        continued=continued,
+        _tools=use,
+        _tokenizer=chat.tokenizer,
+    )
+
+
+def _tool_format(fields: Fields, use: ToolUse | None, chat: ChatSettings) -> ToolFormat | None:
+    if use is None:
+        return None
+    if use.forced:
+        if chat.tools is None:
+            raise fields.fail(
+                "tool_choice",
+                "can't be kept: no call format is known; start the server with --tool-call-parser.",
+            )
+        return JSON_LIST if chat.tools.kind == "python" else chat.tools
+    if not chat.auto_tools:
+        raise fields.fail("tool_choice", "auto needs a server started with --enable-auto-tool-choice.")
+    return chat.tools
+
+
+def _variables(fields: Fields, template: str | None) -> dict[str, Any]:
+    """The template's own variables: chat_template_kwargs, documents, the effort of reasoning."""
     kwargs = fields.object("chat_template_kwargs")
     variables = dict(kwargs.body) if kwargs is not None else {}
     reserved = sorted(variables.keys() & _RESERVED)
     if reserved:
         raise fields.fail(f"chat_template_kwargs.{reserved[0]}", "is set by the request's own fields.")
-    add_prompt = fields.boolean("add_generation_prompt", True)
-    continued = fields.boolean("continue_final_message")
-    if continued and fields.has("add_generation_prompt") and add_prompt:
-        raise fields.fail("continue_final_message", "can't be combined with add_generation_prompt.")
-    text = tokenizer.render_chat(
-        messages,
-        tools,
-        add_generation_prompt=add_prompt and not continued,
-        continue_final_message=continued,
-        **variables,
-    )
-    special = fields.boolean("add_special_tokens", False)
-    return Conversation(
-        token_ids=tokenizer.encode(text, add_special_tokens=special),
-        form=AnswerForm(parse_tools, fields.boolean("parallel_tool_calls", True)),
-        continued=str(messages[-1].get("content") or "") if continued else "",
-    )
+    effort = fields.choice("reasoning_effort", _EFFORTS)
+    if effort is not None:
+        variables.setdefault("reasoning_effort", effort)
+        if effort == "none":
+            variables.setdefault("enable_thinking", False)
+    documents = fields.array("documents")
+    if documents is not None:
+        if not _knows(template, "documents"):
+            raise fields.fail("documents", "aren't read by this model's template; put them into messages.")
+        for index, document in enumerate(documents):
+            if not isinstance(document, Mapping):
+                raise fields.fail(f"documents[{index}]", "must be an object.")
+        variables["documents"] = documents
+    return variables
+
+
+def _template(fields: Fields, chat: ChatSettings) -> str | None:
+    """The source of the template that the messages are rendered by."""
+    source = fields.string("chat_template")
+    if source is None:
+        return chat.tokenizer.chat_template
+    if not chat.request_templates:
+        raise fields.fail(
+            "chat_template",
+            "is taken from requests only by a server started with --trust-request-chat-template.",
+        )
+    return source
+
+
+def _knows(template: str | None, variable: str) -> bool:
+    return template is not None and variable in template
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)

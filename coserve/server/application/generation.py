@@ -45,7 +45,8 @@ class Delta:
     """What became known of one sample: text ready to show, the tokens behind it, and maybe its end.
 
     `finish_reason` is "stop" or "length" on a sample's last delta; `stop_reason` the stop string or token id.
-    `snapshot` comes with the first of a live adapter: the job and the step that it reads.
+    `snapshot` comes with the first of a live adapter: the job and the step that it reads. `held` counts the
+    characters of these tokens that come with a later delta.
     """
 
     index: int
@@ -57,6 +58,7 @@ class Delta:
     stop_reason: str | int | None = None
     cached_tokens: int = 0
     snapshot: str | None = None
+    held: int = 0
 
     def joined(self, later: Delta) -> Delta:
         """This one and the one after it."""
@@ -363,7 +365,9 @@ class _TextStream:
     """Turns a sample's engine outputs into deltas: decoding, stop strings, the end token's text."""
 
     def __init__(self, tokenizer: Tokenizer, request: SamplingRequest) -> None:
-        self._decoder = tokenizer.incremental_decoder(request.skip_special_tokens, continues_text=True)
+        self._decoder = tokenizer.incremental_decoder(
+            request.skip_special_tokens, continues_text=True, shown=request.shown_token_ids
+        )
         self._stops = StopChecker(request.stop, request.include_stop)
         self._keep_stop_token = request.include_stop
 
@@ -393,6 +397,7 @@ class _TextStream:
             stop_reason=stop_reason,
             cached_tokens=output.cached_tokens,
             snapshot=output.snapshot,
+            held=self._stops.held,
         )
 
 

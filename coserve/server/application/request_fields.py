@@ -31,7 +31,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, str]] = {
     "prompt_cache_options": ("object", ""),
     "prompt_cache_retention": ("string", ""),
     "verbosity": ("string", ""),
-    "reasoning_effort": ("string", ""),
     "spaces_between_special_tokens": ("boolean", "decoders of tokenizer.json files put none there"),
 }
 
@@ -112,9 +111,23 @@ CHAT: tuple[RequestField, ...] = (
     RequestField("messages", "array", "roles system, developer, user, assistant, tool; text parts only"),
     RequestField("logprobs", "boolean (false)", "log-probability of each token"),
     RequestField("top_logprobs", "0-`--max-logprobs` (0)", "and of the likeliest, with `logprobs`"),
-    RequestField("tools", "array of functions", "shown to the model by its template"),
-    RequestField("tool_choice", "see tools (`auto`)", "whether it calls one, and which"),
+    RequestField("tools", "array of functions", "shown to the model by its template; docs/tools.md"),
+    RequestField(
+        "tool_choice",
+        "`none`, `auto`, `required`, a function, `allowed_tools` (`auto`)",
+        "whether it calls one, and which",
+    ),
     RequestField("parallel_tool_calls", "boolean (true)", "false: at most one call"),
+    RequestField("include_reasoning", "boolean (true)", "false leaves what the model thought out"),
+    RequestField(
+        "reasoning_effort",
+        "`none` to `max`",
+        "variable of the template; `none` also sets its `enable_thinking` to false",
+    ),
+    RequestField("documents", "objects", "variable of the template; refused where it knows none"),
+    RequestField(
+        "chat_template", "Jinja source", "in place of the model's, with `--trust-request-chat-template`"
+    ),
     RequestField("modalities", '["text"]', "others are refused: text only"),
     RequestField("add_generation_prompt", "boolean (true)", "opens the assistant's turn"),
     RequestField("continue_final_message", "boolean (false)", "the last message is gone on with"),
@@ -183,8 +196,6 @@ REFUSED: dict[str, str] = {
     "structured_outputs": "is not supported",
     "use_beam_search": "is not supported",
     "prompt_embeds": "is not supported",
-    "documents": "is not supported; put them into the messages",
-    "chat_template": "can't be sent with a request; start the server with --chat-template",
     "stop_regex": "is not supported; use stop",
     "regex": "is not supported",
     "ebnf": "is not supported",

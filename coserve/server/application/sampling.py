@@ -78,6 +78,7 @@ class SamplingRequest:
     `max_tokens` None: up to the context's end; with `max_tokens_by_default` it gives way to a long prompt.
     `sampling.seed` is the seed of the first of `n` samples; the others follow by counting on.
     `truncate_prompt_tokens` -1: to what leaves room for the answer.
+    `shown_token_ids` are special tokens that are part of the text also where these are skipped.
     """
 
     sampling: SamplingParams
@@ -91,6 +92,7 @@ class SamplingRequest:
     truncation_side: str = "left"
     cache_salt: str = ""
     stream_interval: int = 1
+    shown_token_ids: frozenset[int] = frozenset()
 
     def sampling_for(self, index: int, max_tokens: int) -> SamplingParams:
         """Settings of sample `index` with its token limit resolved."""

@@ -11,16 +11,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from coserve.server.application.answer_pieces import CallArguments, CallOpened, Content, Piece, Reasoning
 from coserve.server.application.chat import Conversation, read_conversation
-from coserve.server.application.chat_answer import (
-    Answer,
-    AnswerDelta,
-    CallArguments,
-    CallOpened,
-    ChatAnswers,
-    Content,
-    Piece,
-)
+from coserve.server.application.chat_answer import Answer, AnswerDelta, ChatAnswers, ToolCall
 from coserve.server.application.generation import Generation
 from coserve.server.application.request_fields import KNOWN_CHAT
 from coserve.server.application.sampling import (
@@ -31,7 +24,6 @@ from coserve.server.application.sampling import (
     read_prompt_logprobs,
     refuse_unsupported,
 )
-from coserve.server.application.tool_calls import ToolCall
 from coserve.server.auth import USE, Key
 from coserve.server.context import Context
 from coserve.server.fields import Fields
@@ -67,6 +59,7 @@ class ChatCompletion:
         self.echo = fields.boolean("echo")
         self.service = context.tiers.read(fields, key)
         self.target = context.adapters.resolve(fields.string("model"), key)
+        self.conversation: Conversation = read_conversation(fields, context.chat)
         request = parse_sampling(
             fields,
             context.rules,
@@ -74,9 +67,12 @@ class ChatCompletion:
             default_max_tokens=None,
             prompt_logprobs=read_prompt_logprobs(fields, context.rules, self.options.stream),
         )
-        self.conversation: Conversation = read_conversation(fields, context.tokenizer)
         self.generation: Generation = context.generator.prepare(
-            self.target, request, self.service, [self.conversation.token_ids], request_id
+            self.target,
+            self.conversation.sampling(request),
+            self.service,
+            [self.conversation.token_ids],
+            request_id,
         )
         self.answers = ChatAnswers(self.generation, self.conversation.form)
         self.id = f"chatcmpl-{request_id}"
@@ -107,9 +103,11 @@ class ChatCompletion:
 
     def _choice(self, answer: Answer) -> dict[str, Any]:
         content = self.echoed + answer.content
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        message: dict[str, Any] = {"role": self.conversation.role, "content": content, "refusal": None}
+        if answer.reasoning:
+            message |= _reasoning(answer.reasoning)
         if answer.calls:
-            message["content"] = content.strip() or None
+            message["content"] = content or None
             message["tool_calls"] = [_call_body(call) for call in answer.calls]
         body: dict[str, Any] = {
             "index": answer.index,
@@ -138,7 +136,7 @@ class ChatCompletion:
                 chunks = []
                 if delta.index not in started:
                     started.add(delta.index)
-                    chunks.append(self._chunk(delta.index, {"role": "assistant", "content": ""}))
+                    chunks.append(self._chunk(delta.index, {"role": self.conversation.role, "content": ""}))
                     if self.return_token_ids:
                         chunks[0]["prompt_token_ids"] = self.generation.prompts[0]
                     if self.echoed:
@@ -181,6 +179,11 @@ class ChatCompletion:
         return self.options.complete({**self._head(), "choices": [choice]}, self.generation.usage)
 
 
+def _reasoning(text: str) -> dict[str, str]:
+    """Under vLLM's name for it and under the older one, which most clients read."""
+    return {"reasoning": text, "reasoning_content": text}
+
+
 def _call_body(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
@@ -189,6 +192,8 @@ def _message_delta(piece: Piece) -> dict[str, Any]:
     match piece:
         case Content(text):
             return {"content": text}
+        case Reasoning(text):
+            return _reasoning(text)
         case CallOpened(index, id, name):
             opening = {"name": name, "arguments": ""}
             return {"tool_calls": [{"index": index, "id": id, "type": "function", "function": opening}]}
