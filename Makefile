@@ -62,8 +62,8 @@ bench: setup ## run the benches (BENCH="step kernels" picks some, BENCH_ARGS=--q
 proto: setup ## regenerate the gRPC stubs from proto/
 	scripts/proto.sh "$(VENV)"
 
-docs: setup ## regenerate docs/cli.md from the command line and check every link
-	$(BIN)/python scripts/make_docs.py
+docs: setup ## regenerate docs/cli.md and docs/api.md from the code and check every link
+	$(BIN)/python -m scripts.make_docs
 
 image: ## build the container image (IMAGE_TARGET=cpu|cuda)
 	docker build --target $(or $(IMAGE_TARGET),cpu) -t coserve:$(or $(IMAGE_TARGET),cpu) .

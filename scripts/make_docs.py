@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the command line itself, and check that every link in the documents is good."""
+"""Write docs/cli.md and docs/api.md from the code, and check that every link in the documents is good."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from coserve.cli.main import app
+from scripts import api_page
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = "# The command line\n\nMade by `make docs` from the flags' own help; change that instead.\n"
@@ -26,6 +27,12 @@ def sections(command: Any, path: list[str], parent: Any = None) -> list[str]:
     return found
 
 
+def pages() -> dict[str, str]:
+    """The pages that are made, by name."""
+    command_line = HEAD + "".join(sections(typer.main.get_command(app), ["coserve"]))
+    return {"cli.md": command_line, "api.md": api_page.page()}
+
+
 def broken_links() -> list[str]:
     """`page -> target` of every link to a file that isn't there."""
     broken = []
@@ -38,10 +45,10 @@ def broken_links() -> list[str]:
 
 def main() -> int:
     """Returns 1 when a link is broken."""
-    page = ROOT / "docs" / "cli.md"
-    text = HEAD + "".join(sections(typer.main.get_command(app), ["coserve"]))
-    if not page.exists() or page.read_text(encoding="utf-8") != text:
-        page.write_text(text, encoding="utf-8")
+    for name, text in pages().items():
+        page = ROOT / "docs" / name
+        if not page.exists() or page.read_text(encoding="utf-8") != text:
+            page.write_text(text, encoding="utf-8")
     broken = broken_links()
     print("\n".join(f"broken link: {line}" for line in broken) or "docs: every link leads somewhere")
     return 1 if broken else 0

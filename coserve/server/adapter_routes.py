@@ -48,6 +48,7 @@ def routes(context: Context) -> list[Route]:
     adapters = context.adapters
 
     async def upload(request: Request) -> Response:
+        """Take a PEFT directory as a tar or zip and publish it as the next version of `name`."""
         folder, key = context.files.folder, request.state.key
         limit = upload_limit(key)
         if request.headers.get("content-type", "").startswith("multipart/form-data"):
@@ -71,11 +72,13 @@ def routes(context: Context) -> list[Route]:
         return json_response(adapter_body(row, adapters.tier(row.version.digest)))
 
     async def list_adapters(request: Request) -> Response:
+        """Every version of every adapter, and where its weights are."""
         rows = adapters.all_versions(request.state.key)
         data = [adapter_body(row, adapters.tier(row.version.digest)) for row in rows]
         return json_response({"object": "list", "data": data})
 
     async def content(request: Request) -> Response:
+        """A version as a tar of its PEFT directory."""
         row = adapters.get(request.path_params["name"], key=request.state.key)
         filename = quote(f"{row.version.name}-{row.version.version}.tar")
         return StreamingResponse(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from types import ModuleType
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -131,11 +132,15 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return error_response(errors.InvalidRequest(str(error.detail)))
 
 
+def route_parts() -> tuple[ModuleType, ...]:
+    """The modules that have routes, each with a function `routes`."""
+    openai = (chat_completions, completions, responses, models, files, uploads, fine_tuning, left_out)
+    return (health, *openai, vllm_routes, adapter_routes, alias_routes)
+
+
 def all_routes(context: Context) -> list[Route]:
     """Every route of the server."""
-    openai = (chat_completions, completions, responses, models, files, uploads, fine_tuning, left_out)
-    parts = (health, *openai, vllm_routes, adapter_routes, alias_routes)
-    return [route for part in parts for route in part.routes(context)]
+    return [route for part in route_parts() for route in part.routes(context)]
 
 
 def create_app(context: Context) -> ASGIApp:

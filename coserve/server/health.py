@@ -29,9 +29,11 @@ def routes(context: Context) -> list[Route]:
     """Health, readiness, version and metrics."""
 
     async def health(request: Request) -> Response:
+        """Alive: 200 as long as the server runs."""
         return Response(status_code=200)
 
     async def ready(request: Request) -> Response:
+        """200 when a request sent now can be served, 503 while the engine starts or the server drains."""
         try:
             context.lifecycle.check_ready()
         except Unavailable as error:
@@ -43,9 +45,11 @@ def routes(context: Context) -> list[Route]:
         return json_response({"server_load": context.lifecycle.in_flight})
 
     async def version(request: Request) -> Response:
+        """The server's version."""
         return json_response({"version": __version__})
 
     async def metrics(request: Request) -> Response:
+        """Prometheus' figures."""
         key = request.state.key
         if key is not None and key.models and key.role != METRICS:
             raise PermissionDenied("This API key doesn't see all models, and the metrics name all of them.")

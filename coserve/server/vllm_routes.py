@@ -22,6 +22,7 @@ def routes(context: Context) -> list[Route]:
     tokenizer = context.tokenizer
 
     async def load(request: Request) -> Response:
+        """Load an adapter from a directory under an `--adapter-root`."""
         fields = await read_json(request)
         name, path = fields.required_string("lora_name"), fields.required_string("lora_path")
         await context.adapters.load(
@@ -34,6 +35,7 @@ def routes(context: Context) -> list[Route]:
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload(request: Request) -> Response:
+        """Take an adapter out of service."""
         fields = await read_json(request)
         name = fields.required_string("lora_name")
         await context.adapters.unload(name, request.state.key)
@@ -48,6 +50,7 @@ def routes(context: Context) -> list[Route]:
         raise InvalidRequest("prompt or messages is required.", param="prompt")
 
     async def tokenize(request: Request) -> Response:
+        """Text or a conversation as token ids."""
         fields = await read_json(request)
         context.adapters.resolve(fields.string("model"), request.state.key)
         ids = await prepared(partial(read_ids, fields), request.state.size)
@@ -64,6 +67,7 @@ def routes(context: Context) -> list[Route]:
         )
 
     async def detokenize(request: Request) -> Response:
+        """Token ids as text."""
         fields = await read_json(request)
         context.adapters.resolve(fields.string("model"), request.state.key)
         if not isinstance(fields.raw("tokens"), list):

@@ -205,6 +205,7 @@ def routes(context: Context) -> list[Route]:
     """This resource's routes."""
 
     async def create(request: Request) -> Response:
+        """Answer a conversation, whole or as a stream."""
         fields, state = await read_json(request), request.state
         take_request_id(request, fields)
         make = partial(ChatCompletion, context, fields, state.key, state.request_id)

@@ -228,6 +228,7 @@ def routes(context: Context) -> list[Route]:
     """This resource's routes."""
 
     async def create(request: Request) -> Response:
+        """Continue texts or token ids, whole or as a stream."""
         fields = await read_json(request)
         if not fields.has("prompt"):
             raise InvalidRequest("prompt is required.", param="prompt", code="missing_required_parameter")

@@ -51,6 +51,7 @@ def routes(context: Context) -> list[Route]:
     files = context.files
 
     async def upload(request: Request) -> Response:
+        """Take a file as a form: `file`, `purpose`, `expires_after`."""
         form = await receive_form(request, files.folder, upload_limit(request.state.key))
         try:
             if form.path is None or form.filename is None:
@@ -63,6 +64,7 @@ def routes(context: Context) -> list[Route]:
             form.discard()
 
     async def list_files(request: Request) -> Response:
+        """Files, of a `purpose` where one is given."""
         order = request.query_params.get("order", "desc")
         if order not in ("asc", "desc"):
             raise InvalidRequest("order must be asc or desc.", param="order")
@@ -71,9 +73,11 @@ def routes(context: Context) -> list[Route]:
         return json_response(list_body(request, found, lambda file: file.id, file_body, limit))
 
     async def get_file(request: Request) -> Response:
+        """One file."""
         return json_response(file_body(await files.get(request.path_params["id"], request.state.key)))
 
     async def content(request: Request) -> Response:
+        """A file's bytes."""
         file = await files.get(request.path_params["id"], request.state.key)
         disposition = f"attachment; filename*=utf-8''{quote(file.filename)}"
         return FileResponse(
@@ -83,6 +87,7 @@ def routes(context: Context) -> list[Route]:
         )
 
     async def delete(request: Request) -> Response:
+        """Delete a file; jobs that were prepared from it go on."""
         file_id = request.path_params["id"]
         await files.delete(file_id, request.state.key)
         return json_response({"id": file_id, "object": "file", "deleted": True})

@@ -26,6 +26,7 @@ def _metadata_filter(request: Request) -> dict[str, str]:
 
 
 async def _no_permissions(request: Request) -> Response:
+    """Refused: there are no projects to share checkpoints with."""
     raise InvalidRequest(
         "Checkpoint permissions are not supported: this server has no projects; which checkpoints a key may "
         "use follows from the 'models' of the keys file.",
@@ -34,6 +35,7 @@ async def _no_permissions(request: Request) -> Response:
 
 
 async def _no_graders(request: Request) -> Response:
+    """Refused: there is no reinforcement fine-tuning."""
     raise InvalidRequest(
         "Graders are not supported: this server has no reinforcement fine-tuning.", code="unsupported"
     )
@@ -61,6 +63,7 @@ def _job_routes(context: Context) -> list[Route]:
         return job_body(job, jobs.model_config)
 
     async def create(request: Request) -> Response:
+        """Create a job."""
         body = plain_request(await read_json(request))
         key = request.headers.get("idempotency-key")
         if key and "idempotency_key" not in body:
@@ -68,6 +71,7 @@ def _job_routes(context: Context) -> list[Route]:
         return json_response(body_of(await jobs.create(body, request.state.key)))
 
     async def list_jobs(request: Request) -> Response:
+        """Jobs, the newest first; `metadata[key]=value` picks some."""
         found = await jobs.records.list(request.state.key, _metadata_filter(request))
         if request.query_params.get("metadata") == "null":
             found = [job for job in found if not job.metadata]
@@ -75,15 +79,19 @@ def _job_routes(context: Context) -> list[Route]:
         return json_response(list_body(request, found, lambda job: job.id, body_of, limit))
 
     async def get_job(request: Request) -> Response:
+        """One job."""
         return json_response(body_of(await jobs.records.get(request.path_params["id"], request.state.key)))
 
     async def cancel(request: Request) -> Response:
+        """End a job; it publishes nothing."""
         return json_response(body_of(await jobs.cancel(request.path_params["id"], request.state.key)))
 
     async def pause(request: Request) -> Response:
+        """Stop a job at its next optimizer step."""
         return json_response(body_of(await jobs.pause(request.path_params["id"], request.state.key)))
 
     async def resume(request: Request) -> Response:
+        """Let a paused job go on."""
         return json_response(body_of(await jobs.resume(request.path_params["id"], request.state.key)))
 
     return [
@@ -100,12 +108,14 @@ def _log_routes(context: Context) -> list[Route]:
     records = context.jobs.records
 
     async def events(request: Request) -> Response:
+        """What became of a job, the newest first."""
         limit, after = query_limit(request, 20, _MAX_PAGE), request.query_params.get("after")
         name, key = request.path_params["id"], request.state.key
         found, more = await records.newest_events(name, after, limit, key)
         return json_response(page_body(found, more, lambda event: event.id, event_body))
 
     async def checkpoints(request: Request) -> Response:
+        """A job's checkpoints, the newest first."""
         job = await records.get(request.path_params["id"], request.state.key)
         found = await records.checkpoints(job.id, request.state.key)
         steps = await records.metrics_of(found)

@@ -33,6 +33,7 @@ def _refusal(sentence: str) -> Handler:
     async def refuse(request: Request) -> Response:
         raise InvalidRequest(sentence, code="unsupported")
 
+    refuse.__doc__ = f"Refused: {sentence}"
     return refuse
 
 

@@ -57,6 +57,7 @@ def routes(context: Context) -> list[Route]:
         return adapter_card(context.base, context.adapters.get(name, key=key), name)
 
     async def list_models(request: Request) -> Response:
+        """The base under each of its names, the newest version of every adapter, and aliases."""
         key = request.state.key
         names = context.base.names if sees(key, context.base.name) else ()
         cards = [base_card(context.base, name) for name in names]
@@ -65,9 +66,11 @@ def routes(context: Context) -> list[Route]:
         return json_response({"object": "list", "data": cards})
 
     async def get_model(request: Request) -> Response:
+        """One of them; `name@3` is one version of an adapter."""
         return json_response(card_of(request.path_params["id"], request.state.key))
 
     async def delete_model(request: Request) -> Response:
+        """Delete an adapter (`name@3`: one version) with its files, or an alias."""
         name, key = request.path_params["id"], request.state.key
         alias = context.adapters.aliases.get(name)
         if alias is not None and context.adapters.sees_alias(alias, key):

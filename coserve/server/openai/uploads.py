@@ -40,9 +40,11 @@ def routes(context: Context) -> list[Route]:
     uploads = context.uploads
 
     async def create(request: Request) -> Response:
+        """Announce a file that comes in parts: up to 8 GB."""
         return json_response(upload_body(await uploads.create(await read_json(request), request.state.key)))
 
     async def add_part(request: Request) -> Response:
+        """Take a part."""
         form = await receive_form(request, uploads.folder, MAX_PART_BYTES, "data")
         try:
             if form.path is None:
@@ -60,6 +62,7 @@ def routes(context: Context) -> list[Route]:
         )
 
     async def complete(request: Request) -> Response:
+        """Put the parts together, in the order given, to a file."""
         fields = await read_json(request)
         fields.only(_COMPLETE_FIELDS, "the request")
         names = fields.strings("part_ids")
@@ -70,6 +73,7 @@ def routes(context: Context) -> list[Route]:
         return json_response(upload_body(upload, file))
 
     async def cancel(request: Request) -> Response:
+        """Forget an upload and its parts."""
         return json_response(upload_body(await uploads.cancel(request.path_params["id"], request.state.key)))
 
     root = "/v1/uploads"
