@@ -12,6 +12,7 @@ from coserve.errors import InvalidRequest
 from coserve.server.application.chat import read_conversation
 from coserve.server.application.generation import Delta, Generation
 from coserve.server.application.sampling import parse_sampling, read_logprobs
+from coserve.server.application.structured_output import read_kind
 from coserve.server.auth import Key
 from coserve.server.context import Context
 from coserve.server.fields import Fields
@@ -51,6 +52,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             context.rules,
             logprobs=read_logprobs(sampling, "logprobs", context.rules),
             default_max_tokens=None,
+            constraint=read_kind(sampling, "json_schema"),
         )
         return context.generator.prepare(target, request, service, [self._prompt(fields)], request_id)
 

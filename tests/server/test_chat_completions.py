@@ -166,7 +166,7 @@ REFUSED = [
     ({"audio": {}}, "audio"),
     ({"modalities": ["audio"]}, "modalities"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
-    ({"response_format": {"type": "json_object"}}, "response_format.type"),
+    ({"response_format": {"type": "yaml"}}, "response_format.type"),
     ({"tools": []}, "tools"),
     ({"tool_choice": "auto"}, "tool_choice"),
     ({"messages": []}, "messages"),

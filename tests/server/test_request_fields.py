@@ -93,10 +93,17 @@ BOTH = [
     sampled("logit_bias", {"5": -100}, {"5": 101}, {5: -100.0}, "logit_bias.5"),
     Case(
         "response_format",
-        {"response_format": {"type": "text"}},
-        lambda seen: seen.text == DEFAULT_REPLY,
+        {"response_format": {"type": "json_object"}},
+        lambda seen: '{"type":"object"' in seen.sampling("grammar"),
         {"response_format": {"type": "json_schema"}},
         "response_format.json_schema",
+    ),
+    Case(
+        "structured_outputs",
+        {"structured_outputs": {"choice": ["yes", "no"]}},
+        lambda seen: '"yes" | "no"' in seen.sampling("grammar"),
+        {"structured_outputs": {"choice": []}},
+        "structured_outputs.choice",
     ),
     Case("stream", {"stream": True}, lambda seen: len(seen.chunks) > 2, {"stream": "yes"}, "stream"),
     Case(

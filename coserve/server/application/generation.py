@@ -23,6 +23,7 @@ from coserve.request_metrics import RequestTimes
 from coserve.server.application.lifecycle import Lifecycle
 from coserve.server.application.models import Target
 from coserve.server.application.sampling import SamplingRequest, check_token_ids
+from coserve.server.application.structured_output import GrammarChecks
 from coserve.server.auth import Key
 from coserve.server.quotas import Quotas
 from coserve.server.service_tiers import Service, ServiceTiers
@@ -198,6 +199,7 @@ class Generator:
         self._tiers = tiers
         self._quotas = quotas
         self._check_live = check_live
+        self._grammars = GrammarChecks()
         self._in_use: dict[str, int] = {}
         self._released = asyncio.Condition()
         self.max_model_len = max_model_len
@@ -257,6 +259,9 @@ class Generator:
             await self._check_live(generation.target.live_job, generation.service.key)
         quota = self._quotas.request(generation.service.key, generation.usage.prompt_tokens)
         with self._lifecycle.work(), quota:
+            if generation.request.sampling.grammar:
+                request = generation.request
+                await self._grammars.check(request.sampling.grammar, request.grammar_field)
             async with self._using(generation.target):
                 streams = [self._sample(generation, sample) for sample in generation.samples]
                 merged = streams[0] if len(streams) == 1 else _merge(streams)

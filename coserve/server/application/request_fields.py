@@ -54,7 +54,9 @@ SHARED: tuple[RequestField, ...] = (
     RequestField("seed", "integer of 64 bits (drawn)", "same seed, same answer, whatever shares the batch"),
     RequestField("logit_bias", "token id: -100-100", "added to the logits"),
     RequestField(
-        "response_format", "`text`, `json_object`, `json_schema`", "what the answer's text has to be"
+        "response_format",
+        "`text`, `json_object`, `json_schema`, `structural_tag`",
+        "the answer is JSON, of a schema (docs/structured-output.md)",
     ),
     RequestField("stream", "boolean (false)", "answers by server-sent events"),
     RequestField(
@@ -89,6 +91,11 @@ SHARED: tuple[RequestField, ...] = (
     RequestField("return_tokens_as_token_ids", "boolean (false)", "tokens in logprobs read `token_id:ID`"),
     RequestField(
         "logprob_token_ids", "up to 128 token ids", "the alternatives that logprobs have, in this order"
+    ),
+    RequestField(
+        "structured_outputs",
+        "one of `json`, `regex`, `choice`, `grammar`, `json_object`, `structural_tag`",
+        "what the answer has to match",
     ),
     RequestField("bad_words", "up to 256 strings", "never part of the answer"),
     RequestField(
@@ -193,7 +200,6 @@ REFUSED: dict[str, str] = {
     "prediction": "is not supported",
     "web_search_options": "is not supported",
     "moderation": "is not supported",
-    "structured_outputs": "is not supported",
     "use_beam_search": "is not supported",
     "prompt_embeds": "is not supported",
     "stop_regex": "is not supported; use stop",

@@ -14,6 +14,7 @@ import msgspec
 from coserve.core.sampling_params import SamplingParams
 from coserve.errors import InvalidRequest
 from coserve.server.application.request_fields import REFUSED, REFUSED_PREFIX, WITHOUT_EFFECT
+from coserve.server.application.structured_output import Constraint, read_constraint
 from coserve.server.fields import Fields
 from coserve.tokenizer import Tokenizer
 
@@ -77,7 +78,7 @@ class SamplingRequest:
 
     `max_tokens` None: up to the context's end; with `max_tokens_by_default` it gives way to a long prompt.
     `sampling.seed` is the seed of the first of `n` samples; the others follow by counting on.
-    `truncate_prompt_tokens` -1: to what leaves room for the answer.
+    `truncate_prompt_tokens` -1: to what leaves room for the answer. `grammar_field` asked for the grammar.
     `shown_token_ids` are special tokens that are part of the text also where these are skipped.
     """
 
@@ -93,6 +94,7 @@ class SamplingRequest:
     cache_salt: str = ""
     stream_interval: int = 1
     shown_token_ids: frozenset[int] = frozenset()
+    grammar_field: str = ""
 
     def sampling_for(self, index: int, max_tokens: int) -> SamplingParams:
         """Settings of sample `index` with its token limit resolved."""
@@ -130,18 +132,6 @@ def refuse_unsupported(fields: Fields) -> None:
         raise fields.fail(f"vllm_xargs.{str(name)[:60]}", "is not known: this server has no extensions.")
     for name, (kind, _) in WITHOUT_EFFECT.items():
         getattr(fields, kind)(name)
-
-
-def check_response_format(fields: Fields) -> None:
-    """Accept text; refuse structured output by name."""
-    response_format = fields.object("response_format")
-    if response_format is None:
-        return
-    kind = response_format.choice("type", ("text", "json_object", "json_schema"))
-    if kind == "json_schema" and response_format.object("json_schema") is None:
-        raise response_format.fail("json_schema", "is required with type json_schema.")
-    if kind != "text":
-        raise response_format.fail("type", f"{kind} is not supported; only text is.")
 
 
 def read_logprobs(fields: Fields, name: str, rules: SamplingRules) -> int | None:
@@ -252,12 +242,14 @@ def parse_sampling(
     default_max_tokens: int | None,
     allow_zero_tokens: bool = False,
     prompt_logprobs: int | None = None,
+    constraint: Constraint | None = None,
 ) -> SamplingRequest:
     """Read and check the sampling fields common to all routes.
 
-    `logprobs` (alternatives beside the sampled token) differs in form between routes, so the caller reads
-    it. Raises InvalidRequest naming the field.
+    `logprobs` (alternatives beside the sampled token) and, over gRPC, `constraint` differ in form between
+    routes, so the caller reads them. Raises InvalidRequest naming the field.
     """
+    constraint = read_constraint(fields) if constraint is None else constraint
     defaults, vocab_size = rules.defaults, rules.vocab_size
     max_tokens = _token_limit(fields, default_max_tokens, allow_zero_tokens)
     min_tokens = fields.integer("min_tokens", 0, 0) or 0
@@ -290,6 +282,7 @@ def parse_sampling(
         logprobs=logprobs,
         logprob_token_ids=_logprob_token_ids(fields, vocab_size, logprobs),
         prompt_logprobs=prompt_logprobs,
+        grammar=constraint.grammar,
     )
     n = fields.integer("n", 1, 1, MAX_N) or 1
     best_of = fields.integer("best_of")
@@ -307,6 +300,7 @@ def parse_sampling(
         truncation_side=fields.choice("truncation_side", ("left", "right"), "left") or "left",
         cache_salt=_cache_salt(fields),
         stream_interval=fields.integer("stream_interval", rules.stream_interval, 1) or 1,
+        grammar_field=constraint.field,
     )
 
 

@@ -17,7 +17,6 @@ from coserve.server.application.chat_answer import Answer, AnswerDelta, ChatAnsw
 from coserve.server.application.generation import Generation
 from coserve.server.application.request_fields import KNOWN_CHAT
 from coserve.server.application.sampling import (
-    check_response_format,
     log_unknown,
     parse_sampling,
     read_logprobs,
@@ -45,7 +44,6 @@ class ChatCompletion:
 
     def __init__(self, context: Context, fields: Fields, key: Key | None, request_id: str) -> None:
         refuse_unsupported(fields)
-        check_response_format(fields)
         log_unknown(fields, KNOWN_CHAT)
         self.context = context
         self.options = StreamOptions.read(fields, force_usage=context.config.force_include_usage)

@@ -16,7 +16,6 @@ from coserve.errors import InvalidRequest
 from coserve.server.application.generation import Choice, Delta, Generation
 from coserve.server.application.request_fields import KNOWN_COMPLETIONS
 from coserve.server.application.sampling import (
-    check_response_format,
     log_unknown,
     parse_sampling,
     read_logprobs,
@@ -76,7 +75,6 @@ class _Answer:
 
     def __init__(self, context: Context, fields: Fields, key: Key | None, request_id: str) -> None:
         refuse_unsupported(fields)
-        check_response_format(fields)
         log_unknown(fields, KNOWN_COMPLETIONS)
         self.context = context
         self.options = StreamOptions.read(fields, force_usage=context.config.force_include_usage)
