@@ -261,7 +261,7 @@ class Generator:
         with self._lifecycle.work(), quota:
             if generation.request.sampling.grammar:
                 request = generation.request
-                await self._grammars.check(request.sampling.grammar, request.grammar_field)
+                await self._grammars.check(request.sampling.grammar, request.grammar_field or "tools")
             async with self._using(generation.target):
                 streams = [self._sample(generation, sample) for sample in generation.samples]
                 merged = streams[0] if len(streams) == 1 else _merge(streams)
