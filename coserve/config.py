@@ -50,6 +50,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     latency_file: str = ""
 
 
+class LoraModule(msgspec.Struct, frozen=True):
+    """An adapter to load at the start: a PEFT directory, and whether it is to stay on the device."""
+
+    name: str
+    path: str
+    pinned: bool = False
+
+
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The API server's own settings; `engine` goes on to the engine process.
 
@@ -66,7 +74,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     metrics_port: int | None = None
     state_dir: str = ""
     adapter_roots: tuple[str, ...] = ()
-    lora_modules: tuple[tuple[str, str], ...] = ()
+    lora_modules: tuple[LoraModule, ...] = ()
     enable_live_adapters: bool = False
     chat_template: str = ""
     served_model_names: tuple[str, ...] = ()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import io
+import hashlib
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,17 +67,32 @@ def load(
     _print(_call("LoadAdapter", grpc_address, api_key, ca_cert, client_cert, **request))
 
 
-@app.command("unload")
-def unload(
+@app.command("pin")
+def pin(
     name: Name,
+    off: Annotated[bool, typer.Option("--off", help="Pin it no longer.")] = False,
     grpc_address: Grpc = DEFAULT_GRPC,
     api_key: ApiKey = "",
     ca_cert: CaCert = "",
     client_cert: ClientCert = "",
 ) -> None:
-    """Forget an adapter; requests that run on it end on it."""
-    _call("UnloadAdapter", grpc_address, api_key, ca_cert, client_cert, name=name)
-    print(f"{name} unloaded")
+    """Keep an adapter's weights on the device, or no longer."""
+    request = {"name": name, "pinned": not off}
+    _print(_call("LoadAdapter", grpc_address, api_key, ca_cert, client_cert, **request))
+
+
+@app.command("unload")
+def unload(
+    name: Name,
+    version: Annotated[int, typer.Option(min=0, help="0 is all of them.")] = 0,
+    grpc_address: Grpc = DEFAULT_GRPC,
+    api_key: ApiKey = "",
+    ca_cert: CaCert = "",
+    client_cert: ClientCert = "",
+) -> None:
+    """Take an adapter out of service; requests that run on it end on it."""
+    _call("UnloadAdapter", grpc_address, api_key, ca_cert, client_cert, name=name, version=version)
+    print(f"{name}@{version} unloaded" if version else f"{name} unloaded")
 
 
 @app.command("publish")
@@ -111,6 +127,7 @@ def rollback(
 def upload(
     name: Name,
     directory: Annotated[str, typer.Argument(help="A PEFT directory on this machine.")],
+    pinned: Annotated[bool, typer.Option("--pinned", help="Keep it on the device.")] = False,
     grpc_address: Grpc = DEFAULT_GRPC,
     api_key: ApiKey = "",
     ca_cert: CaCert = "",
@@ -122,7 +139,7 @@ def upload(
 
     with channel(grpc_address, ca_cert, client_cert) as opened:
         pb, stub = adapters(opened)
-        stream = _upload_messages(pb.UploadAdapterRequest, name, folder)
+        stream = _upload_messages(pb.UploadAdapterRequest, name, folder, pinned)
         _print(stub.UploadAdapter(stream, metadata=metadata(api_key)))
 
 
@@ -145,9 +162,12 @@ def download(
     with channel(grpc_address, ca_cert, client_cert) as opened:
         pb, stub = adapters(opened)
         request = pb.DownloadAdapterRequest(name=name, version=version)
-        data = b"".join(piece.data for piece in stub.DownloadAdapter(request, metadata=metadata(api_key)))
-    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-        archive.extractall(folder, filter="data")
+        with tempfile.TemporaryFile() as archive:
+            for piece in stub.DownloadAdapter(request, metadata=metadata(api_key)):
+                archive.write(piece.data)
+            archive.seek(0)
+            with tarfile.open(fileobj=archive) as tar:
+                tar.extractall(folder, filter="data")
     print(f"{name} written to {folder}")
 
 
@@ -177,16 +197,17 @@ def alias(
         print_table(("ALIAS", "MODEL"), [(found.alias, found.model) for found in answer.aliases])
 
 
-def _upload_messages(request: Any, name: str, folder: Path) -> Iterator[Any]:
-    yield request(info={"name": name})
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for path in sorted(folder.iterdir()):
-            if path.is_file():
-                archive.add(path, path.name)
-    data = buffer.getvalue()
-    for start in range(0, len(data), CHUNK_BYTES):
-        yield request(data=data[start : start + CHUNK_BYTES])
+def _upload_messages(request: Any, name: str, folder: Path, pinned: bool) -> Iterator[Any]:
+    """The archive is made twice, to be hashed first, and never in memory."""
+    from coserve.server.application.archives import tar_chunks
+
+    digest = hashlib.sha256()
+    for chunk in tar_chunks(folder):
+        digest.update(chunk)
+    yield request(info={"name": name, "pinned": pinned, "sha256": digest.hexdigest()})
+    for chunk in tar_chunks(folder):
+        for start in range(0, len(chunk), CHUNK_BYTES):
+            yield request(data=chunk[start : start + CHUNK_BYTES])
 
 
 def _call(method: str, address: str, api_key: str, ca_cert: str, client_cert: str, **fields: Any) -> Any:
@@ -198,8 +219,9 @@ def _call(method: str, address: str, api_key: str, ca_cert: str, client_cert: st
 
 
 def _row(adapter: Any) -> tuple[str, ...]:
+    tier = f"{adapter.tier}, pinned" if adapter.pinned else adapter.tier
     name, version, rank = adapter.name, str(adapter.version), str(adapter.rank)
-    return name, version, rank, adapter.status, adapter.tier, adapter.digest[:12]
+    return name, version, rank, adapter.status, tier, adapter.digest[:12]
 
 
 def _print(adapter: Any) -> None:

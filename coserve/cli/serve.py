@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from coserve.cli import serve_flags as flags
-from coserve.cli.values import existing_dir, existing_file, pairs, size_in_bytes
+from coserve.cli.values import existing_dir, existing_file, lora_modules, size_in_bytes
 from coserve.config import DEMO_MODEL_DIR, DEMO_MODEL_NAME, EngineConfig, ServerConfig
 from coserve.errors import ConfigError
 
@@ -117,7 +117,7 @@ def server_config(given: Mapping[str, Any]) -> ServerConfig:
         ),
         "state_dir": str(Path(given["state_dir"]).expanduser().resolve()),
         "adapter_roots": _directories(given["adapter_root"] or (), "--adapter-root"),
-        "lora_modules": pairs(given["lora_modules"] or (), "--lora-modules"),
+        "lora_modules": lora_modules(given["lora_modules"] or ()),
         "api_keys": tuple(given["api_key"] or ()),
         "admin_api_keys": tuple(given["admin_api_key"] or ()),
         "allowed_origins": _origins(given["allowed_origins"]),

@@ -59,7 +59,8 @@ MaxCpuLoraMemory = Annotated[
     str, typer.Option(metavar="SIZE", help="Bytes of these, such as 4GiB; 0 is an eighth of all memory.")
 ]
 LoraModules = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=PATH", help="An adapter to load at the start; repeatable.")
+    list[str] | None,
+    typer.Option(metavar="NAME=PATH|JSON", help="An adapter to load at the start; repeatable."),
 ]
 AdapterRoot = Annotated[
     list[str] | None, typer.Option(metavar="DIR", help="A folder that clients may load from; repeatable.")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from coserve.config import LoraModule
 from coserve.errors import ConfigError
 
 _UNITS = {
@@ -41,6 +43,38 @@ def pairs(values: Sequence[str], flag: str) -> tuple[tuple[str, str], ...]:
             raise ConfigError(f"{flag} {value}: {name} is given twice.", param=flag)
         found[name] = rest
     return tuple(found.items())
+
+
+def lora_modules(values: Sequence[str]) -> tuple[LoraModule, ...]:
+    """`--lora-modules`: NAME=PATH, or as vLLM and SGLang have it JSON with `name` and `path` (`lora_name`,
+    `lora_path`), and where they are given `pinned` and `base_model_name`; ConfigError for anything else."""
+    flag = "--lora-modules"
+    plain = [value for value in values if not value.lstrip().startswith("{")]
+    modules = [LoraModule(name, path) for name, path in pairs(plain, flag)]
+    modules += [_module(value, flag) for value in values if value not in plain]
+    names = [module.name for module in modules]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{flag}: {name} is given twice.", param=flag)
+    return tuple(modules)
+
+
+def _module(text: str, flag: str) -> LoraModule:
+    try:
+        given = json.loads(text)
+    except ValueError:
+        raise ConfigError(f"{flag} {text}: this is not valid JSON.", param=flag) from None
+    fields = {key.removeprefix("lora_"): value for key, value in given.items()}
+    unknown = fields.keys() - {"name", "path", "pinned", "base_model_name"}
+    if unknown:
+        raise ConfigError(f"{flag} {text}: there is no field {min(unknown)!r}.", param=flag)
+    name, path, pinned = fields.get("name"), fields.get("path"), fields.get("pinned") or False
+    if not (isinstance(name, str) and name and isinstance(path, str) and path and isinstance(pinned, bool)):
+        raise ConfigError(
+            f"{flag} {text}: name and path must be strings that aren't empty, pinned true or false.",
+            param=flag,
+        )
+    return LoraModule(name, path, pinned)
 
 
 def existing_file(path: str, flag: str) -> Path:

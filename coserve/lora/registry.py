@@ -150,6 +150,14 @@ class AdapterRegistry:
             highest = max(version.version, entry.highest if entry else 0)
             self._entries[version.name] = _Entry(versions, current, highest)
 
+    def update(self, version: AdapterVersion) -> None:
+        """Put a version with other settings in the place of itself. Raises NotFound."""
+        with self._lock:
+            old = self.get(version.name, version.version)
+            self._entries[version.name].versions[version.version] = version
+            others = (kept for kept in self.of_digest(old.digest) if kept is not old)
+            self._by_digest[old.digest] = (*others, version)
+
     def rollback(self, name: str, version: int) -> AdapterVersion:
         """Point `name` at an earlier version again; later versions keep their numbers. Raises NotFound."""
         with self._lock:

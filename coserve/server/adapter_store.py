@@ -34,9 +34,21 @@ def _row(row: sqlite3.Row) -> AdapterRow:
     return AdapterRow(version, row["root"], sys.intern(row["origin"]), bool(row["listed"]))
 
 
-def all_rows(connection: sqlite3.Connection) -> list[AdapterRow]:
-    """Every version, by name and number."""
-    return [_row(row) for row in connection.execute("SELECT * FROM adapter_versions ORDER BY name, version")]
+def listed_rows(connection: sqlite3.Connection) -> list[AdapterRow]:
+    """Every version in service, by name and number."""
+    found = connection.execute("SELECT * FROM adapter_versions WHERE listed ORDER BY name, version")
+    return [_row(row) for row in found]
+
+
+def of_name(connection: sqlite3.Connection, name: str) -> list[AdapterRow]:
+    """All versions of a name, in service or not, by number."""
+    found = connection.execute("SELECT * FROM adapter_versions WHERE name = ? ORDER BY version", (name,))
+    return [_row(row) for row in found]
+
+
+def paths(connection: sqlite3.Connection) -> set[str]:
+    """The folders of all versions, in service or not."""
+    return {row["path"] for row in connection.execute("SELECT path FROM adapter_versions")}
 
 
 def currents(connection: sqlite3.Connection) -> dict[str, int]:
@@ -81,9 +93,19 @@ def set_current(connection: sqlite3.Connection, name: str, version: int) -> None
     connection.execute("UPDATE adapter_names SET current = ? WHERE name = ?", (version, name))
 
 
-def set_listed(connection: sqlite3.Connection, name: str, listed: bool) -> None:
-    """Take a name out of service, or back in."""
-    connection.execute("UPDATE adapter_versions SET listed = ? WHERE name = ?", (int(listed), name))
+def set_listed(connection: sqlite3.Connection, name: str, listed: bool, version: int = 0) -> None:
+    """Take a name, or one version of it, out of service, or back in."""
+    connection.execute(
+        "UPDATE adapter_versions SET listed = ?1 WHERE name = ?2 AND (?3 = 0 OR version = ?3)",
+        (int(listed), name, version),
+    )
+
+
+def set_pinned(connection: sqlite3.Connection, name: str, version: int, pinned: bool) -> None:
+    """Keep a version on the device, or no longer."""
+    connection.execute(
+        "UPDATE adapter_versions SET pinned = ? WHERE name = ? AND version = ?", (int(pinned), name, version)
+    )
 
 
 def delete(connection: sqlite3.Connection, name: str, version: int) -> None:

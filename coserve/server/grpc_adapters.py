@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import grpc.aio
 
 from coserve.errors import InvalidRequest, NotFound
-from coserve.server.adapter_routes import archive_chunks
 from coserve.server.adapter_store import AdapterRow
 from coserve.server.alias_store import Alias
 from coserve.server.application.files import MAX_UPLOAD_BYTES, UploadWriter, upload_limit
@@ -37,12 +35,13 @@ class AdapterRpc(adapters_pb2_grpc.AdapterServiceServicer):
     async def LoadAdapter(
         self, request: pb.LoadAdapterRequest, context: grpc.aio.ServicerContext
     ) -> pb.Adapter:
-        """Load a PEFT directory under an allowed root."""
+        """Load a PEFT directory under an allowed root; without a path pin or unpin one in service, or bring
+        back an unloaded one."""
         _require_name(request.name)
         row = await self._adapters.load(
             request.name,
             request.path,
-            pinned=request.pinned,
+            pinned=request.pinned if not request.path else request.pinned or None,
             replace_existing=request.replace,
             key=self._key(context),
         )
@@ -51,9 +50,9 @@ class AdapterRpc(adapters_pb2_grpc.AdapterServiceServicer):
     async def UnloadAdapter(
         self, request: pb.UnloadAdapterRequest, context: grpc.aio.ServicerContext
     ) -> pb.UnloadAdapterResponse:
-        """Forget an adapter."""
+        """Forget an adapter, or one version of it."""
         _require_name(request.name)
-        await self._adapters.unload(request.name, self._key(context))
+        await self._adapters.unload(request.name, self._key(context), request.version)
         return pb.UnloadAdapterResponse()
 
     async def GetAdapter(
@@ -104,7 +103,14 @@ class AdapterRpc(adapters_pb2_grpc.AdapterServiceServicer):
         writer = UploadWriter(self._context.files.folder, upload_limit(key))
         try:
             info = await receive(request_iterator, writer)
-            row = await self._adapters.upload(info.name, writer.path, MAX_UPLOAD_BYTES, key)
+            row = await self._adapters.upload(
+                info.name,
+                writer.path,
+                MAX_UPLOAD_BYTES,
+                key,
+                pinned=info.pinned or None,
+                sha256=info.sha256,
+            )
             return self._message(row)
         finally:
             writer.discard()
@@ -115,7 +121,7 @@ class AdapterRpc(adapters_pb2_grpc.AdapterServiceServicer):
         """A version as a tar of its PEFT directory."""
         _require_name(request.name)
         row = self._adapters.get(request.name, request.version, key=self._key(context))
-        async for chunk in archive_chunks(Path(row.version.path)):
+        async for chunk in self._adapters.archive(row):
             yield pb.DownloadAdapterResponse(data=chunk)
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: grpc.aio.ServicerContext) -> pb.Alias:

@@ -192,4 +192,5 @@ def adapter_message(row: AdapterRow, tier: str) -> adapters_pb2.Adapter:
         tier=tier,
         job_id=version.job_id,
         created_at=version.created_at,
+        pinned=version.pinned,
     )

@@ -46,6 +46,14 @@ class StateDir:
         """Where a version's PEFT directory lies; the name is quoted so that it is one folder."""
         return self.adapters / quote(name, safe="-._~") / str(version)
 
+    def keep_adapters(self, kept: set[str]) -> None:
+        """Remove the version folders that aren't `kept`."""
+        with os.scandir(self.adapters) as names:
+            for name in names:
+                with os.scandir(name.path) as versions:
+                    for folder in [version.path for version in versions if version.path not in kept]:
+                        shutil.rmtree(folder, ignore_errors=True)
+
     def job(self, job_id: str) -> Path:
         """The folder of a job."""
         return self.jobs / job_id

@@ -22,20 +22,22 @@ def routes(context: Context) -> list[Route]:
     tokenizer = context.tokenizer
 
     async def load(request: Request) -> Response:
-        """Load an adapter from a directory under an `--adapter-root`."""
+        """Load an adapter from a directory under an `--adapter-root`; with `pinned` and no path, keep one in
+        service on the device, or no longer."""
         fields = await read_json(request)
-        name, path = fields.required_string("lora_name"), fields.required_string("lora_path")
+        name = fields.required_string("lora_name")
+        path = fields.string("lora_path") if fields.has("pinned") else fields.required_string("lora_path")
         await context.adapters.load(
             name,
-            path,
-            pinned=fields.boolean("pinned"),
+            path or "",
+            pinned=fields.boolean("pinned") if fields.has("pinned") else None,
             replace_existing=fields.boolean("load_inplace"),
             key=request.state.key,
         )
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload(request: Request) -> Response:
-        """Take an adapter out of service."""
+        """Take an adapter, or one version of it ("NAME@3"), out of service."""
         fields = await read_json(request)
         name = fields.required_string("lora_name")
         await context.adapters.unload(name, request.state.key)

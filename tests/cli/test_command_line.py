@@ -19,8 +19,8 @@ from coserve.cli import main as command
 from coserve.cli import serve
 from coserve.cli.finetune import settings
 from coserve.cli.progress import JobView, duration
-from coserve.cli.values import pairs, size_in_bytes
-from coserve.config import DEMO_MODEL_DIR, DEMO_MODEL_NAME, ServerConfig
+from coserve.cli.values import lora_modules, pairs, size_in_bytes
+from coserve.config import DEMO_MODEL_DIR, DEMO_MODEL_NAME, LoraModule, ServerConfig
 from coserve.errors import ConfigError
 
 NOWHERE = "127.0.0.1:9"  # the discard port: nothing answers there
@@ -68,6 +68,29 @@ def test_pairs_that_are_none(values: list[str]) -> None:
         pairs(values, "--lora-modules")
 
 
+def test_lora_modules_as_pairs_and_as_vllm_s_and_sglang_s_json() -> None:
+    values = ["a=/x", '{"name": "b", "path": "/y", "base_model_name": "base"}']
+    values.append('{"lora_name": "c", "lora_path": "/z", "pinned": true}')
+    assert lora_modules(values) == (LoraModule("a", "/x"), LoraModule("b", "/y"), LoraModule("c", "/z", True))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["{"],
+        ['{"name": "a"}'],
+        ['{"name": "a", "path": ""}'],
+        ['{"name": 1, "path": "/x"}'],
+        ['{"name": "a", "path": "/x", "pinned": "yes"}'],
+        ['{"name": "a", "path": "/x", "rank": 4}'],
+        ["a=/x", '{"name": "a", "path": "/y"}'],
+    ],
+)
+def test_lora_modules_that_are_none(values: list[str]) -> None:
+    with pytest.raises(ConfigError, match="--lora-modules"):
+        lora_modules(values)
+
+
 def test_serve_defaults_to_the_demo_model(served: list[ServerConfig]) -> None:
     assert command.run(["serve"]) == 0
     (config,) = served
@@ -98,7 +121,7 @@ def test_serve_reads_its_flags(served: list[ServerConfig], tmp_path: Path) -> No
     assert config.engine.slo_tpot_ms == 40.0
     assert config.api_keys == ("one", "two") and config.admin_api_keys == ("boss",)
     assert config.adapter_roots == (str(tmp_path),)
-    assert config.lora_modules == (("style", str(tmp_path)),)
+    assert config.lora_modules == (LoraModule("style", str(tmp_path)),)
     assert (config.port, config.metrics_port) == (0, 0)
 
 

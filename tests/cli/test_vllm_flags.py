@@ -8,7 +8,7 @@ import pytest
 
 from coserve.cli import main as command
 from coserve.cli.vllm_flags import ours
-from coserve.config import ServerConfig
+from coserve.config import LoraModule, ServerConfig
 from coserve.errors import ConfigError
 from coserve.server import main as server_main
 
@@ -36,7 +36,7 @@ def test_a_whole_command_line(
     assert (engine.served_model_name, config.served_model_names) == ("chat", ("chat-latest",))
     assert (engine.max_loras, engine.max_lora_rank, engine.max_cpu_loras) == (4, 32, 8)
     assert (engine.max_model_len, engine.max_num_batched_tokens, engine.dtype) == (2000, 1024, "float32")
-    assert config.lora_modules == (("sql", str(tmp_path)), ("support", str(tmp_path)))
+    assert config.lora_modules == tuple(LoraModule(name, str(tmp_path)) for name in ("sql", "support"))
     assert (config.log_level, config.generation_config) == ("warning", "vllm")
     assert config.force_include_usage and (engine.seed, config.max_logprobs) == (3, 5)
     said = capsys.readouterr().err.splitlines()

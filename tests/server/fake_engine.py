@@ -50,6 +50,7 @@ class FakeEngine:
         self.requests: list[m.AddRequest] = []
         self.aborted: list[str] = []
         self.loaded: dict[str, m.AdapterRef] = {}
+        self.pinned: set[str] = set()  # digests
         self.jobs: dict[str, JobSpec] = {}
         self.hold = asyncio.Event()
         self.hold.set()
@@ -150,9 +151,11 @@ class FakeEngine:
         if self.fail_load is not None:
             raise self.fail_load
         self.loaded[ref.digest] = ref
+        (self.pinned.add if pinned else self.pinned.discard)(ref.digest)
 
     async def unload_adapter(self, digest: str) -> None:
         self.loaded.pop(digest, None)
+        self.pinned.discard(digest)
 
     async def submit_job(self, spec: JobSpec) -> None:
         if spec.job_id in self.jobs:

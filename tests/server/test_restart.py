@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from coserve.config import LoraModule
 from coserve.engine import messages as m
 from coserve.errors import ConfigError
 from coserve.server.main import bind
@@ -182,13 +183,13 @@ def test_a_state_directory_that_is_a_file(tmp_path: Path) -> None:
 def test_lora_modules_make_no_second_version_of_the_same_files(tmp_path: Path) -> None:
     source = write_peft(tmp_path / "source", seed=5)
     for _ in range(2):
-        server = ServerThread(tmp_path / "state", lora_modules=(("given", str(source)),))
+        server = ServerThread(tmp_path / "state", lora_modules=(LoraModule("given", str(source)),))
         try:
             assert server.http().get("/v1/models/given").json()["version"] == 1
         finally:
             server.stop()
     with pytest.raises(ConfigError, match="--lora-modules wrong="):
-        ServerThread(tmp_path / "state", lora_modules=(("wrong", str(tmp_path)),))
+        ServerThread(tmp_path / "state", lora_modules=(LoraModule("wrong", str(tmp_path)),))
 
 
 def test_the_server_imports_no_torch() -> None:

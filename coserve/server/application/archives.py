@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -30,6 +31,22 @@ def tar_chunks(directory: Path) -> Iterator[bytes]:
                 yield chunk
         yield bytes(-info.size % _BLOCK)
     yield bytes(2 * _BLOCK)
+
+
+def tar_size(directory: Path) -> int:
+    """Bytes of what `tar_chunks` gives."""
+    sizes = [path.stat().st_size for path in directory.iterdir() if path.is_file()]
+    return sum(_BLOCK + size + -size % _BLOCK for size in sizes) + 2 * _BLOCK
+
+
+def check_digest(archive: Path, sha256: str) -> None:
+    """Raise InvalidRequest unless that is the file's sha256 (hex)."""
+    with archive.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256.lower():
+        raise InvalidRequest(
+            f"The archive's sha256 is {found}, not {sha256[:64]!r}: send it again.", param="sha256"
+        )
 
 
 def extract(archive: Path, target: Path, limit: int) -> None:

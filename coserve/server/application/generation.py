@@ -262,7 +262,8 @@ class Generator:
             if generation.request.sampling.grammar:
                 request = generation.request
                 await self._grammars.check(request.sampling.grammar, request.grammar_field or "tools")
-            async with self._using(generation.target):
+            adapter = generation.target.adapter
+            async with self.using(adapter and adapter.path):
                 streams = [self._sample(generation, sample) for sample in generation.samples]
                 merged = streams[0] if len(streams) == 1 else _merge(streams)
                 async with aclosing(merged) as deltas:
@@ -270,26 +271,25 @@ class Generator:
                         yield delta
 
     @contextlib.asynccontextmanager
-    async def _using(self, target: Target) -> AsyncIterator[None]:
-        """Count a request that may still read its adapter's files."""
-        if target.adapter is None:
+    async def using(self, path: str | None) -> AsyncIterator[None]:
+        """Count somebody who may still read an adapter version's files (None: nobody's)."""
+        if path is None:
             yield
             return
-        digest = target.adapter.digest
-        self._in_use[digest] = self._in_use.get(digest, 0) + 1
+        self._in_use[path] = self._in_use.get(path, 0) + 1
         try:
             yield
         finally:
-            self._in_use[digest] -= 1
-            if self._in_use[digest] == 0:
-                del self._in_use[digest]
+            self._in_use[path] -= 1
+            if self._in_use[path] == 0:
+                del self._in_use[path]
                 async with self._released:
                     self._released.notify_all()
 
-    async def unused(self, digest: str) -> None:
-        """Wait until no request runs on an adapter version."""
+    async def unused(self, path: str) -> None:
+        """Wait until nobody reads an adapter version's files any more."""
         async with self._released:
-            await self._released.wait_for(lambda: digest not in self._in_use)
+            await self._released.wait_for(lambda: path not in self._in_use)
 
     async def _sample(self, generation: Generation, sample: Sample) -> AsyncIterator[Delta]:
         times = RequestTimes(arrival=time.time())

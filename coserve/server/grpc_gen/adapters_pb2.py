@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63oserve/v1/adapters.proto\x12\ncoserve.v1\"\x88\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\x05\x12\x0e\n\x06status\x18\x05 \x01(\t\x12\x0c\n\x04tier\x18\x06 \x01(\t\x12\x0e\n\x06job_id\x18\x07 \x01(\t\x12\x12\n\ncreated_at\x18\x08 \x01(\x03\"Q\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06pinned\x18\x03 \x01(\x08\x12\x0f\n\x07replace\x18\x04 \x01(\x08\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"2\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\"#\n\x13ListAdaptersRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.coserve.v1.Adapter\"I\n\x15PublishVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ncheckpoint\x18\x02 \x01(\t\x12\x0e\n\x06job_id\x18\x03 \x01(\t\"7\n\x16RollbackAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\"\x1b\n\x0b\x41\x64\x61pterInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\"W\n\x14UploadAdapterRequest\x12\'\n\x04info\x18\x01 \x01(\x0b\x32\x17.coserve.v1.AdapterInfoH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"7\n\x16\x44ownloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\"\'\n\x17\x44ownloadAdapterResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"9\n\x05\x41lias\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\ncreated_at\x18\x03 \x01(\x03\"/\n\x0fSetAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\"#\n\x12\x44\x65leteAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteAliasResponse\"\x14\n\x12ListAliasesRequest\"9\n\x13ListAliasesResponse\x12\"\n\x07\x61liases\x18\x01 \x03(\x0b\x32\x11.coserve.v1.Alias2\xd9\x06\n\x0e\x41\x64\x61pterService\x12\x42\n\x0bLoadAdapter\x12\x1e.coserve.v1.LoadAdapterRequest\x1a\x13.coserve.v1.Adapter\x12T\n\rUnloadAdapter\x12 .coserve.v1.UnloadAdapterRequest\x1a!.coserve.v1.UnloadAdapterResponse\x12@\n\nGetAdapter\x12\x1d.coserve.v1.GetAdapterRequest\x1a\x13.coserve.v1.Adapter\x12Q\n\x0cListAdapters\x12\x1f.coserve.v1.ListAdaptersRequest\x1a .coserve.v1.ListAdaptersResponse\x12H\n\x0ePublishVersion\x12!.coserve.v1.PublishVersionRequest\x1a\x13.coserve.v1.Adapter\x12J\n\x0fRollbackAdapter\x12\".coserve.v1.RollbackAdapterRequest\x1a\x13.coserve.v1.Adapter\x12H\n\rUploadAdapter\x12 .coserve.v1.UploadAdapterRequest\x1a\x13.coserve.v1.Adapter(\x01\x12\\\n\x0f\x44ownloadAdapter\x12\".coserve.v1.DownloadAdapterRequest\x1a#.coserve.v1.DownloadAdapterResponse0\x01\x12:\n\x08SetAlias\x12\x1b.coserve.v1.SetAliasRequest\x1a\x11.coserve.v1.Alias\x12N\n\x0b\x44\x65leteAlias\x12\x1e.coserve.v1.DeleteAliasRequest\x1a\x1f.coserve.v1.DeleteAliasResponse\x12N\n\x0bListAliases\x12\x1e.coserve.v1.ListAliasesRequest\x1a\x1f.coserve.v1.ListAliasesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63oserve/v1/adapters.proto\x12\ncoserve.v1\"\x98\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\x05\x12\x0e\n\x06status\x18\x05 \x01(\t\x12\x0c\n\x04tier\x18\x06 \x01(\t\x12\x0e\n\x06job_id\x18\x07 \x01(\t\x12\x12\n\ncreated_at\x18\x08 \x01(\x03\x12\x0e\n\x06pinned\x18\t \x01(\x08\"Q\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06pinned\x18\x03 \x01(\x08\x12\x0f\n\x07replace\x18\x04 \x01(\x08\"5\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\"\x17\n\x15UnloadAdapterResponse\"2\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\"#\n\x13ListAdaptersRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.coserve.v1.Adapter\"I\n\x15PublishVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ncheckpoint\x18\x02 \x01(\t\x12\x0e\n\x06job_id\x18\x03 \x01(\t\"7\n\x16RollbackAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\";\n\x0b\x41\x64\x61pterInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"W\n\x14UploadAdapterRequest\x12\'\n\x04info\x18\x01 \x01(\x0b\x32\x17.coserve.v1.AdapterInfoH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"7\n\x16\x44ownloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\"\'\n\x17\x44ownloadAdapterResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"9\n\x05\x41lias\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\ncreated_at\x18\x03 \x01(\x03\"/\n\x0fSetAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\"#\n\x12\x44\x65leteAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteAliasResponse\"\x14\n\x12ListAliasesRequest\"9\n\x13ListAliasesResponse\x12\"\n\x07\x61liases\x18\x01 \x03(\x0b\x32\x11.coserve.v1.Alias2\xd9\x06\n\x0e\x41\x64\x61pterService\x12\x42\n\x0bLoadAdapter\x12\x1e.coserve.v1.LoadAdapterRequest\x1a\x13.coserve.v1.Adapter\x12T\n\rUnloadAdapter\x12 .coserve.v1.UnloadAdapterRequest\x1a!.coserve.v1.UnloadAdapterResponse\x12@\n\nGetAdapter\x12\x1d.coserve.v1.GetAdapterRequest\x1a\x13.coserve.v1.Adapter\x12Q\n\x0cListAdapters\x12\x1f.coserve.v1.ListAdaptersRequest\x1a .coserve.v1.ListAdaptersResponse\x12H\n\x0ePublishVersion\x12!.coserve.v1.PublishVersionRequest\x1a\x13.coserve.v1.Adapter\x12J\n\x0fRollbackAdapter\x12\".coserve.v1.RollbackAdapterRequest\x1a\x13.coserve.v1.Adapter\x12H\n\rUploadAdapter\x12 .coserve.v1.UploadAdapterRequest\x1a\x13.coserve.v1.Adapter(\x01\x12\\\n\x0f\x44ownloadAdapter\x12\".coserve.v1.DownloadAdapterRequest\x1a#.coserve.v1.DownloadAdapterResponse0\x01\x12:\n\x08SetAlias\x12\x1b.coserve.v1.SetAliasRequest\x1a\x11.coserve.v1.Alias\x12N\n\x0b\x44\x65leteAlias\x12\x1e.coserve.v1.DeleteAliasRequest\x1a\x1f.coserve.v1.DeleteAliasResponse\x12N\n\x0bListAliases\x12\x1e.coserve.v1.ListAliasesRequest\x1a\x1f.coserve.v1.ListAliasesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,43 +32,43 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'coserve.v1.adapters_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ADAPTER']._serialized_start=42
-  _globals['_ADAPTER']._serialized_end=178
-  _globals['_LOADADAPTERREQUEST']._serialized_start=180
-  _globals['_LOADADAPTERREQUEST']._serialized_end=261
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=263
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=299
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=301
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=324
-  _globals['_GETADAPTERREQUEST']._serialized_start=326
-  _globals['_GETADAPTERREQUEST']._serialized_end=376
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=378
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=413
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=415
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=476
-  _globals['_PUBLISHVERSIONREQUEST']._serialized_start=478
-  _globals['_PUBLISHVERSIONREQUEST']._serialized_end=551
-  _globals['_ROLLBACKADAPTERREQUEST']._serialized_start=553
-  _globals['_ROLLBACKADAPTERREQUEST']._serialized_end=608
-  _globals['_ADAPTERINFO']._serialized_start=610
-  _globals['_ADAPTERINFO']._serialized_end=637
-  _globals['_UPLOADADAPTERREQUEST']._serialized_start=639
-  _globals['_UPLOADADAPTERREQUEST']._serialized_end=726
-  _globals['_DOWNLOADADAPTERREQUEST']._serialized_start=728
-  _globals['_DOWNLOADADAPTERREQUEST']._serialized_end=783
-  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_start=785
-  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_end=824
-  _globals['_ALIAS']._serialized_start=826
-  _globals['_ALIAS']._serialized_end=883
-  _globals['_SETALIASREQUEST']._serialized_start=885
-  _globals['_SETALIASREQUEST']._serialized_end=932
-  _globals['_DELETEALIASREQUEST']._serialized_start=934
-  _globals['_DELETEALIASREQUEST']._serialized_end=969
-  _globals['_DELETEALIASRESPONSE']._serialized_start=971
-  _globals['_DELETEALIASRESPONSE']._serialized_end=992
-  _globals['_LISTALIASESREQUEST']._serialized_start=994
-  _globals['_LISTALIASESREQUEST']._serialized_end=1014
-  _globals['_LISTALIASESRESPONSE']._serialized_start=1016
-  _globals['_LISTALIASESRESPONSE']._serialized_end=1073
-  _globals['_ADAPTERSERVICE']._serialized_start=1076
-  _globals['_ADAPTERSERVICE']._serialized_end=1933
+  _globals['_ADAPTER']._serialized_end=194
+  _globals['_LOADADAPTERREQUEST']._serialized_start=196
+  _globals['_LOADADAPTERREQUEST']._serialized_end=277
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=279
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=332
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=334
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=357
+  _globals['_GETADAPTERREQUEST']._serialized_start=359
+  _globals['_GETADAPTERREQUEST']._serialized_end=409
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=411
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=446
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=448
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=509
+  _globals['_PUBLISHVERSIONREQUEST']._serialized_start=511
+  _globals['_PUBLISHVERSIONREQUEST']._serialized_end=584
+  _globals['_ROLLBACKADAPTERREQUEST']._serialized_start=586
+  _globals['_ROLLBACKADAPTERREQUEST']._serialized_end=641
+  _globals['_ADAPTERINFO']._serialized_start=643
+  _globals['_ADAPTERINFO']._serialized_end=702
+  _globals['_UPLOADADAPTERREQUEST']._serialized_start=704
+  _globals['_UPLOADADAPTERREQUEST']._serialized_end=791
+  _globals['_DOWNLOADADAPTERREQUEST']._serialized_start=793
+  _globals['_DOWNLOADADAPTERREQUEST']._serialized_end=848
+  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_start=850
+  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_end=889
+  _globals['_ALIAS']._serialized_start=891
+  _globals['_ALIAS']._serialized_end=948
+  _globals['_SETALIASREQUEST']._serialized_start=950
+  _globals['_SETALIASREQUEST']._serialized_end=997
+  _globals['_DELETEALIASREQUEST']._serialized_start=999
+  _globals['_DELETEALIASREQUEST']._serialized_end=1034
+  _globals['_DELETEALIASRESPONSE']._serialized_start=1036
+  _globals['_DELETEALIASRESPONSE']._serialized_end=1057
+  _globals['_LISTALIASESREQUEST']._serialized_start=1059
+  _globals['_LISTALIASESREQUEST']._serialized_end=1079
+  _globals['_LISTALIASESRESPONSE']._serialized_start=1081
+  _globals['_LISTALIASESRESPONSE']._serialized_end=1138
+  _globals['_ADAPTERSERVICE']._serialized_start=1141
+  _globals['_ADAPTERSERVICE']._serialized_end=1998
 # @@protoc_insertion_point(module_scope)
