@@ -8,7 +8,9 @@
     ├── FailedPrecondition      the thing's state must change first
     │   └── AdapterNotLive      no optimizer step yet, or no job any more
     ├── Unauthenticated / PermissionDenied
-    ├── NotFound                ── ModelNotFound
+    ├── NotFound
+    │   ├── ModelNotFound
+    │   └── Gone                it was there, and has ended or expired
     ├── Conflict                the name exists, or the thing is busy
     ├── PayloadTooLarge / UnsupportedMediaType / MethodNotAllowed
     ├── RateLimited             a key's limit; try again after `retry_after` seconds
@@ -128,6 +130,12 @@ class ModelNotFound(NotFound):
     """`model` names neither the base nor a published adapter."""
 
     default_code = "model_not_found"
+
+
+class Gone(NotFound):
+    """It was there and has ended or expired: a session, the result of a call."""
+
+    default_code = "gone"
 
 
 class Conflict(CoserveError):

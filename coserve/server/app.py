@@ -32,6 +32,8 @@ from coserve.server.openai import (
     responses,
     uploads,
 )
+from coserve.server.tinker import future_routes, run_routes, sampling_routes, service_routes, training_routes
+from coserve.server.tinker.routes import PREFIX as TINKER_PREFIX
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 _WHILE_DRAINING = OPEN_PATHS | {"/ping", "/metrics", "/version"}
@@ -80,9 +82,8 @@ class Gate:
             return
         try:
             try:
-                authorization = headers.get(b"authorization")
-                text = authorization.decode("latin-1") if authorization is not None else None
-                state["key"] = None if path in OPEN_PATHS else self._context.auth.key(text)
+                credential = _credential(path, headers)
+                state["key"] = None if path in OPEN_PATHS else self._context.auth.key(credential)
                 if path not in _WHILE_DRAINING:
                     if state["key"] is None:
                         self._cors.check_page(method, headers)
@@ -103,6 +104,14 @@ class Gate:
                 self._context.metrics.rpc.http(method, state.get("route", NO_ROUTE), status, seconds)
                 named = {"id": state["request_id"], "method": method, "path": path[:_LOGGED]}
                 logger.info(line("http", **named, status=status, seconds=seconds))
+
+
+def _credential(path: str, headers: dict[bytes, bytes]) -> str | None:
+    """The `Authorization` of a request; Tinker's client sends its key in a header of its own."""
+    given = headers.get(b"authorization")
+    if given is None and path.startswith(TINKER_PREFIX) and b"x-api-key" in headers:
+        given = b"Bearer " + headers[b"x-api-key"]
+    return given.decode("latin-1") if given is not None else None
 
 
 def _endpoint(route: Route, context: Context) -> Callable[[Request], Awaitable[Response]]:
@@ -135,7 +144,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
 def route_parts() -> tuple[ModuleType, ...]:
     """The modules that have routes, each with a function `routes`."""
     openai = (chat_completions, completions, responses, models, files, uploads, fine_tuning, left_out)
-    return (health, *openai, vllm_routes, adapter_routes, alias_routes)
+    tinker = (service_routes, training_routes, sampling_routes, future_routes, run_routes)
+    return (health, *openai, *tinker, vllm_routes, adapter_routes, alias_routes)
 
 
 def all_routes(context: Context) -> list[Route]:

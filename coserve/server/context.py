@@ -20,6 +20,7 @@ from coserve.server.application.uploads import Uploads
 from coserve.server.auth import Authenticator
 from coserve.server.quotas import Quotas
 from coserve.server.service_tiers import ServiceTiers
+from coserve.server.tinker.service import Tinker
 from coserve.tokenizer import Tokenizer
 
 
@@ -44,3 +45,4 @@ class Context:
     files: Files
     uploads: Uploads
     jobs: Jobs
+    tinker: Tinker

@@ -56,6 +56,10 @@ _MIGRATIONS = (
     ALTER TABLE files ADD COLUMN tenant TEXT NOT NULL DEFAULT '';
     ALTER TABLE uploads ADD COLUMN tenant TEXT NOT NULL DEFAULT '';
     """,
+    """
+    CREATE TABLE tinker_runs (id TEXT PRIMARY KEY, record BLOB NOT NULL);
+    CREATE TABLE tinker_checkpoints (path TEXT PRIMARY KEY, record BLOB NOT NULL);
+    """,
 )
 
 

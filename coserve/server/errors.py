@@ -14,6 +14,7 @@ from coserve import errors
 _HTTP: tuple[tuple[type[errors.CoserveError], int, str], ...] = (
     (errors.Unauthenticated, 401, "invalid_request_error"),
     (errors.PermissionDenied, 403, "permission_error"),
+    (errors.Gone, 410, "invalid_request_error"),
     (errors.NotFound, 404, "invalid_request_error"),
     (errors.MethodNotAllowed, 405, "invalid_request_error"),
     (errors.Conflict, 409, "invalid_request_error"),

@@ -55,6 +55,7 @@ from coserve.server.keys_reload import KeysReload
 from coserve.server.quotas import Quotas
 from coserve.server.service_tiers import ServiceTiers
 from coserve.server.state_dir import StateDir
+from coserve.server.tinker.service import Tinker
 from coserve.server.tls import Tls
 from coserve.tokenizer import Tokenizer
 
@@ -212,6 +213,8 @@ async def _start_parts(
     await context.adapters.restore()
     await context.aliases.restore()
     await context.jobs.reports.restore()
+    await context.tinker.start()
+    stack.push_async_callback(context.tinker.close)
     _listen(context, state)
     engine.on_stats(await engine.stats())  # gauges are right before the first step
     stack.push_async_callback(context.jobs.close)
@@ -298,6 +301,17 @@ def _make_parts(
         files=files,
         uploads=Uploads(database, state, files),
         jobs=jobs,
+        tinker=Tinker(
+            base=base,
+            model_config=model_config,
+            engine=engine,
+            database=database,
+            state=state,
+            adapters=adapters,
+            generator=generator,
+            auth=auth,
+            max_rank=max_rank,
+        ),
     )
 
 

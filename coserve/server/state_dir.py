@@ -28,11 +28,12 @@ class StateDir:
         self.uploads = self.root / "uploads"
         self.jobs = self.root / "jobs"
         self.adapters = self.root / "adapters"
+        self.tinker = self.root / "tinker"
         self.database = self.root / "coserve.sqlite"
         self.engine_log = self.root / "engine.log"
         self.latency_model = self.root / "latency_model.json"
         try:
-            for folder in (self.root, self.files, self.uploads, self.jobs, self.adapters):
+            for folder in (self.root, self.files, self.uploads, self.jobs, self.adapters, self.tinker):
                 folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.root / "lock")
         except OSError as error:

@@ -16,6 +16,7 @@ from coserve.lora.peft_files import make_config, tensor_key, write_adapter
 from coserve.models.config import LINEAR_MODULES, ModelConfig
 from coserve.tokenizer import Tokenizer
 from coserve.training.job import JobSpec, StepMetrics
+from coserve.training.model_calls import CallResult, ModelCall, Pass, Save, Update
 
 MODEL = ModelConfig.from_dir(DEMO_MODEL_DIR)
 TOKENIZER = Tokenizer.from_dir(DEMO_MODEL_DIR)
@@ -52,6 +53,11 @@ class FakeEngine:
         self.loaded: dict[str, m.AdapterRef] = {}
         self.pinned: set[str] = set()  # digests
         self.jobs: dict[str, JobSpec] = {}
+        self.models: dict[str, JobSpec] = {}
+        self.calls: list[tuple[str, ModelCall]] = []
+        self.fail_call: CoserveError | None = None
+        self.hold_calls = asyncio.Event()
+        self.hold_calls.set()
         self.hold = asyncio.Event()
         self.hold.set()
         self.auto_train = True
@@ -164,6 +170,28 @@ class FakeEngine:
         await self.emit(m.JobStatus(job_id=spec.job_id, status="paused" if spec.paused else "running"))
         if self.auto_train and not spec.paused:
             self._later(self.train(spec.job_id))
+
+    async def open_model(self, spec: JobSpec) -> None:
+        await self.hold_calls.wait()
+        self.models[spec.job_id] = spec
+
+    async def close_model(self, model_id: str) -> None:
+        if self.models.pop(model_id, None) is None:
+            raise NotFound("no such model")
+
+    async def call_model(self, model_id: str, call: ModelCall) -> CallResult:
+        """Every target has the log-probability -0.5; saves hold a valid adapter."""
+        assert model_id in self.models
+        self.calls.append((model_id, call))
+        await self.hold_calls.wait()
+        if self.fail_call is not None:
+            raise self.fail_call
+        if isinstance(call, Pass):
+            logprobs = [np.full(len(datum.tokens) // 4, -0.5, "<f4").tobytes() for datum in call.data]
+            return CallResult(logprobs=logprobs, metrics={"loss:sum": 1.5})
+        if isinstance(call, Save):
+            write_peft(Path(call.directory), seed=len(self.calls))
+        return CallResult(metrics={"grad_norm:mean": 2.0} if isinstance(call, Update) else {})
 
     async def control_job(self, job_id: str, action: str) -> None:
         if job_id not in self.jobs:

@@ -14,17 +14,23 @@ from coserve.metrics import Metrics
 from coserve.server.adapter_store import AdapterRow
 from coserve.server.alias_store import Alias
 from coserve.server.application.models import BaseModel, Target, unknown_model
-from coserve.server.auth import Key, sees
+from coserve.server.auth import Key, owns, sees
 
 LIVE = ":live"  # after a job's id: its adapter while it trains
 
 
 @dataclass(frozen=True)
 class NamedCheckpoint:
-    """A checkpoint that answers: its weights, and the name that its job publishes under."""
+    """A checkpoint that answers: its weights, and the name that its job publishes under. One of a `tenant`
+    answers nobody else, whatever its name."""
 
     reference: AdapterRef
     adapter: str
+    tenant: str | None = None
+
+    def seen_by(self, key: Key | None, name: str) -> bool:
+        """Whether `key` may know of it by this name."""
+        return sees(key, name, self.adapter) if self.tenant is None else owns(key, self.tenant)
 
 
 class AdapterNames:
@@ -66,7 +72,7 @@ class AdapterNames:
             return Target(self._base.name, None, fingerprint=self._base.fingerprint)
         if model in self._checkpoints:
             checkpoint = self._checkpoints[model]
-            if not sees(key, model, checkpoint.adapter):
+            if not checkpoint.seen_by(key, model):
                 raise unknown_model(model)
             return self._target(model, checkpoint.reference)
         if model.startswith("ftjob-") and model.endswith(LIVE):
@@ -167,10 +173,13 @@ class AdapterNames:
             return bool(self._registry.get(name))
         return False
 
-    def add_checkpoint(self, names: Sequence[str], reference: AdapterRef, adapter: str) -> None:
-        """Let a checkpoint of a job that publishes under the name `adapter` answer by its own names."""
+    def add_checkpoint(
+        self, names: Sequence[str], reference: AdapterRef, adapter: str = "", tenant: str | None = None
+    ) -> None:
+        """Let a checkpoint of a job that publishes under the name `adapter`, or one of `tenant`'s own, answer
+        by its own names."""
         for name in names:
-            self._checkpoints[name] = NamedCheckpoint(reference, adapter)
+            self._checkpoints[name] = NamedCheckpoint(reference, adapter, tenant)
 
     def _in_service(self, version: AdapterVersion) -> bool:
         with contextlib.suppress(NotFound):
