@@ -12,7 +12,8 @@ from tests.faults.served import Served
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with Served(tmp_path_factory.mktemp("conformance") / "state", "--enable-live-adapters") as server:
+    state = tmp_path_factory.mktemp("conformance") / "state"
+    with Served(state, "--enable-live-adapters", "--max-logprobs", "-1") as server:
         yield server
         server.process.terminate()
         assert server.process.wait(60) == 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from coserve.adapter_metrics import LoadedAdapter
 from coserve.engine.messages import AdapterRef
-from coserve.errors import FailedPrecondition, InvalidRequest, NotFound, PermissionDenied
+from coserve.errors import FailedPrecondition, InvalidRequest, ModelNotFound, NotFound, PermissionDenied
 from coserve.lora.registry import AdapterRegistry, AdapterVersion, check_adapter_name
 from coserve.metrics import Metrics
 from coserve.server.adapter_store import AdapterRow
@@ -83,9 +83,12 @@ class AdapterNames:
                     code="live_adapters_disabled",
                 )
             return Target(model, None, model.removesuffix(LIVE))
-        if not sees(key, model.partition("@")[0]):
-            raise unknown_model(model)
-        return self._target(model, ref(self._registry.resolve(model)))
+        try:
+            if sees(key, model.partition("@")[0]):
+                return self._target(model, ref(self._registry.resolve(model)))
+        except ModelNotFound:
+            pass  # as one that this key doesn't see
+        raise unknown_model(model, self._base.names)
 
     def _target(self, model: str, adapter: AdapterRef) -> Target:
         """An adapter's version; the fingerprint is the base's and twelve digits of the adapter's digest."""

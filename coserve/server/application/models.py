@@ -49,6 +49,12 @@ def base_model(
     return BaseModel(name, root, max_model_len, vocab_size, created, fingerprint, tuple(others))
 
 
-def unknown_model(name: str) -> ModelNotFound:
-    """The error for a name that is neither the base nor an adapter."""
-    return ModelNotFound(f"The model {name[:200]!r} does not exist.", param="model")
+def unknown_model(name: str, base_names: Sequence[str] = ()) -> ModelNotFound:
+    """The error for a name that is neither the base nor an adapter. Who writes "base:adapter", which could be
+    an adapter's name like any other, is told how adapters are named here."""
+    hint = ""
+    for base in base_names:
+        if name.startswith(f"{base}:"):
+            alone = name.removeprefix(f"{base}:")
+            hint = f" An adapter is named alone, without its base: {alone[:200]!r}."
+    return ModelNotFound(f"The model {name[:200]!r} does not exist.{hint}", param="model")
