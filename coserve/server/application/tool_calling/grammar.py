@@ -9,9 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llguidance import LLMatcher
-
-from coserve.errors import InvalidRequest
+from coserve.grammar import check_grammar
 from coserve.server.application.reasoning import ReasoningFormat
 from coserve.server.application.tool_calling.formats import ToolFormat
 from coserve.server.application.tool_calling.request import Function
@@ -32,7 +30,7 @@ def calls_grammar(
     Raises InvalidRequest naming the tool whose parameters can't be compiled.
     """
     for function in functions:
-        _check(function)
+        check_grammar(_json(_schema(function), "start"), f"tools[{function.place}].function.parameters")
     block = None if form.bare else form.blocks[0]
     opening = _mark(block.open, token_id) if block is not None else ""
     closing = _mark(block.close, token_id) if block is not None and block.close else ""
@@ -97,16 +95,6 @@ def _schema(function: Function) -> dict[str, Any]:
         if isinstance(schema.get("properties"), Mapping):
             schema.setdefault("additionalProperties", False)
     return {**schema, "x-guidance": {**_SPACING, "lenient": not function.strict}}
-
-
-def _check(function: Function) -> None:
-    refused, messages = LLMatcher.validate_grammar_with_warnings(_json(_schema(function), "start"))
-    if refused:
-        reason = messages[0].splitlines()[0].rpartition("schema: ")[2][:200]
-        raise InvalidRequest(
-            f"tools[{function.place}].function.parameters can't be followed: {reason}",
-            param=f"tools[{function.place}].function.parameters",
-        )
 
 
 def _json(schema: Mapping[str, Any], rule: str) -> str:
