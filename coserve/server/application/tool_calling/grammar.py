@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
+from coserve.errors import InvalidRequest
 from coserve.grammar import check_grammar
 from coserve.server.application.reasoning import ReasoningFormat
 from coserve.server.application.tool_calling.formats import ToolFormat
@@ -29,8 +31,26 @@ def calls_grammar(
 
     Raises InvalidRequest naming the tool whose parameters can't be compiled.
     """
-    for function in functions:
-        check_grammar(_json(_schema(function), "start"), f"tools[{function.place}].function.parameters")
+    grammar = _grammar(form, functions, token_id, parallel, text)
+    try:
+        _check(grammar)
+    except InvalidRequest:
+        for function in functions:
+            param = f"tools[{function.place}].function.parameters"
+            check_grammar(_json(_schema(function), "start"), param)
+        raise
+    return grammar
+
+
+@lru_cache(maxsize=256)
+def _check(grammar: str) -> None:
+    """Agents bring the same tools again and again: what was good before is."""
+    check_grammar(grammar, "tools")
+
+
+def _grammar(
+    form: ToolFormat, functions: Sequence[Function], token_id: TokenId, parallel: bool, text: bool
+) -> str:
     block = None if form.bare else form.blocks[0]
     opening = _mark(block.open, token_id) if block is not None else ""
     closing = _mark(block.close, token_id) if block is not None and block.close else ""
