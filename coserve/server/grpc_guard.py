@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
-from coserve.errors import CoserveError
+from coserve.errors import CoserveError, InvalidRequest
 from coserve.server.auth import TUNE, USE, Authenticator, Key
 from coserve.server.context import Context
 from coserve.server.errors import grpc_code, grpc_status, internal_error
@@ -57,6 +58,25 @@ def _kind(handler: grpc.RpcMethodHandler) -> str:
     """What a method takes and gives, as grpc's own names have it: unary_stream and the like."""
     takes = "stream" if handler.request_streaming else "unary"
     return f"{takes}_{'stream' if handler.response_streaming else 'unary'}"
+
+
+def _reading(
+    behaviour: Callable[..., Any], read: Callable[[bytes], Any], is_stream: bool
+) -> Callable[..., Any]:
+    """A method that takes its messages as bytes; InvalidRequest for bytes that are no message of its kind."""
+
+    def message(data: bytes) -> Any:
+        try:
+            return read(data)
+        except DecodeError:
+            raise InvalidRequest("This is no message of the kind that the method takes.") from None
+
+    async def messages(stream: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for data in stream:
+            yield message(data)
+
+    take = messages if is_stream else message
+    return lambda request, context: behaviour(take(request), context)
 
 
 def id_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
@@ -114,9 +134,10 @@ class Guard(grpc.aio.ServerInterceptor):
         kind = _kind(handler)
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         wrap = self._streaming if handler.response_streaming else self._unary
+        # Read here: a message that can't be would end the call as UNKNOWN, with a traceback in the log.
+        behaviour = _reading(getattr(handler, kind), handler.request_deserializer, handler.request_streaming)
         return make(
-            wrap(getattr(handler, kind), lambda context: self._count(kind, method, context)),
-            request_deserializer=handler.request_deserializer,
+            wrap(behaviour, lambda context: self._count(kind, method, context)),
             response_serializer=handler.response_serializer,
         )
 
