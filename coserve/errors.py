@@ -17,6 +17,7 @@
     │   └── TargetOutOfReach    the first token would come after its latency target
     ├── Unavailable             starting, draining, or the engine is being restarted
     │   └── QueueFull           as many requests wait as may
+    ├── ReaderTooSlow           an answer isn't read as fast as it is made
     └── InternalError           a fault of ours
 
 `server/errors.py` maps the tree once to HTTP and once to gRPC. Messages name the field, line or flag and
@@ -196,6 +197,12 @@ class QueueFull(Unavailable):
     """As many requests wait as `--max-num-queued-reqs` allows."""
 
     default_code = "queue_full"
+
+
+class ReaderTooSlow(CoserveError):
+    """The client takes its answer more slowly than it is made, by more than is kept for it."""
+
+    default_code = "reader_too_slow"
 
 
 class InternalError(CoserveError):

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from coserve.class_metrics import DEFAULT_CLASS, ClassMetrics
 from coserve.core.slo import LatencyTargets
+from coserve.token_metrics import TokenMetrics
 
 ENGINE = "0"
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
@@ -105,7 +106,8 @@ class RequestMetrics:
             "source",
             ("device",),
         )
-        self._generated_total = self._counter("generation_tokens", "Tokens generated.")
+        self._token_metrics = TokenMetrics(self._labels, _ITL)
+        self.registry.register(self._token_metrics)
 
     def _make_sizes(self) -> None:
         tokens = self._tokens
@@ -125,7 +127,6 @@ class RequestMetrics:
 
     def _make_times(self) -> None:
         self._ttft = self._histogram("time_to_first_token_seconds", "Time to the first token.", _TTFT)
-        self._itl = self._histogram("inter_token_latency_seconds", "Time between tokens.", _ITL)
         self._tpot = self._histogram(
             "request_time_per_output_token_seconds",
             "A request's mean time for a token after its first.",
@@ -163,10 +164,7 @@ class RequestMetrics:
 
     def tokens(self, count: int, gap: float | None) -> None:
         """`count` tokens arrived, `gap` seconds after those before (None: the first)."""
-        self._generated_total.inc(count)
-        if gap is not None:
-            for _ in range(count):
-                self._itl.observe(gap / count)
+        self._token_metrics.take(count, gap)
 
     def request_ended(
         self,

@@ -21,10 +21,17 @@ class BytesDecoder:
         self._token_bytes = token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._strip_space = strip_space
+        self._is_whole = True  # no character has begun and not ended
 
     def push(self, token_id: int) -> str:
         """Take a token; returns the whole characters that are certain now."""
-        return self._shown(self._utf8.decode(self._token_bytes(token_id)))
+        data = self._token_bytes(token_id)
+        if self._is_whole and data.isascii():
+            text = data.decode("ascii")
+        else:
+            text = self._utf8.decode(data)
+            self._is_whole = not self._utf8.getstate()[0]
+        return self._shown(text) if self._strip_space else text
 
     def finish(self) -> str:
         """What is left when no token follows."""
@@ -82,7 +89,11 @@ class IncrementalDecoder:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Text that has become certain with these tokens; may be empty."""
-        return "".join(self._decoder.push(token_id) for token_id in token_ids if token_id not in self._hidden)
+        text = ""
+        for token_id in token_ids:
+            if token_id not in self._hidden:
+                text += self._decoder.push(token_id)
+        return text
 
     def finish(self) -> str:
         """What was held back, incomplete characters replaced by U+FFFD. Call once, at the end."""
@@ -109,6 +120,8 @@ class StopChecker:
 
     def feed(self, text: str) -> tuple[str, str | None]:
         """(text to show now, the stop string that ended it or None). Nothing is shown after a stop."""
+        if not self._stops:
+            return text, None
         if self.stopped_by is not None:
             return "", self.stopped_by
         buffer = self._held + text

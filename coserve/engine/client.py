@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from itertools import count
 
 import msgspec
@@ -23,6 +23,7 @@ import zmq.asyncio
 from coserve import errors
 from coserve.config import ALLOCATOR, EngineConfig
 from coserve.engine import messages as m
+from coserve.engine.output_stream import OutputStream
 from coserve.training.job import JobSpec
 from coserve.training.model_calls import CallResult, ModelCall
 
@@ -37,22 +38,6 @@ ENGINE_ENVIRONMENT = {
     # Compute threads that wait give their core back soon: the server needs it.
     "GOMP_SPINCOUNT": "10000",
 }
-
-
-def error_from(fault: m.Fault) -> errors.CoserveError:
-    """The error that the engine told of: its class by its kind, its code as it was."""
-    pending: list[type[errors.CoserveError]] = [errors.CoserveError]
-    while pending:
-        found = pending.pop()
-        pending.extend(found.__subclasses__())
-        if found is errors.CoserveError or found.default_code != fault.kind:
-            continue
-        if issubclass(found, errors.DatasetError):  # its lines stay where they were read
-            found = errors.InvalidRequest
-        if issubclass(found, errors.RateLimited | errors.Unavailable):
-            return found(fault.message, param=fault.param, code=fault.code, retry_after=fault.retry_after)
-        return found(fault.message, param=fault.param, code=fault.code)
-    return errors.InternalError(fault.message, param=fault.param, code=fault.code)
 
 
 async def _ignore_event(event: JobEvent) -> None:
@@ -79,7 +64,7 @@ class EngineClient:
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self._streams: dict[str, asyncio.Queue[m.RequestOutput]] = {}
+        self._streams: dict[str, OutputStream] = {}
         self._calls: dict[int, asyncio.Future[Answer]] = {}
         self._call_ids = count(1)
         self._job_events: asyncio.Queue[JobEvent] = asyncio.Queue()
@@ -205,26 +190,24 @@ class EngineClient:
 
     # ------------------------------------------------------------------ requests
 
-    async def generate(self, add: m.AddRequest) -> AsyncIterator[m.RequestOutput]:
-        """Outputs of a request until its last. Leaving the iterator early aborts the request.
+    def generate(self, add: m.AddRequest) -> OutputStream:
+        """Outputs of a request, which is sent when the first is asked for, until its last. Leaving early
+        aborts the request.
 
-        Raises Unavailable when the engine is down or dies meanwhile.
+        Reading raises Unavailable when the engine is down or dies meanwhile, ReaderTooSlow to one that fell
+        too far behind.
         """
-        queue: asyncio.Queue[m.RequestOutput] = asyncio.Queue()
-        self._streams[add.request_id] = queue
-        finished = False
-        try:
+        name = add.request_id
+
+        async def begin() -> None:
+            self._streams[name] = stream
             await self._send(add)
-            while not finished:
-                output = await queue.get()
-                finished = output.finish_reason is not None
-                if output.error is not None:
-                    raise error_from(output.error)
-                yield output
-        finally:
-            self._streams.pop(add.request_id, None)
-            if not finished:
-                self._post(m.AbortRequests(request_ids=[add.request_id]))
+
+        stream = OutputStream(begin, lambda: self.abort(name), lambda: self._forget(name))
+        return stream
+
+    def _forget(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
 
     def abort(self, request_id: str) -> None:
         """Stop a request whose iterator is still read; it ends with `finish_reason` "abort"."""
@@ -280,7 +263,7 @@ class EngineClient:
         finally:
             self._calls.pop(call_id, None)
         if isinstance(answer, m.Reply) and answer.error is not None:
-            raise error_from(answer.error)
+            raise answer.error.to_error()
         return answer
 
     # ------------------------------------------------------------------ wire
@@ -302,9 +285,9 @@ class EngineClient:
             message = m.decode_from_engine(await socket.recv())
             if isinstance(message, m.StepOutputs):
                 for output in message.outputs:
-                    queue = self._streams.get(output.request_id)
-                    if queue is not None:
-                        queue.put_nowait(output)
+                    stream = self._streams.get(output.request_id)
+                    if stream is not None:
+                        stream.put(output)
             elif isinstance(message, m.EngineReady):
                 if not started.done():
                     started.set_result(message)
@@ -312,7 +295,7 @@ class EngineClient:
                 self.on_stats(message)
             elif isinstance(message, Answer):
                 if isinstance(message, m.Reply) and message.error is not None and not started.done():
-                    started.set_exception(error_from(message.error))
+                    started.set_exception(message.error.to_error())
                 future = self._calls.get(message.call_id)
                 if future is not None and not future.done():
                     future.set_result(message)
@@ -331,8 +314,8 @@ class EngineClient:
 
     def _fail_all(self, reason: str) -> None:
         fault = m.Fault.of(errors.Unavailable(reason))
-        for request_id, queue in self._streams.items():
-            queue.put_nowait(m.RequestOutput(request_id=request_id, finish_reason="error", error=fault))
+        for request_id, stream in self._streams.items():
+            stream.put(m.RequestOutput(request_id=request_id, finish_reason="error", error=fault))
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(errors.Unavailable(reason))

@@ -10,7 +10,7 @@ import msgspec
 
 from coserve.core.sampling_params import SamplingParams
 from coserve.core.slo import LatencyTargets
-from coserve.errors import CoserveError, RateLimited, Unavailable
+from coserve.errors import CoserveError, DatasetError, InternalError, InvalidRequest, RateLimited, Unavailable
 from coserve.training.job import JobSpec, StepMetrics
 from coserve.training.model_calls import CallResult, ModelCall
 
@@ -174,6 +174,21 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             param=error.param,
             retry_after=error.retry_after if passes else 0.0,
         )
+
+    def to_error(self) -> CoserveError:
+        """The error that was told of: its class by its kind, its code as it was."""
+        pending: list[type[CoserveError]] = [CoserveError]
+        while pending:
+            found = pending.pop()
+            pending.extend(found.__subclasses__())
+            if found is CoserveError or found.default_code != self.kind:
+                continue
+            if issubclass(found, DatasetError):  # its lines stay where they were read
+                found = InvalidRequest
+            if issubclass(found, RateLimited | Unavailable):
+                return found(self.message, param=self.param, code=self.code, retry_after=self.retry_after)
+            return found(self.message, param=self.param, code=self.code)
+        return InternalError(self.message, param=self.param, code=self.code)
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

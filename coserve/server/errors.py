@@ -22,6 +22,7 @@ _HTTP: tuple[tuple[type[errors.CoserveError], int, str], ...] = (
     (errors.UnsupportedMediaType, 415, "invalid_request_error"),
     (errors.InvalidRequest, 400, "invalid_request_error"),
     (errors.FailedPrecondition, 400, "invalid_request_error"),
+    (errors.ReaderTooSlow, 408, "invalid_request_error"),
     (errors.RateLimited, 429, "rate_limit_error"),
     (errors.Unavailable, 503, "server_error"),
 )
@@ -34,6 +35,7 @@ _GRPC: tuple[tuple[type[errors.CoserveError], grpc.StatusCode], ...] = (
     (errors.PayloadTooLarge, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.FailedPrecondition, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.ReaderTooSlow, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.RateLimited, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
 )

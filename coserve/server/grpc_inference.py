@@ -10,7 +10,8 @@ import grpc.aio
 from coserve import __version__
 from coserve.errors import InvalidRequest
 from coserve.server.application.chat import read_conversation
-from coserve.server.application.generation import Delta, Generation
+from coserve.server.application.generation import Generation
+from coserve.server.application.sample_text import Delta
 from coserve.server.application.sampling import parse_sampling, read_logprobs
 from coserve.server.application.structured_output import read_kind
 from coserve.server.auth import Key

@@ -6,7 +6,6 @@ import pytest
 
 from coserve import errors
 from coserve.engine import messages as m
-from coserve.engine.client import error_from
 from coserve.engine.outbox import Outbox
 from coserve.server.errors import grpc_code, http_status
 
@@ -34,7 +33,7 @@ def test_every_class_comes_over_with_any_code(kind, code) -> None:
     assert isinstance(outputs, m.StepOutputs) and isinstance(reply, m.Reply)
     for fault in (outputs.outputs[0].error, reply.error):
         assert fault is not None
-        found = error_from(fault)
+        found = fault.to_error()
         assert (found.message, found.param, found.code) == (error.message, error.param, error.code)
         assert http_status(found) == http_status(error) and grpc_code(found) is grpc_code(error)
         assert getattr(found, "retry_after", None) == getattr(error, "retry_after", None)

@@ -11,7 +11,6 @@ from msgspec.structs import replace
 from coserve.core.live_snapshots import MOST_HELD
 from coserve.core.step_plan import StepPlan
 from coserve.engine import messages as m
-from coserve.engine.client import error_from
 from coserve.engine.local import LocalEngine
 from coserve.errors import AdapterNotLive, CoserveError, Unavailable
 from coserve.training.job import JobSpec
@@ -212,7 +211,7 @@ def refusal(local: LocalEngine, request_id: str) -> CoserveError:
     """The error that the server makes of a refused request, which must have had no token."""
     output = local.finished[request_id]
     assert output.error is not None and local.tokens[request_id] == []
-    return error_from(output.error)
+    return output.error.to_error()
 
 
 def test_without_a_step_to_read_it_is_an_error_and_never_the_base(model, data, tmp_path) -> None:

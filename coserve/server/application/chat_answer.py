@@ -13,8 +13,9 @@ from typing import Any
 
 from coserve.engine.messages import TokenLogprobs
 from coserve.server.application.answer_pieces import CallArguments, CallOpened, Content, Piece, Reasoning
-from coserve.server.application.generation import Delta, Generation
+from coserve.server.application.generation import Generation
 from coserve.server.application.reasoning import ReasoningFormat, ReasoningParser
+from coserve.server.application.sample_text import Delta
 from coserve.server.application.tool_calling.formats import ToolFormat
 from coserve.server.application.tool_calling.parser import ToolCallParser
 

@@ -17,17 +17,18 @@ from dataclasses import dataclass, field
 from coserve.core.sampling_params import SamplingParams
 from coserve.engine.client import EngineClient
 from coserve.engine.messages import AddRequest, RequestOutput, TokenLogprobs
-from coserve.errors import ContextLengthExceeded, InvalidRequest, QueueFull, RateLimited
+from coserve.errors import ContextLengthExceeded, InvalidRequest, QueueFull, RateLimited, ReaderTooSlow
 from coserve.metrics import Metrics
 from coserve.request_metrics import RequestTimes
 from coserve.server.application.lifecycle import Lifecycle
 from coserve.server.application.models import Target
+from coserve.server.application.sample_text import Chunks, Delta, TextStream
 from coserve.server.application.sampling import SamplingRequest, check_token_ids
 from coserve.server.application.structured_output import GrammarChecks
 from coserve.server.auth import Key
 from coserve.server.quotas import Quotas
 from coserve.server.service_tiers import Service, ServiceTiers
-from coserve.tokenizer import StopChecker, Tokenizer
+from coserve.tokenizer import Tokenizer
 
 MAX_ANSWERS = 4096  # of one request: its prompts times n
 
@@ -39,41 +40,6 @@ class Sample:
     index: int
     prompt_token_ids: list[int]
     sampling: SamplingParams
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What became known of one sample: text ready to show, the tokens behind it, and maybe its end.
-
-    `finish_reason` is "stop" or "length" on a sample's last delta; `stop_reason` the stop string or token id.
-    `snapshot` comes with the first of a live adapter: the job and the step that it reads. `held` counts the
-    characters of these tokens that come with a later delta.
-    """
-
-    index: int
-    text: str = ""
-    token_ids: Sequence[int] = ()
-    logprobs: Sequence[TokenLogprobs] = ()
-    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-    cached_tokens: int = 0
-    snapshot: str | None = None
-    held: int = 0
-
-    def joined(self, later: Delta) -> Delta:
-        """This one and the one after it."""
-        return Delta(
-            index=self.index,
-            text=self.text + later.text,
-            token_ids=[*self.token_ids, *later.token_ids],
-            logprobs=[*self.logprobs, *later.logprobs],
-            prompt_logprobs=self.prompt_logprobs if later.prompt_logprobs is None else later.prompt_logprobs,
-            finish_reason=later.finish_reason,
-            stop_reason=later.stop_reason,
-            cached_tokens=max(self.cached_tokens, later.cached_tokens),
-            snapshot=self.snapshot or later.snapshot,
-        )
 
 
 @dataclass
@@ -155,11 +121,15 @@ class Generation:
         Raises RateLimited, and what the engine refused the request with, before the first; Unavailable when
         the engine goes away.
         """
-        async with aclosing(self._generator.run(self)) as deltas:
-            async for delta in deltas:
-                self.usage.add(delta)
-                self.snapshot = delta.snapshot or self.snapshot
-                yield delta
+        generator = self._generator
+        async with generator.held(self):
+            streams = [generator.sample(self, sample) for sample in self.samples]
+            async with aclosing(streams[0] if len(streams) == 1 else _merge(streams)) as deltas:
+                async for delta in deltas:
+                    self.usage.add(delta)
+                    if delta.snapshot is not None:
+                        self.snapshot = delta.snapshot
+                    yield delta
 
     def sample_ended(self, sample: Sample, generated: int) -> None:
         """Count the tokens of a sample; with the last one of its prompt, that prompt."""
@@ -253,8 +223,9 @@ class Generator:
             param="max_tokens" if room >= 1 else "input_tokens",
         )
 
-    async def run(self, generation: Generation) -> AsyncIterator[Delta]:
-        """Deltas of all samples, merged as they come."""
+    @contextlib.asynccontextmanager
+    async def held(self, generation: Generation) -> AsyncIterator[None]:
+        """A place for a request's samples while the block runs. Raises RateLimited when its key has none."""
         if generation.target.live_job:
             await self._check_live(generation.target.live_job, generation.service.key)
         quota = self._quotas.request(generation.service.key, generation.usage.prompt_tokens)
@@ -264,11 +235,7 @@ class Generator:
                 await self._grammars.check(request.sampling.grammar, request.grammar_field or "tools")
             adapter = generation.target.adapter
             async with self.using(adapter and adapter.path):
-                streams = [self._sample(generation, sample) for sample in generation.samples]
-                merged = streams[0] if len(streams) == 1 else _merge(streams)
-                async with aclosing(merged) as deltas:
-                    async for delta in deltas:
-                        yield delta
+                yield
 
     @contextlib.asynccontextmanager
     async def using(self, path: str | None) -> AsyncIterator[None]:
@@ -291,15 +258,16 @@ class Generator:
         async with self._released:
             await self._released.wait_for(lambda: path not in self._in_use)
 
-    async def _sample(self, generation: Generation, sample: Sample) -> AsyncIterator[Delta]:
+    async def sample(self, generation: Generation, sample: Sample) -> AsyncIterator[Delta]:
+        """One sample's deltas, measured; leaving early aborts it."""
         times = RequestTimes(arrival=time.time())
         service, request = generation.service, generation.request
         latency_class = service.latency_class.name
-        text = _TextStream(self._tokenizer, request)
+        text = TextStream(self._tokenizer, request)
         generated = cached = preemptions = 0
         reason, admitted, refused = "abort", False, False
         try:
-            chunks = _Chunks(request.stream_interval)
+            chunks = Chunks(request.stream_interval)
             async with aclosing(self._engine.generate(self._message(generation, sample, times))) as outputs:
                 async for output in outputs:
                     if output.finish_reason == "abort":
@@ -321,6 +289,8 @@ class Generator:
         except (RateLimited, QueueFull):
             refused = True
             raise
+        except ReaderTooSlow:
+            raise  # counts as the abort that it was
         except Exception:
             reason = "error"
             raise
@@ -366,76 +336,19 @@ class Generator:
         self._quotas.spend(service.key, len(output.token_ids))
 
 
-class _TextStream:
-    """Turns a sample's engine outputs into deltas: decoding, stop strings, the end token's text."""
-
-    def __init__(self, tokenizer: Tokenizer, request: SamplingRequest) -> None:
-        self._decoder = tokenizer.incremental_decoder(
-            request.skip_special_tokens, continues_text=True, shown=request.shown_token_ids
-        )
-        self._stops = StopChecker(request.stop, request.include_stop)
-        self._keep_stop_token = request.include_stop
-
-    def delta(self, index: int, output: RequestOutput) -> Delta:
-        shown = output.token_ids
-        ended_by_token = output.finish_reason == "stop" and output.stop_token_id is not None
-        if ended_by_token and not self._keep_stop_token and shown and shown[-1] == output.stop_token_id:
-            shown = shown[:-1]
-        decoded = self._decoder.push(shown)
-        if output.finish_reason is not None:
-            decoded += self._decoder.finish()
-        text, stopped_by = self._stops.feed(decoded)
-        reason: str | None = output.finish_reason
-        stop_reason: str | int | None = None
-        if stopped_by is not None:
-            reason, stop_reason = "stop", stopped_by
-        elif reason is not None:
-            text += self._stops.flush()
-            stop_reason = output.stop_token_id if ended_by_token else None
-        return Delta(
-            index=index,
-            text=text,
-            token_ids=output.token_ids,
-            logprobs=output.logprobs,
-            prompt_logprobs=output.prompt_logprobs,
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            cached_tokens=output.cached_tokens,
-            snapshot=output.snapshot,
-            held=self._stops.held,
-        )
-
-
-class _Chunks:
-    """Joins deltas to ones of `interval` tokens; the first and the last go at once."""
-
-    def __init__(self, interval: int) -> None:
-        self._interval = interval
-        self._held: Delta | None = None
-        self._is_first = True
-
-    def take(self, delta: Delta) -> list[Delta]:
-        """What goes out now."""
-        if self._held is not None:
-            delta = self._held.joined(delta)
-        is_due = self._is_first or delta.finish_reason is not None or len(delta.token_ids) >= self._interval
-        self._held = None if is_due else delta
-        self._is_first = False
-        return [delta] if is_due else []
-
-
 async def _merge(streams: list[AsyncIterator[Delta]]) -> AsyncIterator[Delta]:
-    """Items of all streams in order of arrival; the first error ends all of them."""
-    queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
+    """Items of all streams in order of arrival; the first error ends all of them. What their reader doesn't
+    take stays in the streams, but for one item of each."""
+    queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue(len(streams))
 
     async def pump(stream: AsyncIterator[Delta]) -> None:
         try:
             async with aclosing(stream) as items:
                 async for item in items:
-                    queue.put_nowait(item)
-            queue.put_nowait(None)
+                    await queue.put(item)
+            await queue.put(None)
         except Exception as error:
-            queue.put_nowait(error)
+            await queue.put(error)
 
     tasks = [asyncio.create_task(pump(stream)) for stream in streams]
     try:

@@ -13,8 +13,9 @@ from starlette.responses import Response
 
 from coserve.engine.messages import TokenLogprobs
 from coserve.errors import InvalidRequest
-from coserve.server.application.generation import Choice, Delta, Generation
+from coserve.server.application.generation import Choice, Generation
 from coserve.server.application.request_fields import KNOWN_COMPLETIONS
+from coserve.server.application.sample_text import Delta
 from coserve.server.application.sampling import (
     log_unknown,
     parse_sampling,
