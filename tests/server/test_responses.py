@@ -126,6 +126,51 @@ def test_white_space_around_a_call_is_no_message(http: httpx.Client, server: Ser
     assert made(http)["output"][0]["content"][0]["text"] == "\n"
 
 
+THINKS = "{# <think> </think> #}{% for m in messages %}{{ m.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_was_thought_is_an_item(tmp_path: Path, stream: bool) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text(THINKS)
+    server = ServerThread(tmp_path / "state", chat_template=str(template))
+    server.engine.reply = "<think>\nHm, 1 + 1.\n</think>\n\nTwo."
+    try:
+        with server.http() as http:
+            if stream:
+                found = events(respond(http, stream=True, **LOGPROBS))
+                kinds = dict.fromkeys(event["type"].removeprefix("response.") for event in found)
+                assert list(kinds)[2:8] == [
+                    "output_item.added", "content_part.added", "reasoning_text.delta", "reasoning_text.done",
+                    "content_part.done", "output_item.done",
+                ]  # fmt: skip
+                body = found[-1]["response"]
+            else:
+                body = made(http)
+            thought, said = body["output"]
+            assert thought["content"] == [{"type": "reasoning_text", "text": "Hm, 1 + 1."}]
+            assert said["content"][0]["text"] == "Two." and thought["summary"] == []
+            assert body["usage"]["output_tokens_details"]["reasoning_tokens"] > 0
+            made(http, input="And?", previous_response_id=body["id"])
+            assert "Hm" not in prompt_of(server) and "Two." in prompt_of(server)
+            cut = made(http, max_output_tokens=4)
+            assert [item["status"] for item in cut["output"]] == ["incomplete"]
+    finally:
+        server.stop()
+
+
+def test_a_demanded_form_reaches_the_engine(http: httpx.Client, server: ServerThread) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    form = {"type": "json_schema", "name": "x", "schema": schema, "strict": True}
+    body = made(http, text={"format": form})
+    assert body["text"]["format"] == form and "integer" in server.engine.requests[0].sampling.grammar
+    made(http, tools=[TOOL], tool_choice={"type": "function", "name": "weather"})
+    assert "weather" in server.engine.requests[-1].sampling.grammar
+    mode = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "weather"}]}
+    made(http, tools=[TOOL], tool_choice=mode)
+    assert "weather" in server.engine.requests[-1].sampling.grammar
+
+
 def test_a_conversation_goes_on(http: httpx.Client, server: ServerThread) -> None:
     first = made(http, instructions="Be kind")
     second = made(http, input="And?", previous_response_id=first["id"], store=False)
@@ -249,7 +294,20 @@ REFUSED = [
     ({"tools": [{"type": "function"}]}, "tools[0].name"),
     ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.name"),
     ({"tools": [TOOL], "tool_choice": {"type": "mcp"}}, "tool_choice.type"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "no"}}, "tool_choice.name"),
+    ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "x"}}, "tool_choice.mode"),
+    (
+        {
+            "tools": [TOOL],
+            "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "no"}]},
+        },
+        "tool_choice.tools[0].name",
+    ),
+    ({"tools": [TOOL, TOOL]}, "tools[1].name"),
+    ({"tools": [{**TOOL, "parameters": {"type": 5}, "strict": True}]}, "tools[0].parameters"),
     ({"text": {"format": TEXT}}, "text.format.schema"),
+    ({"text": {"format": {**TEXT, "schema": {"type": 5}}}}, "text.format.schema"),
+    ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name"),
     ({"text": {"format": {}}}, "text.format.type"),
     ({"include": ["code_interpreter_call.outputs"]}, "include[0]"),
     ({"top_logprobs": 2}, "top_logprobs"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,20 +66,25 @@ def renamed(error: CoserveError) -> CoserveError:
     """An error of the chat request, with the names that fields have in /v1/responses."""
     param = error.param or ""
     for chat, own in _NAMES:
-        if param == chat or param.startswith((f"{chat}.", f"{chat}[")):
-            new = own if chat == "messages" else own + param.removeprefix(chat)
+        new = chat.sub(own, param)
+        if new != param:
             error.message, error.param = error.message.replace(param, new, 1), new
             break
     return error
 
 
-_NAMES = (
-    ("messages", "input"),
-    ("response_format.json_schema", "text.format"),
-    ("response_format", "text.format"),
-    ("max_tokens", "max_output_tokens"),
-    ("tool_choice.function", "tool_choice"),
-    ("reasoning_effort", "reasoning.effort"),
+_NAMES = tuple(
+    (re.compile(pattern), own)
+    for pattern, own in (
+        (r"^messages\b.*", "input"),
+        (r"^response_format(\.json_schema)?\b", "text.format"),
+        (r"^max_tokens$", "max_output_tokens"),
+        (r"^(tools\[\d+\])\.function\b", r"\1"),
+        (r"^tool_choice\.function\b", "tool_choice"),
+        (r"^tool_choice\.allowed_tools(\.tools\[\d+\])\.function\b", r"tool_choice\1"),
+        (r"^tool_choice\.allowed_tools\b", "tool_choice"),
+        (r"^reasoning_effort$", "reasoning.effort"),
+    )
 )
 
 

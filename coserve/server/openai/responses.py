@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from coserve.errors import CoserveError, InvalidRequest
+from coserve.server.application.chat_answer import AnswerDelta
 from coserve.server.application.response_input import check_metadata, read_input, renamed
 from coserve.server.application.response_store import ResponseStore, StoredResponse
 from coserve.server.auth import USE, Key, tenant_of
@@ -83,11 +84,19 @@ class _Response:
         entries: list[dict[str, Any]] = chat_logprobs(self.chat.names, logprobs)["content"]
         return entries
 
+    async def _deltas(self) -> AsyncIterator[AnswerDelta]:
+        try:
+            async with aclosing(self.chat.answers.deltas()) as deltas:
+                async for delta in deltas:
+                    yield delta
+        except CoserveError as error:
+            raise renamed(error) from None
+
     # ------------------------------------------------------------------ whole
 
     async def body(self) -> dict[str, Any]:
         status = "failed"
-        async with aclosing(self.chat.answers.deltas()) as deltas:
+        async with aclosing(self._deltas()) as deltas:
             async for delta in deltas:
                 self._items.take(delta)
                 status = _status(delta.finish_reason) or status
@@ -149,7 +158,7 @@ class _Response:
         """Events, those of one delta together. What fails after the first is told by response.failed."""
         started, status = False, "failed"
         try:
-            async with aclosing(self.chat.answers.deltas()) as deltas:
+            async with aclosing(self._deltas()) as deltas:
                 async for delta in deltas:
                     events = self._items.take(delta)
                     if not started:
