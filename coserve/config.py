@@ -16,6 +16,7 @@ ALLOCATOR = (
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """All that the engine process needs to know, sent to it as JSON at its start.
 
+    `tokenizer` is a directory with one in place of the model's; "" is the model's own.
     `dtype` is "auto" (fp32 for the demo model and fp32 checkpoints, else bf16), "float32" or "bfloat16".
     `kv_cache_memory_bytes` 0 derives the pool's size from `gpu_memory_utilization` of the free memory.
     `max_num_queued_reqs` bounds the requests that wait for a place in a step; 0: any number may.
@@ -26,6 +27,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     model: str
+    tokenizer: str = ""
     served_model_name: str = ""
     device: str = "auto"
     dtype: str = "auto"

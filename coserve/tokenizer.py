@@ -67,8 +67,11 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
 
     @classmethod
-    def from_dir(cls, path: str | Path, chat_template: str | None = None) -> Tokenizer:
-        """Read a model directory; `chat_template` is the path of a template file that replaces the model's.
+    def from_dir(
+        cls, path: str | Path, chat_template: str | None = None, model: str | Path | None = None
+    ) -> Tokenizer:
+        """Read a model directory; `chat_template` is the path of a template file that replaces the model's,
+        `model` the directory that says which tokens end an output, where that is another one.
 
         Raises ConfigError when the directory has no tokenizer or one that can't be read.
         """
@@ -80,7 +83,7 @@ class Tokenizer:
                 special.setdefault(name, text)
         eos_ids: list[int] = []
         for file in ("generation_config.json", "config.json"):
-            value = _read_json(directory / file).get("eos_token_id")
+            value = _read_json(Path(model or directory) / file).get("eos_token_id")
             eos_ids += value if isinstance(value, list) else [value] if isinstance(value, int) else []
         return cls(
             _load_backend(directory),

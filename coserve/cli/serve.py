@@ -27,6 +27,7 @@ def serve(
     model: flags.Model = None,
     model_option: flags.ModelOption = None,
     served_model_name: flags.ServedModelName = None,
+    tokenizer: flags.TokenizerDir = "",
     revision: flags.Revision = "",
     download_dir: flags.DownloadDir = "",
     generation_config: flags.GenerationConfig = "auto",
@@ -109,6 +110,7 @@ def server_config(given: Mapping[str, Any]) -> ServerConfig:
         raise ConfigError("--served-model-name: a name can't be empty.", param="served_model_name")
     changed = {
         "model": str(directory),
+        "tokenizer": str(existing_dir(given["tokenizer"], "--tokenizer")) if given["tokenizer"] else "",
         "served_model_name": names[0],
         "served_model_names": names[1:],
         "kv_cache_memory_bytes": size_in_bytes(given["kv_cache_memory_bytes"], "--kv-cache-memory-bytes"),

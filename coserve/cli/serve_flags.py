@@ -15,6 +15,9 @@ ModelOption = Annotated[
 ServedModelName = Annotated[
     list[str] | None, typer.Option(help="The base model's name; repeatable, answers carry the first.")
 ]
+TokenizerDir = Annotated[
+    str, typer.Option("--tokenizer", metavar="DIR", help="A directory with one, in place of the model's.")
+]
 Revision = Annotated[str, typer.Option(help="Branch, tag or commit of a hub id.")]
 DownloadDir = Annotated[str, typer.Option(metavar="DIR", help="Where a hub id's files are kept.")]
 GenerationConfig = Annotated[

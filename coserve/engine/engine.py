@@ -113,7 +113,7 @@ class Engine:
         self.streams: Streams = CudaStreams() if on_gpu else InOrder()
         graphs = CudaGraphs() if on_gpu else None
         ends, vocab_size = self.model_config.eos_token_ids, self.model_config.vocab_size
-        vocabulary = GrammarVocabulary.from_dir(config.model, vocab_size, ends)
+        vocabulary = GrammarVocabulary.from_dir(config.tokenizer or config.model, vocab_size, ends)
         self.masks = GrammarMasks(vocab_size, vocabulary.num_words if vocabulary else 0)
         self.grammars = Grammars(vocabulary, self.masks)
         self.runner = ModelRunner(self.decoder, self.kv, self.pool, self.slots, graphs, self.masks)

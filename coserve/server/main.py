@@ -200,7 +200,18 @@ async def _start_parts(
     starting = asyncio.create_task(engine.start())
     try:  # the tokenizer is read while the engine loads the model
         chat_template = config.chat_template or None
-        tokenizer = await asyncio.to_thread(Tokenizer.from_dir, engine_config.model, chat_template)
+        tokenizer = await asyncio.to_thread(
+            Tokenizer.from_dir,
+            engine_config.tokenizer or engine_config.model,
+            chat_template,
+            engine_config.model,
+        )
+        if tokenizer.id_limit > model_config.vocab_size and engine_config.tokenizer:
+            raise ConfigError(
+                f"--tokenizer: it has token ids up to {tokenizer.id_limit - 1}, the model "
+                f"{model_config.vocab_size} tokens; give the one that the model was trained with.",
+                param="tokenizer",
+            )
     except BaseException:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
-from coserve.config import EngineConfig
+from coserve.config import DEMO_MODEL_DIR, EngineConfig
+from coserve.errors import ConfigError
 from tests.server.fake_engine import write_peft
 from tests.server.running import ServerThread
 from tests.server.test_adapters_http import chat, load
@@ -70,3 +72,31 @@ def test_every_stream_ends_with_its_usage(http: httpx.Client) -> None:
 
 def test_what_is_under_way(http: httpx.Client) -> None:
     assert http.get("/load").json() == {"server_load": 0}
+
+
+def test_another_directorys_tokenizer(tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_MODEL_DIR / name, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    server = ServerThread(tmp_path / "state", engine=EngineConfig(model="", tokenizer=str(folder)))
+    with server.http() as http:
+        chat(http, "coserve-demo")
+        asked = server.engine.requests[-1].prompt_token_ids
+        assert http.post("/detokenize", json={"tokens": asked}).json()["prompt"] == "<Hi>"
+    server.stop()
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has(tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    shutil.copy(DEMO_MODEL_DIR / "tokenizer_config.json", folder)
+    tokenizer = json.loads((DEMO_MODEL_DIR / "tokenizer.json").read_text())
+    more = {"id": 10**6, "content": "<far>", "special": True, "single_word": False, "lstrip": False}
+    tokenizer["added_tokens"].append({**more, "rstrip": False, "normalized": False})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match=r"--tokenizer: it has token ids up to"):
+        ServerThread(tmp_path / "state", engine=EngineConfig(model="", tokenizer=str(folder)))
