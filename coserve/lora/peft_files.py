@@ -154,13 +154,18 @@ def _read_config(directory: Path) -> Any:
 def _read_tensors_header(directory: Path) -> dict[str, TensorEntry]:
     file = directory / TENSOR_FILE
     if not file.is_file():
-        if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
-            _refuse(f"there is no {TENSOR_FILE}; pickle files (.bin, .pt) are never loaded, convert them")
-        _refuse(f"there is no {TENSOR_FILE}")
+        _refuse(no_tensors(directory))
     try:
         return read_header(file)
     except BadSafetensors as error:
         _refuse(f"{TENSOR_FILE} cannot be read: {error}")
+
+
+def no_tensors(directory: Path) -> str:
+    """What is wrong with a directory that has no tensor file."""
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
+        return f"there is no {TENSOR_FILE}; pickle files (.bin, .pt) are never loaded, convert them"
+    return f"there is no {TENSOR_FILE}"
 
 
 def _check_keys(entries: Mapping[str, TensorEntry], expected: set[str]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MAX_HEADER_BYTES = 16 << 20
+_MAX_DIMENSIONS = 8
 _ITEM_BYTES = {
     "F64": 8,
     "F32": 4,
@@ -70,10 +71,16 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 def _entry(name: str, value: object) -> tuple[TensorEntry, tuple[int, int]]:
     try:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]  # type: ignore[index]
-        sizes = tuple(int(length) for length in shape)
-        whole = end - begin == math.prod(sizes) * _ITEM_BYTES[dtype] and min((begin, *sizes)) >= 0
+        sizes, item = tuple(shape), _ITEM_BYTES[dtype]
     except (TypeError, KeyError, ValueError) as error:
-        raise BadSafetensors(f"its entry for {name!r} is malformed") from error
-    if not whole:
-        raise BadSafetensors(f"the byte range of {name!r} does not match its shape")
+        raise BadSafetensors(f"its entry for {name[:200]!r} is malformed") from error
+    # Before anything is multiplied: numbers of a header may have thousands of digits.
+    if len(sizes) > _MAX_DIMENSIONS or not all(_is_size(number) for number in (begin, end, *sizes)):
+        raise BadSafetensors(f"its entry for {name[:200]!r} is malformed")
+    if end - begin != math.prod(sizes) * item:
+        raise BadSafetensors(f"the byte range of {name[:200]!r} does not match its shape")
     return TensorEntry(dtype, sizes), (begin, end)
+
+
+def _is_size(number: object) -> bool:
+    return type(number) is int and 0 <= number < 2**62

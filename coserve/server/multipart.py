@@ -14,7 +14,9 @@ from starlette.requests import Request
 from coserve.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 
 _MAX_FIELD_BYTES = 1 << 20
-_MAX_FIELDS = 32
+_MAX_PARTS = 32
+_MAX_PART_HEADERS = 8 << 10  # bytes of one part's names and values
+_MAX_BOUNDARY = 70  # RFC 2046
 
 
 @dataclass
@@ -43,6 +45,8 @@ class _Receiver:
         self._headers: dict[bytes, bytes] = {}
         self._header_name = b""
         self._header_value = b""
+        self._header_bytes = 0
+        self._parts = 0
         self._name = ""
         self._value = bytearray()
         self._file: IO[bytes] | None = None
@@ -65,12 +69,22 @@ class _Receiver:
 
     def _begin(self) -> None:
         self._headers, self._value = {}, bytearray()
+        self._header_bytes = 0
+        self._parts += 1
+        if self._parts > _MAX_PARTS:
+            raise InvalidRequest(f"The form has over {_MAX_PARTS} parts.")
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
-        self._header_name += data[start:end]
+        self._header_name += self._counted(data[start:end])
 
     def _header_text(self, data: bytes, start: int, end: int) -> None:
-        self._header_value += data[start:end]
+        self._header_value += self._counted(data[start:end])
+
+    def _counted(self, data: bytes) -> bytes:
+        self._header_bytes += len(data)
+        if self._header_bytes > _MAX_PART_HEADERS:
+            raise InvalidRequest("A part of the form has too long headers.")
+        return data
 
     def _header_end(self) -> None:
         self._headers[self._header_name.lower()] = self._header_value
@@ -81,8 +95,6 @@ class _Receiver:
         self._name = options.get(b"name", b"").decode("utf-8", "replace")
         filename = options.get(b"filename")
         if self._name != self._file_name:
-            if len(self.form.fields) >= _MAX_FIELDS:
-                raise InvalidRequest(f"The form has over {_MAX_FIELDS} fields.")
             return
         if self.form.path is not None:
             raise InvalidRequest("The form has more than one file.", param=self._file_name)
@@ -119,15 +131,19 @@ async def receive_form(request: Request, folder: Path, limit: int, file_name: st
     if kind != b"multipart/form-data":
         raise UnsupportedMediaType("The body must be multipart/form-data.")
     boundary = options.get(b"boundary")
-    if not boundary:
-        raise InvalidRequest("The multipart body has no boundary.")
+    if not boundary or len(boundary) > _MAX_BOUNDARY:
+        raise InvalidRequest(f"The multipart body needs a boundary of 1 to {_MAX_BOUNDARY} characters.")
+    most = limit + _MAX_PARTS * (_MAX_FIELD_BYTES + _MAX_PART_HEADERS)
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit + _MAX_FIELDS * _MAX_FIELD_BYTES:
+    if declared.isdecimal() and int(declared) > most:
         raise PayloadTooLarge(f"The file is over the limit of {limit} bytes.", param=file_name)
     receiver = _Receiver(folder, limit, file_name)
     try:
         parser = MultipartParser(boundary, receiver.callbacks())  # type: ignore[arg-type]
         async for chunk in request.stream():
+            most -= len(chunk)
+            if most < 0:
+                raise PayloadTooLarge(f"The file is over the limit of {limit} bytes.", param=file_name)
             if chunk:
                 parser.write(chunk)
         parser.finalize()

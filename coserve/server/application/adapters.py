@@ -34,8 +34,10 @@ from coserve.metrics import Metrics
 from coserve.models.config import ModelConfig
 from coserve.server import adapter_store
 from coserve.server.adapter_store import AdapterRow
+from coserve.server.application.adapter_files import allowed_directory, fetch
 from coserve.server.application.adapter_names import AdapterNames, ref
 from coserve.server.application.archives import check_digest, extract, tar_chunks
+from coserve.server.application.files import MAX_UPLOAD_BYTES
 from coserve.server.application.generation import Generator
 from coserve.server.application.models import BaseModel
 from coserve.server.auth import Key, sees
@@ -165,9 +167,16 @@ class Adapters(AdapterNames):
                 )
             if not path:
                 return await self._list_again(name, pinned)
-            source = Path(path).expanduser()
-            source = source.resolve() if trusted else self._allowed(source)
-            return await self._publish(name, source, root=path, origin="load", pinned=pinned)
+            if trusted:
+                source = Path(path).expanduser().resolve()
+                return await self._publish(name, source, root=path, origin="load", pinned=pinned)
+            source = allowed_directory(path, self._roots)
+            folder = self._state.root / f"load-{uuid.uuid4().hex}.tmp"
+            try:
+                await asyncio.to_thread(fetch, source, folder, _PEFT_FILES, self._roots, MAX_UPLOAD_BYTES)
+                return await self._publish(name, folder, root=path, origin="load", pinned=pinned)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _locked(self, name: str) -> asyncio.Lock:
         """One change of a name at a time; others don't wait for it, nor for its files."""
@@ -175,18 +184,6 @@ class Adapters(AdapterNames):
         if lock is None:
             lock = self._locks[name] = asyncio.Lock()
         return lock
-
-    def _allowed(self, path: Path) -> Path:
-        resolved = path.resolve()
-        if not any(resolved.is_relative_to(root) for root in self._roots):
-            raise InvalidRequest(
-                "This path is not under an --adapter-root of the server.",
-                param="lora_path",
-                code="path_not_allowed",
-            )
-        if not resolved.is_dir():
-            raise NotFound("There is no adapter directory at this path.", param="lora_path")
-        return resolved
 
     async def _list_again(self, name: str, pinned: bool | None) -> AdapterRow:
         rows = await self._database.run(lambda db: adapter_store.of_name(db, name))
