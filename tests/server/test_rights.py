@@ -26,6 +26,14 @@ CHAT = {
     *("/ping", "/version", "/load", "/tokenize", "/detokenize", "/v1/embeddings"),
     *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/v1/aliases"),
 }
+# Of Tinker's API: sessions, and sampling from what was trained.
+SAMPLING = {
+    f"/api/v1/{name}"
+    for name in (
+        *("create_session", "session_heartbeat", "sessions", "healthz", "get_server_capabilities", "client"),
+        *("telemetry", "create_sampling_session", "samplers", "asample", "retrieve_future", "cancel_future"),
+    )
+}
 TUNING = {
     *("/v1/files", "/v1/uploads", "/v1/fine_tuning/jobs", "/v1/fine_tuning/alpha", "/v1/adapters", "/api/v1"),
     *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
@@ -69,6 +77,8 @@ def who_may(method: str, path: str) -> set[str]:
         return {"use", "tune", "admin", "metrics"}
     if below(OPERATORS):
         return {"admin"}
+    if below(SAMPLING):
+        return {"use", "tune", "admin"}
     if below(TUNING) or (below(ONLY_READ_IN_CHAT) and method != "GET"):
         return {"tune", "admin"}
     assert below(CHAT), f"{method} {path} is new: say here who may use it"
