@@ -145,6 +145,24 @@ def test_a_cut_call_ends_with_length(http: httpx.Client, server: ServerThread) -
     assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city":  "'
 
 
+def test_logprobs_come_with_the_text_of_their_tokens(http: httpx.Client, server: ServerThread) -> None:
+    """Text is held back where it may open a call or a stop string; its tokens are held with it."""
+    server.engine.reply = "Grüße 世界: a <tool_ b, zz and zzy.\n\n <tool_call"
+    body = {"messages": HELLO, "tools": TOOLS, "stop": ["zzz"], "logprobs": True, "return_token_ids": True}
+    response = http.post("/v1/chat/completions", json={**body, "stream": True})
+    said, tokens = b"", b""
+    for line in response.text.split("\n\n")[:-2]:
+        (choice,) = json.loads(line.removeprefix("data: "))["choices"]
+        said += choice["delta"].get("content", "").encode()
+        entries = (choice["logprobs"] or {}).get("content", [])
+        assert len(entries) == len(choice.get("token_ids", []))
+        tokens += b"".join(bytes(entry["bytes"]) for entry in entries)
+        if choice["finish_reason"] is None and said != server.engine.reply.encode():
+            assert tokens.startswith(said) or said.startswith(tokens)
+            assert -8 < len(tokens) - len(said) < 4  # within a token of which part is held, or a character
+    assert said.decode() == server.engine.reply and tokens.startswith(said)
+
+
 CHOICES: list[tuple[object, str, Callable[[str], bool]]] = [
     ("auto", "tool_calls", lambda made: made == ""),
     ("required", "tool_calls", lambda made: '\\"weather\\"' in made and '\\"clock\\"' in made),
@@ -323,6 +341,21 @@ def test_templates_without_tools_are_told_in_a_message(strict_server: ServerThre
     text = prompt(strict_server)
     assert text.startswith("user: # Tools") and '"name": "weather"' in text and text.count("Hello") == 1
     assert text.endswith(f"assistant: {TIME}\nuser: <tool_response>\nnoon\n</tool_response>\n")
+
+
+def test_templates_that_read_tools_from_the_system_message(http: httpx.Client, server: ServerThread) -> None:
+    """Phi-4-mini's does."""
+    template = (
+        "{% for message in messages %}<{{ message.role }}>"
+        "{% if message['tools'] %}[{{ message['tools'] }}]{% endif %}{{ message.content }}\n{% endfor %}"
+    )
+    call = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    messages = [*HELLO, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "noon"}]
+    answer(http, messages=messages, tools=[CLOCK], chat_template=template)
+    assert prompt(server) == (
+        '<system>[[{"name": "clock"}]]You are a helpful assistant with some tools.\n<user>Hello\n'
+        '<assistant><|tool_call|>[{"name": "clock", "arguments": {}}]<|/tool_call|>\n<tool_response>noon\n'
+    )
 
 
 def test_what_only_some_servers_take(strict_server: ServerThread) -> None:

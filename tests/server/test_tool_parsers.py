@@ -228,6 +228,8 @@ def test_formats_are_found_in_templates() -> None:
         form = choose("auto", template)
         assert (form.name if form is not None else None) == name
     assert not choose("auto", SHOWN[3][0]).listed and choose("auto", SHOWN[2][0]).listed
+    assert choose("phi4_mini_json", "functools[").blocks[0].open == "functools"
+    assert choose("auto", "{{ tools }}<|python_tag|> only supports single tool-calls").single
     assert choose("none", SHOWN[0][0]) is None and choose("auto", TOKENIZER.chat_template).name == "hermes"
     assert all(choose(name, None) is not None for name in PARSERS if name not in ("auto", "none"))
     with pytest.raises(ConfigError, match="--tool-call-parser 'nix'"):

@@ -15,7 +15,7 @@ from coserve.server.application.chat_settings import ChatSettings
 from coserve.server.application.sampling import SamplingRequest
 from coserve.server.application.tool_calling import grammar
 from coserve.server.application.tool_calling.formats import JSON_LIST, ToolFormat
-from coserve.server.application.tool_calling.prompt import with_tools
+from coserve.server.application.tool_calling.prompt import in_system_message, reads_system_message, with_tools
 from coserve.server.application.tool_calling.request import ToolUse, read_tool_use
 from coserve.server.fields import Fields
 from coserve.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ class Conversation:
             form,
             use.functions,
             self._tokenizer.added_token_id,
-            parallel=use.parallel,
+            parallel=self.form.parallel_tool_calls,
             text=not use.forced and not body,
         )
         return grammar.either(calls, body) if body and not use.forced else calls
@@ -82,7 +82,7 @@ def read_conversation(fields: Fields, chat: ChatSettings) -> Conversation:
     tools = use.tools if use is not None else None
     template = _template(fields, chat)
     text = chat.tokenizer.render_chat(
-        messages if _knows(template, "tools") else with_tools(messages, tools),
+        _told(messages, tools, template),
         tools,
         add_generation_prompt=add_prompt and not continues,
         continue_final_message=continues,
@@ -93,7 +93,7 @@ def read_conversation(fields: Fields, chat: ChatSettings) -> Conversation:
     form = AnswerForm(
         tools=tool_format,
         schemas={function.name: function.parameters for function in use.functions} if use is not None else {},
-        parallel_tool_calls=use is None or use.parallel,
+        parallel_tool_calls=use is None or (use.parallel and not (tool_format and tool_format.single)),
         named=use is not None and use.named,
         include_reasoning=fields.boolean("include_reasoning", True),
     )
@@ -160,6 +160,15 @@ def _template(fields: Fields, chat: ChatSettings) -> str | None:
             "is taken from requests only by a server started with --trust-request-chat-template.",
         )
     return source
+
+
+def _told(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, template: str | None
+) -> list[dict[str, Any]]:
+    """The messages with the tools in them, where the template has no variable for those."""
+    if not _knows(template, "tools"):
+        return with_tools(messages, tools)
+    return in_system_message(messages, tools) if reads_system_message(template or "") else messages
 
 
 def _knows(template: str | None, variable: str) -> bool:

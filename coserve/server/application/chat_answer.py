@@ -119,29 +119,33 @@ class AnswerSplitter:
     def split(self, delta: Delta) -> AnswerDelta:
         """The pieces that a delta completes, with the tokens up to their end."""
         pieces = self._pieces(delta)
-        self._fed += len(delta.text)
-        self._tokens.append((self._fed + delta.held, delta))
-        known = self._fed - self._held if delta.finish_reason is None else None
-        token_ids: list[int] = []
-        logprobs: list[TokenLogprobs] = []
-        while self._tokens and (known is None or self._tokens[0][0] <= known):
-            _, passed = self._tokens.popleft()
-            token_ids += passed.token_ids
-            logprobs += passed.logprobs
+        passed = self._passed(delta)
         return AnswerDelta(
             index=delta.index,
             pieces=pieces,
-            token_ids=token_ids,
-            logprobs=logprobs,
+            token_ids=[token for part in passed for token in part.token_ids],
+            logprobs=[entry for part in passed for entry in part.logprobs],
             prompt_logprobs=delta.prompt_logprobs,
             finish_reason=self._finish_reason(delta.finish_reason),
             stop_reason=delta.stop_reason,
         )
 
-    @property
-    def _held(self) -> int:
+    def _passed(self, delta: Delta) -> Sequence[Delta]:
+        """The deltas whose text has been told to its end, oldest first."""
+        if delta.finish_reason is not None:
+            passed = [part for _, part in self._tokens]
+            self._tokens.clear()
+            return [*passed, delta]
         held = self._reasoning.held if self._reasoning is not None else 0
-        return held + (self._tools.held if self._tools is not None else 0)
+        held += self._tools.held if self._tools is not None else 0
+        if not (held or delta.held or self._tokens):
+            return (delta,)
+        self._fed += len(delta.text)
+        self._tokens.append((self._fed + delta.held, delta))
+        passed = []
+        while self._tokens and self._tokens[0][0] <= self._fed - held:
+            passed.append(self._tokens.popleft()[1])
+        return passed
 
     def _pieces(self, delta: Delta) -> Sequence[Piece]:
         last = delta.finish_reason is not None

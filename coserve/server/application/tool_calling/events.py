@@ -53,4 +53,11 @@ class Reader(Protocol):
 
 def begun(text: str, mark: str) -> int:
     """Length of the longest end of `text` that begins `mark` without being it."""
-    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
+    if not mark:
+        return 0
+    place = text.find(mark[0], max(0, len(text) - len(mark) + 1))
+    while place >= 0:
+        if mark.startswith(text[place:]):
+            return len(text) - place
+        place = text.find(mark[0], place + 1)
+    return 0

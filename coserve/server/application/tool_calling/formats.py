@@ -44,7 +44,8 @@ class ToolFormat:
     """How a family of models writes calls.
 
     `bare`: the characters that an answer made of calls alone begins with, where it may have no mark.
-    `arguments` is the key that holds them where calls are JSON; `listed`: a JSON list holds a block's calls.
+    `arguments` is the key that holds them where calls are JSON; `listed`: a JSON list holds a block's calls;
+    `single`: the template takes one call a turn.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ToolFormat:
     bare: str = ""
     arguments: str = "arguments"
     listed: bool = False
+    single: bool = False
     new_id: Callable[[], str] = _uuid
 
     def reader(self, block: Block | None, schemas: Schemas) -> Reader:
@@ -141,6 +143,11 @@ def choose(parser: str, template: str | None) -> ToolFormat | None:
 
 
 def _variant(form: ToolFormat, template: str | None) -> ToolFormat:
-    """Mistral's newer models write calls one by one: all are read, and demanded so."""
-    named = form.kind == "mistral" and template is not None and "[ARGS]" in template
-    return replace(form, listed=False) if named else form
+    """The form that a template asks for among those that are read: what demanded calls are written in."""
+    if template is None:
+        return form
+    if form.kind == "mistral" and "[ARGS]" in template:  # the newer models write calls one by one
+        return replace(form, listed=False)
+    if form.name == "phi4_mini_json" and "functools" in template:
+        return replace(form, blocks=form.blocks[::-1])
+    return replace(form, single="single tool-call" in template)

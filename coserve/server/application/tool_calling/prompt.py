@@ -1,13 +1,16 @@
-"""Tools told in messages, for models whose chat template knows none, in the form that Hermes made common."""
+"""Tools told in messages, for models whose chat template has no variable for them."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coserve.chat_template import plain_message
 
+_SYSTEM_TOOLS = re.compile(r"message(\['tools'\]|\[\"tools\"\]|\.tools\b)")
+_SYSTEM = "You are a helpful assistant with some tools."
 _TELLS = """# Tools
 
 You may call one or more functions to assist with the user query.
@@ -27,8 +30,8 @@ XML tags:
 def with_tools(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
 ) -> list[dict[str, Any]]:
-    """The messages with the tools in the first system or user message, calls as their text, and tools'
-    answers as what the user says next."""
+    """For templates that know no tools, the form that Hermes models made common: the tools in the first
+    system or user message, calls as their text, and tools' answers as what the user says next."""
     told: list[dict[str, Any]] = []
     answers: list[str] = []
     for message in map(plain_message, messages):
@@ -52,6 +55,34 @@ def with_tools(
             told[place]["content"] += "\n\n" + text
         else:
             told[place]["content"] = text + "\n\n" + told[place]["content"]
+    return told
+
+
+def reads_system_message(template: str) -> bool:
+    """Whether a template takes the tools from the system message, as Phi-4-mini's does."""
+    return _SYSTEM_TOOLS.search(template) is not None
+
+
+def in_system_message(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """For such templates: the functions as JSON in `tools` of the first message, calls as their text, and
+    what tools answered under the role that the model has a token for."""
+    told = [plain_message(message) for message in messages]
+    for message in told:
+        calls = message.pop("tool_calls", None)
+        if calls:
+            made = [
+                {"name": c["function"]["name"], "arguments": c["function"].get("arguments", {})}
+                for c in calls
+            ]
+            message["content"] += f"<|tool_call|>{json.dumps(made, ensure_ascii=False)}<|/tool_call|>"
+        if message["role"] == "tool":
+            message["role"] = "tool_response"
+    if tools:
+        if told[0]["role"] != "system":
+            told.insert(0, {"role": "system", "content": _SYSTEM})
+        told[0]["tools"] = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
     return told
 
 
