@@ -168,3 +168,9 @@ def test_hostile_archives(http: httpx.Client, data: bytes) -> None:
     response = http.post("/v1/adapters?name=hostile", content=data)
     assert response.status_code == 400, response.text
     assert http.get("/v1/models/hostile").status_code == 404
+
+
+@pytest.mark.parametrize("path", ["\x00", "a" * 5000, "~nobody-here/x", "a/" * 3000, "ROOT/" + "a" * 300])
+def test_what_is_no_path(http: httpx.Client, adapter_root: Path, path: str) -> None:
+    refused = load(http, "nopath", path.replace("ROOT", str(adapter_root)))
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "lora_path")

@@ -24,11 +24,12 @@ def allowed_directory(path: str, roots: Sequence[Path]) -> Path:
     are resolved themselves, and NotFound when it isn't there."""
     try:
         resolved = Path(path).resolve()
-    except (OSError, ValueError, RuntimeError):  # no path at all, or links that go round
+        is_dir = resolved.is_dir()
+    except (OSError, ValueError, RuntimeError):  # no path at all, too long, or links that go round
         raise _outside() from None
     if not _is_under(resolved, roots):
         raise _outside()
-    if not resolved.is_dir():
+    if not is_dir:
         raise NotFound("There is no adapter directory at this path.", param=_PARAM)
     return resolved
 
