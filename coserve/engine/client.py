@@ -48,6 +48,12 @@ async def _no_restart_hook() -> None:
     logger.debug("engine restarted before the server listens")
 
 
+def _note_failure(sent: asyncio.Future[object]) -> None:
+    """The engine is gone: whoever supervises it says so."""
+    if not sent.cancelled() and sent.exception() is not None:
+        logger.debug("a message did not reach the engine: %s", sent.exception())
+
+
 class EngineClient:
     """Owns the engine process. `ready` is False while it starts or restarts."""
 
@@ -276,9 +282,9 @@ class EngineClient:
     def _post(self, message: m.Message) -> None:
         """Send without waiting; for cleanup paths that must not be interrupted."""
         if self._socket is not None and self.ready:
-            with contextlib.suppress(zmq.ZMQError):
-                # A shadow of the same socket in blocking mode: the high-water mark is off, so it never waits.
-                zmq.Socket.shadow(self._socket.underlying).send(m.encode(message), zmq.DONTWAIT)
+            # It has left when this returns: the high-water mark is off. Sent past this socket, by another
+            # handle of it, the reader would miss what came meanwhile, until somebody sends again.
+            self._socket.send(m.encode(message)).add_done_callback(_note_failure)
 
     async def _read(self, socket: zmq.asyncio.Socket, started: asyncio.Future[m.EngineReady]) -> None:
         while True:
