@@ -12,6 +12,8 @@ PROMPT = list(range(3, 60))
 
 
 def test_same_prompt_under_base_and_adapters_never_shares_a_prefix(model, adapters) -> None:
+    """vllm#30931, vllm#3264: the prefix cache's key had no adapter, or only its name. llama.cpp#26207: with
+    another adapter for each request the KV of the one before was used again."""
     cold = {}
     for adapter in [None, *adapters]:
         fresh = world.make_engine(model)
@@ -35,6 +37,7 @@ def test_a_broken_adapter_is_an_error(model, adapters, tmp_path: Path) -> None:
 
 
 def test_rows_that_change_hands_hold_nothing_of_their_old_owner(model, adapters) -> None:
+    """sglang#8263, sglang#8103: a slot used again had weights of the adapter before it, of a larger rank."""
     roomy = world.make_engine(model)
     expected = [roomy.generate(PROMPT, world.GREEDY, adapter) for adapter in adapters]
     tight = world.make_engine(model, max_loras=1, max_cpu_loras=1)

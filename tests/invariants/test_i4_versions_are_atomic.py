@@ -26,6 +26,7 @@ def test_unload_lets_running_requests_end_on_their_version(model, adapters) -> N
 
 
 def test_loading_another_adapter_disturbs_nobody(model, adapters) -> None:
+    """vllm#47724: an adapter loaded at run time took a slot that requests in flight still read."""
     quiet = world.make_engine(model)
     expected = quiet.generate(PROMPT, LONG, adapters[0])
     local = world.make_engine(model)

@@ -163,8 +163,9 @@ REFUSED_CONFIGS = [
 
 @pytest.mark.parametrize(("changes", "reason"), REFUSED_CONFIGS, ids=[str(c) for c, _ in REFUSED_CONFIGS])
 def test_settings_we_cannot_honour_are_refused_by_name(save_adapter, config, changes, reason):
-    """peft#3582: a pattern key that matches nothing was inert. vllm#55193, vllm#48019: an adapter that
-    matches no served module passed for the base. peft#1539: AdaLoRA's files, which are another method's."""
+    """peft#3582: a pattern key that matches nothing was inert. vllm#55193, vllm#34186, vllm#48019: an
+    adapter that matches no served module passed for the base. vllm#9280: modules_to_save came up late.
+    peft#1539: AdaLoRA's files, which are another method's."""
     path = edit_config(save_adapter(), **changes)
     with pytest.raises(InvalidRequest, match=reason) as caught:
         read_adapter_info(path, config, 64, param="init_from")
