@@ -16,6 +16,8 @@ from coserve.cli import serve_flags as flags
 from coserve.cli.values import existing_dir, existing_file, lora_modules, size_in_bytes
 from coserve.config import DEMO_MODEL_DIR, DEMO_MODEL_NAME, EngineConfig, ServerConfig
 from coserve.errors import ConfigError
+from coserve.server.application import reasoning
+from coserve.server.application.tool_calling import formats
 
 DEFAULT_STATE_DIR = "~/.local/state/coserve"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -103,6 +105,8 @@ def server_config(given: Mapping[str, Any]) -> ServerConfig:
         )
     if given["generation_config"] not in ("auto", "vllm"):
         existing_dir(given["generation_config"], "--generation-config")
+    formats.choose(given["tool_call_parser"], None)
+    reasoning.choose(given["reasoning_parser"], None)
     model = _one_model(given["model"], given["model_option"])
     directory, name = find_model(model, given["revision"], given["download_dir"])
     names = tuple(dict.fromkeys(given["served_model_name"] or (name,)))

@@ -28,7 +28,8 @@ def test_a_whole_command_line(
         f"--max-cpu-loras=8 --lora-modules sql={tmp_path} support={tmp_path} --max-model-len 2k "
         "--max-num-batched-tokens 1K --tensor-parallel-size 1 --dtype float --enable-chunked-prefill "
         "--disable-log-requests --trust-remote-code --scheduling-policy=priority --uvicorn-log-level warning "
-        "--generation-config vllm --enable-force-include-usage --max-logprobs 5 --port 0 --seed 3"
+        "--generation-config vllm --enable-force-include-usage --max-logprobs 5 --port 0 --seed 3 "
+        "--enable-auto-tool-choice --tool-call-parser qwen3_xml --reasoning-parser qwen3 --response-role bot"
     )
     assert command.run(["serve", str(tmp_path), *flags.split()]) == 0
     (config,) = served
@@ -39,6 +40,8 @@ def test_a_whole_command_line(
     assert config.lora_modules == tuple(LoraModule(name, str(tmp_path)) for name in ("sql", "support"))
     assert (config.log_level, config.generation_config) == ("warning", "vllm")
     assert config.force_include_usage and (engine.seed, config.max_logprobs) == (3, 5)
+    assert config.enable_auto_tool_choice and config.response_role == "bot"
+    assert (config.tool_call_parser, config.reasoning_parser) == ("qwen3_xml", "qwen3")
     said = capsys.readouterr().err.splitlines()
     left_out = [line.split()[1] for line in said]
     assert left_out == [
@@ -56,6 +59,8 @@ def test_a_whole_command_line(
     [
         ("--tensor-parallel-size 2", "--tensor-parallel-size 2: coserve serves from one device"),
         ("--quantization awq", "--quantization awq"),
+        ("--tool-call-parser kimi_k2", "--tool-call-parser 'kimi_k2' is unknown; take one of auto, none"),
+        ("--reasoning-parser kimi_k2", "--reasoning-parser 'kimi_k2' is unknown; take one of auto"),
         ("--kv-cache-dtype=fp8", "--kv-cache-dtype fp8"),
         ("--middleware my.module", "--middleware: coserve runs no code from outside"),
         ("--speculative-config {}", "no speculative decoding"),

@@ -199,6 +199,7 @@ REFUSED = [
     ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
     ({"tools": [WEATHER, WEATHER]}, "tools[1].function.name"),
     ({"tools": [tool(parameters=3)]}, "tools[0].function.parameters"),
+    ({"tools": [tool(parameters={"type": "array"})]}, "tools[0].function.parameters.type"),
     ({"tools": [tool(strict="x")]}, "tools[0].function.strict"),
     ({"tools": [tool(strict=True, parameters={"not": {}})]}, "tools[0].function.parameters"),
     ({"tool_choice": "required"}, "tool_choice"),

@@ -9,6 +9,8 @@ from typing import Any
 from coserve.errors import InvalidRequest
 from coserve.server.fields import Fields, shown
 
+_NOT_OBJECTS = ("array", "string", "number", "integer", "boolean", "null")
+
 
 @dataclass(frozen=True)
 class Function:
@@ -82,6 +84,8 @@ def _read_tool(tool: Fields, place: int) -> Function:
         raise tool.fail("function", "is required.")
     function.string("description")
     parameters = function.object("parameters")
+    if parameters is not None and parameters.raw("type") in _NOT_OBJECTS:
+        raise parameters.fail("type", f"must be object, not {shown(parameters.raw('type'))}.")
     return Function(
         function.required_string("name"),
         parameters.body if parameters is not None else {"type": "object", "properties": {}},
