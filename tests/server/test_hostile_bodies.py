@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from coserve.server.application.job_request import REQUEST_FIELDS
 from coserve.server.application.lora_request import LORA_FIELDS
-from coserve.server.application.request_fields import KNOWN_CHAT, KNOWN_COMPLETIONS, REFUSED
+from coserve.server.application.request_fields import (
+    KNOWN_CHAT,
+    KNOWN_COMPLETIONS,
+    OWN_RESPONSES,
+    REFUSED,
+    REFUSED_RESPONSES,
+)
 from coserve.server.application.training_request import TRAINING_FIELDS
 from tests.server.running import BASE, ServerThread
 
@@ -38,6 +44,10 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 BODIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "/v1/chat/completions": (CHAT, sorted(KNOWN_CHAT | REFUSED.keys())),
     "/v1/completions": ({"prompt": "Hi", "max_tokens": 2}, sorted(KNOWN_COMPLETIONS | REFUSED.keys())),
+    "/v1/responses": (
+        {"input": "Hi", "max_output_tokens": 2},
+        sorted(KNOWN_CHAT | OWN_RESPONSES | REFUSED_RESPONSES.keys() | REFUSED.keys()),
+    ),
     "/v1/fine_tuning/jobs": (
         {"model": BASE, "training_file": "file-x"},
         sorted(REQUEST_FIELDS | {"hyperparameters", "integrations"}),
@@ -96,3 +106,57 @@ def test_names_of_any_kind(http: httpx.Client, path: str, name: str) -> None:
     response = http.get(path + name)
     assert response.status_code in (400, 404), response.text
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+WORDS = st.sampled_from(
+    [
+        "message",
+        "function_call",
+        "function_call_output",
+        "reasoning",
+        "user",
+        "assistant",
+        "system",
+        "developer",
+    ]
+    + [
+        "input_text",
+        "output_text",
+        "refusal",
+        "text",
+        "json_schema",
+        "function",
+        "allowed_tools",
+        "f",
+        "auto",
+    ]
+)
+NAMES = [
+    "type",
+    "role",
+    "content",
+    "text",
+    "output",
+    "call_id",
+    "name",
+    "arguments",
+    "parameters",
+    "strict",
+    "mode",
+] + ["format", "schema", "tools", "refusal", "summary", "id", "description"]
+ITEMS = st.recursive(
+    WORDS | SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), WORDS | inner, max_size=6)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(QUICK, max_examples=40)
+@given(fields=st.dictionaries(st.sampled_from(["input", "tools", "tool_choice", "text"]), ITEMS, min_size=1))
+def test_items_of_any_kind(server: ServerThread, http: httpx.Client, fields: dict[str, Any]) -> None:
+    answer = http.post("/v1/responses", json={"input": "Hi", "max_output_tokens": 2, **fields})
+    check(answer)
+    if answer.status_code == 200:
+        assert http.get(f"/v1/responses/{answer.json()['id']}/input_items").json()["data"]
