@@ -20,6 +20,7 @@ from prometheus_client import (
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from coserve import __version__
 from coserve.adapter_metrics import AdapterMetrics, LoadedAdapter
 from coserve.core.slo import LatencyTargets
 from coserve.engine.messages import EngineReady, EngineStats, StepTiming
@@ -83,6 +84,12 @@ class Metrics(RequestMetrics):
         self._up = Gauge("coserve_engine_up", "1 while an engine takes requests.", registry=registry)
         self._restarts = Counter(
             "coserve_engine_restarts", "Engines started in place of one that died.", registry=registry
+        )
+        self._build = Gauge(
+            "coserve_build_info",
+            "1; what runs here.",
+            ("version", "model_name", "device", "dtype"),
+            registry=registry,
         )
         self._limit = Gauge(
             "coserve_memory_limit_bytes",
@@ -262,6 +269,7 @@ class Metrics(RequestMetrics):
         self._up.set(1)
         self._restarts.inc(int(restarted))
         self._limit.set(engine.memory_limit_bytes)
+        self._build.labels(__version__, engine.model_name, engine.device, engine.dtype).set(1)
 
     def engine_lost(self) -> None:
         """Nothing runs while the engine is away."""

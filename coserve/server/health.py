@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,11 +18,16 @@ from coserve.server.context import Context
 from coserve.server.http import Route, error_response, json_response
 
 
+async def _exposition(context: Context) -> Response:
+    """Made in a thread: it takes milliseconds, which streams needn't wait for."""
+    return Response(await asyncio.to_thread(context.metrics.render), media_type=CONTENT_TYPE)
+
+
 def metrics_app(context: Context) -> ASGIApp:
     """The application of `--metrics-port`: /metrics alone, without keys."""
 
     async def metrics(request: Request) -> Response:
-        return Response(context.metrics.render(), media_type=CONTENT_TYPE)
+        return await _exposition(context)
 
     return Starlette(routes=[StarletteRoute("/metrics", metrics)])
 
@@ -53,7 +60,7 @@ def routes(context: Context) -> list[Route]:
         key = request.state.key
         if key is not None and key.models and key.role != METRICS:
             raise PermissionDenied("This API key doesn't see all models, and the metrics name all of them.")
-        return Response(context.metrics.render(), media_type=CONTENT_TYPE)
+        return await _exposition(context)
 
     return [
         Route("GET", "/health", health, USE),

@@ -251,6 +251,8 @@ def test_nothing_runs_and_nothing_is_held_while_the_engine_is_away() -> None:
     metrics.engine_stats(stats)
     found = told(metrics)
     assert found["coserve_engine_up"].samples[0].value == 1.0
+    [build] = found["coserve_build_info"].samples
+    assert build.labels["model_name"] == "model" and build.labels["device"] == "cpu" and build.value == 1.0
     assert found["coserve_memory_limit_bytes"].samples[0].value == 12345
     assert found["coserve_engine_process_resident_memory_bytes"].samples[0].value > 2**20
     metrics.engine_lost()
