@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-_QUIET = ("httpx", "httpcore", "asyncio", "grpc._cython.cygrpc", "uvicorn.access", "multipart")
+QUIET = ("httpx", "httpcore", "asyncio", "grpc._cython.cygrpc", "uvicorn.access", "multipart")
 
 
 def line(event: str, **values: object) -> str:
@@ -36,5 +36,5 @@ def configure(level: str = "info", file: Path | None = None, stream: TextIO | No
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for name in _QUIET:
+    for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)

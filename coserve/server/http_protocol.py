@@ -35,6 +35,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.access_log = False  # it would hold whole queries
         self._in_head = self._in_body = self._is_refused = False
         self._head_bytes = self._body_bytes = 0
         self._reading: asyncio.TimerHandle | None = None
