@@ -63,7 +63,8 @@ class GrammarVocabulary:
         """`vocab_size` and `end_ids`, the tokens that end an output, are the model's. Raises ValueError where
         there is no end token or tokens aren't byte strings."""
         known = max(vocab_size, tokenizer.id_limit)
-        self._tokenizer = LLTokenizer(tokenizer.to_json(), n_vocab=known, eos_token=list(end_ids))
+        ends = [token for token in end_ids if token < vocab_size]
+        self._tokenizer = LLTokenizer(tokenizer.to_json(), n_vocab=known, eos_token=ends)
         self.num_words = -(-known // 32)
 
     @classmethod

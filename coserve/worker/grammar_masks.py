@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from llguidance import LLExecutor, LLMatcher
+from llguidance import LLMatcher
 
 from coserve.core.request import Request
 from coserve.errors import InvalidRequest
@@ -20,10 +19,10 @@ from coserve.grammar import failure_of
 
 @dataclass(frozen=True)
 class TokenMasks:
-    """By place in the batch: the tokens that grammars ban from rows (bool [V] on the CPU, never all of them),
-    and why a row can't get a token at all."""
+    """By place in the batch: the tokens that grammars allow rows (uint32 [W], a bit each, never none), and
+    why a row can't get a token at all."""
 
-    banned: dict[int, torch.Tensor] = field(default_factory=dict)
+    allowed: dict[int, np.ndarray] = field(default_factory=dict)
     failed: dict[int, InvalidRequest] = field(default_factory=dict)
 
 
@@ -33,13 +32,12 @@ NO_MASKS = TokenMasks()
 class GrammarMasks:
     """The matchers of all requests with a grammar, from their start to their end.
 
-    The library's masks have `num_words` int32 words, of which the model's `vocab_size` bits count.
+    Masks have `num_words` words of 32 bits, of which the first `vocab_size` bits are the model's tokens.
     """
 
     def __init__(self, vocab_size: int, num_words: int) -> None:
-        self._vocab_size = vocab_size
-        self._num_words = num_words
-        self._executor = LLExecutor()
+        tokens = np.arange(32 * num_words) < vocab_size
+        self._model_W = np.packbits(tokens, bitorder="little").view(np.uint32)
         self._matchers: dict[str, LLMatcher] = {}
 
     def begin(self, request: Request, matcher: LLMatcher) -> None:
@@ -64,16 +62,16 @@ class GrammarMasks:
         if not rows:
             return NO_MASKS
         matchers = [self._matchers[request_id] for _, request_id in rows]
-        bits_RW = np.zeros((len(rows), self._num_words), dtype=np.int32)
-        numbered = [(matcher, row) for row, matcher in enumerate(matchers)]
-        self._executor.unsafe_compute_mask_ptr(numbered, bits_RW.ctypes.data, 4 * self._num_words, len(rows))
-        bytes_RB = (~bits_RW).view(np.uint8)
-        banned_RV = np.unpackbits(bytes_RB, axis=1, count=self._vocab_size, bitorder="little")
+        allowed_RW = np.zeros((len(rows), len(self._model_W)), dtype=np.uint32)
+        first, size = allowed_RW.ctypes.data, self._model_W.nbytes
+        for row, matcher in enumerate(matchers):
+            matcher.unsafe_compute_mask_ptr(first + row * size, size)
+        allowed_RW &= self._model_W
         masks = TokenMasks({}, {})
-        for (place, _), matcher, banned_V in zip(rows, matchers, banned_RV, strict=True):
+        for (place, _), matcher, allowed_W in zip(rows, matchers, allowed_RW, strict=True):
             failure = failure_of(matcher)
             if failure is None:
-                masks.banned[place] = torch.from_numpy(banned_V.view(np.bool_))
+                masks.allowed[place] = allowed_W
             else:
                 masks.failed[place] = failure
         return masks

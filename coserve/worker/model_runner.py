@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 
+import numpy as np
 import torch
 
 from coserve.core.request import Request
@@ -176,7 +177,7 @@ class ModelRunner:
         requests = [span.request for span in due]
         masks = NO_MASKS if self._masks is None else self._masks.fill(requests)
         chosen = sample(
-            logits_SV, [_sampling_row(request, masks.banned.get(i)) for i, request in enumerate(requests)]
+            logits_SV, [_sampling_row(request, masks.allowed.get(i)) for i, request in enumerate(requests)]
         )
         ids = [request.sequence_id for request in requests]
         return StepResult(
@@ -221,12 +222,12 @@ class ModelRunner:
         return self._decoder.logits(h_SH, runs)
 
 
-def _sampling_row(request: Request, banned_V: torch.Tensor | None) -> SamplingRow:
+def _sampling_row(request: Request, allowed_W: np.ndarray | None) -> SamplingRow:
     return SamplingRow(
         request.sampling,
         request.token_ids,
         request.num_prompt_tokens,
         request.stop_ids,
-        banned_V,
+        allowed_W,
         request.end_ids,
     )

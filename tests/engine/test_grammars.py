@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -344,11 +345,16 @@ def test_masks_follow_the_matcher(local: LocalEngine, tokenizer: Tokenizer) -> N
     request = type("Fake", (), {"sequence_id": "x", "end_ids": frozenset([tokenizer.eos_id])})()
     masks.begin(request, matcher.deep_copy())
     for token in tokenizer.encode("redblue!", add_special_tokens=False):
-        (banned_V,) = masks.fill([request]).banned.values()
-        allowed = [i for i in range(V) if not banned_V[i]]
-        assert allowed == [i for i in range(tokenizer.id_limit) if matcher.validate_tokens([i]) == 1]
+        (words,) = masks.fill([request]).allowed.values()
+        bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+        assert not bits[V:].any()
+        assert bits.nonzero()[0].tolist() == [
+            i for i in range(tokenizer.id_limit) if matcher.validate_tokens([i]) == 1
+        ]
         masks.advance(request, token)
         assert matcher.consume_token(token)
-    assert masks.fill([request]).banned[0].logical_not().nonzero().flatten().tolist() == [tokenizer.eos_id]
+    (words,) = masks.fill([request]).allowed.values()
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+    assert bits.nonzero()[0].tolist() == [tokenizer.eos_id]
     masks.forget(request)
-    assert masks.fill([request]) == GrammarMasks(V, 1).fill([])
+    assert not masks.fill([request]).allowed

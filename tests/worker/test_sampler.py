@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from coserve.core.sampling_params import SamplingParams
 from coserve.kernels import dispatch
 from coserve.kernels.dispatch import native_replaced
-from coserve.kernels.sampling import candidates
+from coserve.kernels.sampling import candidates, keep_allowed_
 from coserve.worker.sampler import SamplingRow, sample, score, uniform
 
 V = 50
@@ -289,18 +290,22 @@ MASKED = {
     "min-p": {"min_p": 0.1},
     "penalties": {"presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
     "bias": {"logit_bias": {3: 5.0, 4: -100.0}},
+    "named": {"logprob_token_ids": (5, 2)},
 }
 
 
 def masked_row(banned, **params):
-    return replace(row((1, 2, 3, 7, 7), 3, **params), banned=banned)
+    """A row whose grammar bans these tokens."""
+    bits = torch.cat([~banned, torch.zeros(64 - V, dtype=torch.bool)]).numpy()
+    allowed = np.packbits(bits, bitorder="little").view(np.uint32)
+    return replace(row((1, 2, 3, 7, 7), 3, **params), allowed=allowed)
 
 
 @pytest.mark.parametrize("params", MASKED.values(), ids=MASKED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
 @given(seed=st.integers(0, 10**6), share=st.sampled_from([0.1, 0.5, 0.98]))
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 def test_a_masked_row_is_one_whose_banned_logits_are_gone(params, dtype, native, seed, share):
     """Equal to the same settings over logits that hold minus infinity there, and the rows beside it don't
     change; log-probabilities are those of the raw logits."""
@@ -320,7 +325,27 @@ def test_a_masked_row_is_one_whose_banned_logits_are_gone(params, dtype, native,
     assert not banned[found.token_ids[1]]
     assert found.token_ids == expected.token_ids
     assert [found.token_ids[0], found.token_ids[2]] == alone.token_ids
-    assert found.logprobs[1] == raw[0]
+    assert found.logprobs[1]._replace(top=[]) == raw[0]._replace(top=[])
+    assert found.logprobs[1].top == expected_top(logits[1], raw[0], params)
+
+
+def expected_top(logits, raw, params):
+    named = params.get("logprob_token_ids")
+    if named is None:
+        return raw.top
+    wide = logits.float()
+    return [(token, float(wide[token] - wide.logsumexp(dim=-1))) for token in named]
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 50, 64])
+def test_a_mask_of_bits_leaves_what_is_allowed(vocab):
+    generator = torch.Generator().manual_seed(vocab)
+    allowed = torch.rand(64, generator=generator) < 0.3
+    words = np.packbits(allowed.numpy(), bitorder="little").view(np.uint32)
+    logits = random_logits(vocab, vocab=vocab)[0]
+    expected = logits.masked_fill(~allowed[:vocab], -math.inf)
+    keep_allowed_(logits, words)
+    assert torch.equal(logits, expected)
 
 
 def test_settings_that_leave_nothing_of_a_mask_give_in():
