@@ -76,6 +76,8 @@ def _base_model(client: httpx.Client) -> str:
 
 
 def _stream(client: httpx.Client, body: dict[str, object]) -> Iterator[str]:
+    """The answer as it comes; what the model thinks before it goes to stderr."""
+    thought = False
     with client.stream("POST", "/v1/chat/completions", json=body) as answer:
         if answer.is_error:
             answer.read()
@@ -87,7 +89,14 @@ def _stream(client: httpx.Client, body: dict[str, object]) -> Iterator[str]:
             if "error" in event:
                 raise CommandFailed(str(event["error"]["message"]))
             for choice in event["choices"]:
-                yield choice["delta"].get("content") or ""
+                if reasoning := choice["delta"].get("reasoning"):
+                    thought = True
+                    print(reasoning, end="", file=sys.stderr, flush=True)
+                if content := choice["delta"].get("content"):
+                    if thought:
+                        thought = False
+                        print("\n", file=sys.stderr, flush=True)
+                    yield content
 
 
 def _check(answer: httpx.Response) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from coserve.cli import main as command
 from coserve.errors import ConfigError
 from tests.server.fake_engine import TOKENIZER
 from tests.server.running import ServerThread
@@ -114,6 +115,7 @@ def test_several_calls_and_text_around_them(http: httpx.Client, server: ServerTh
     assert calls == [("weather", ARGUMENTS), ("clock", "{}")]
     assert len({call["id"] for call in message["tool_calls"]}) == 2
     assert len(choice["token_ids"]) == len(choice["logprobs"]["content"])
+    assert answer(http, tools=TOOLS, stream_interval=7)["message"]["content"] == message["content"]
     only = answer(http, tools=TOOLS, parallel_tool_calls=False)["message"]
     assert len(only["tool_calls"]) == 1 and grammar(server) == ""
 
@@ -298,6 +300,15 @@ def test_reasoning_can_be_switched_off(thoughts: httpx.Client, thinking: ServerT
     for fields in ({"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"}):
         message = answer(thoughts, **fields)["message"]
         assert message["content"] == "<think>is a tag." and "reasoning" not in message
+
+
+def test_the_command_line_shows_reasoning_beside_the_answer(
+    thinking: ServerThread, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thinking.engine.reply = "<think>\nHm.\n</think>\n\nTwo."
+    assert command.run(["chat", "1 + 1?", "--max-tokens", "90", "--url", thinking.url]) == 0
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("Two.\n", "Hm.\n\n")
 
 
 def test_earlier_reasoning_reaches_the_template(thoughts: httpx.Client, thinking: ServerThread) -> None:
