@@ -129,7 +129,8 @@ class _Sampling:
             if fields.raw(name):
                 raise fields.fail(name, "is not supported.")
         prompt = model_input_from_json(fields, "prompt")
-        most = self._context.config.max_logprobs
+        rules = self._context.rules
+        most = rules.vocab_size if rules.max_logprobs < 0 else rules.max_logprobs
         prompt_top = fields.integer("topk_prompt_logprobs", 0, 0, most) or 0
         scores = fields.boolean("prompt_logprobs") or prompt_top > 0
         last_n = fields.integer("prompt_logprobs_last_n", None, 1, max(1, len(prompt) - 1))
