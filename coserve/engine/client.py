@@ -24,6 +24,7 @@ from coserve import errors
 from coserve.config import ALLOCATOR, EngineConfig
 from coserve.engine import messages as m
 from coserve.engine.output_stream import OutputStream
+from coserve.engine.readiness import Readiness
 from coserve.training.job import JobSpec
 from coserve.training.model_calls import CallResult, ModelCall
 
@@ -54,15 +55,15 @@ def _note_failure(sent: asyncio.Future[object]) -> None:
         logger.debug("a message did not reach the engine: %s", sent.exception())
 
 
-class EngineClient:
-    """Owns the engine process. `ready` is False while it starts or restarts."""
+class EngineClient(Readiness):
+    """Owns the engine process."""
 
     program = ("-m", "coserve.engine.process")  # what Python is started with; the socket's address follows
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.info: m.EngineReady | None = None
-        self.ready = False
+        super().__init__()
         self.on_job_event: Callable[[JobEvent], Awaitable[None]] = _ignore_event
         self.on_stats: Callable[[m.EngineStats], None] = lambda stats: None
         self.on_lost: Callable[[], None] = lambda: None

@@ -45,7 +45,8 @@ async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn
         logger.error("unexpected error", exc_info=error)
         error = internal_error()
     details = ("grpc-status-details-bin", grpc_status(error).SerializeToString())
-    await context.abort(grpc_code(error), error.message, trailing_metadata=(details,))
+    trailing = (*(context.trailing_metadata() or ()), details)
+    await context.abort(grpc_code(error), error.message, trailing_metadata=trailing)
 
 
 def key_of(context: Context, metadata: Iterable[tuple[str, str | bytes]] | None) -> Key | None:
@@ -79,10 +80,13 @@ def _reading(
     return lambda request, context: behaviour(take(request), context)
 
 
-def id_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
-    """The request id that a call's metadata carries as `x-request-id`, or a new one."""
-    given = dict(metadata or ()).get("x-request-id")
-    return request_id(given if isinstance(given, str) else "")
+def name_call(context: grpc.aio.ServicerContext, own: str = "") -> str:
+    """The call's request id: what its metadata carries as `x-request-id`, else its `own`, else a new one. It
+    goes back in the metadata at the call's end, whatever that is."""
+    given = dict(context.invocation_metadata() or ()).get("x-request-id")
+    name = request_id(given if isinstance(given, str) else own)
+    context.set_trailing_metadata((("x-request-id", name),))
+    return name
 
 
 class Guard(grpc.aio.ServerInterceptor):
@@ -147,7 +151,8 @@ class Guard(grpc.aio.ServerInterceptor):
         return error
 
     def _count(self, kind: str, method: str, context: grpc.aio.ServicerContext) -> None:
-        """Count a call that begins, and its code once it has ended."""
+        """Name a call that begins and count it, and its code once it has ended."""
+        name_call(context)
         ended = self._context.metrics.rpc.grpc(kind, method)
         context.add_done_callback(lambda done: ended(_code_word(done)))
 

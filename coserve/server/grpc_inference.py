@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
 
 import grpc.aio
 
 from coserve import __version__
 from coserve.errors import InvalidRequest
-from coserve.server.application.chat import read_conversation
+from coserve.server.application.chat import Conversation, read_conversation
+from coserve.server.application.chat_answer import AnswerDelta, AnswerForm, ChatAnswers
 from coserve.server.application.generation import Generation
 from coserve.server.application.sample_text import Delta
 from coserve.server.application.sampling import parse_sampling, read_logprobs
@@ -17,11 +20,36 @@ from coserve.server.application.structured_output import read_kind
 from coserve.server.auth import Key
 from coserve.server.context import Context
 from coserve.server.fields import Fields
-from coserve.server.grpc_convert import plain
 from coserve.server.grpc_gen import inference_pb2 as pb
 from coserve.server.grpc_gen import inference_pb2_grpc
-from coserve.server.grpc_guard import id_of, key_of
+from coserve.server.grpc_generation import Responses, request_body
+from coserve.server.grpc_guard import key_of, name_call
+from coserve.server.http import read_request_id
 from coserve.server.preparing import prepared
+
+_OF_MESSAGES = (
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "include_reasoning",
+    "reasoning_effort",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template_kwargs",
+)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A generation, and what its answers may hold beside text (None: a prompt's, which is text alone)."""
+
+    generation: Generation
+    form: AnswerForm | None
+
+    def deltas(self) -> AsyncIterator[Delta | AnswerDelta]:
+        if self.form is None or (self.form.tools is None and self.form.reasoning is None):
+            return self.generation.deltas()
+        return ChatAnswers(self.generation, self.form).deltas()
 
 
 class Inference(inference_pb2_grpc.InferenceServiceServicer):
@@ -34,69 +62,55 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream the output of one prompt."""
-        metadata = context.invocation_metadata()
-        key, name = key_of(self._context, metadata), id_of(metadata)
-        context.set_trailing_metadata((("x-request-id", name),))
-        generation = await prepared(lambda: self._prepare(plain(request), key, name), request.ByteSize())
-        async with aclosing(generation.deltas()) as deltas:
+        key = key_of(self._context, context.invocation_metadata())
+        name = name_call(context, request.request_id)
+        asked = await prepared(lambda: self._prepare(request_body(request), key, name), request.ByteSize())
+        responses = Responses(self._context.tokenizer, asked.generation, request.return_prompt_token_ids)
+        is_first = True
+        async with aclosing(asked.deltas()) as deltas:
             async for delta in deltas:
-                yield self._response(delta, generation)
+                if (
+                    is_first
+                ):  # not before: a refused call ends with its status alone, so it may be tried again
+                    is_first = False
+                    await context.send_initial_metadata((("x-request-id", name),))
+                yield responses.of(delta)
 
-    def _prepare(self, body: dict[str, object], key: Key | None, request_id: str) -> Generation:
+    def _prepare(self, body: dict[str, Any], key: Key | None, name: str) -> _Asked:
         context = self._context
         fields = Fields(body)
+        read_request_id(fields)
         sampling = fields.object("sampling_params") or Fields({}, "sampling_params.")
         service = context.tiers.read(fields, key)
         target = context.adapters.resolve(fields.string("model"), key)
+        prompt, conversation = self._prompt(fields)
         request = parse_sampling(
             sampling,
             context.rules,
             logprobs=read_logprobs(sampling, "logprobs", context.rules),
             default_max_tokens=None,
+            prompt_logprobs=read_logprobs(sampling, "prompt_logprobs", context.rules),
             constraint=read_kind(sampling, "json_schema"),
         )
-        return context.generator.prepare(target, request, service, [self._prompt(fields)], request_id)
+        if conversation is not None:
+            request = conversation.sampling(request)
+        generation = context.generator.prepare(target, request, service, [prompt], name)
+        return _Asked(generation, conversation.form if conversation is not None else None)
 
-    def _prompt(self, fields: Fields) -> list[int]:
+    def _prompt(self, fields: Fields) -> tuple[list[int], Conversation | None]:
         given = [name for name in ("prompt", "token_ids", "messages") if fields.has(name)]
         if len(given) != 1:
             raise InvalidRequest("Exactly one of prompt, token_ids and messages is required.", param="prompt")
-        if given == ["prompt"]:
-            return self._context.tokenizer.encode(fields.required_string("prompt"))
+        if given == ["messages"]:
+            conversation = read_conversation(fields, self._context.chat)
+            return conversation.token_ids, conversation
+        for name in _OF_MESSAGES:
+            if fields.has(name):
+                raise fields.fail(name, f"goes with messages, not with {given[0]}.")
         if given == ["token_ids"]:
-            return fields.integers("token_ids") or []
-        messages = [{"content": "", **message} for message in fields.array("messages") or []]
-        return read_conversation(Fields({"messages": messages}), self._context.chat).token_ids
-
-    def _response(self, delta: Delta, generation: Generation) -> pb.GenerateResponse:
-        tokenizer = self._context.tokenizer
-        response = pb.GenerateResponse(text=delta.text, token_ids=delta.token_ids)
-        for entry in delta.logprobs:
-            response.logprobs.append(
-                pb.TokenLogprob(
-                    token_id=entry.token_id,
-                    token=tokenizer.token_text(entry.token_id),
-                    logprob=entry.logprob,
-                    top=[
-                        pb.TopLogprob(token_id=token, token=tokenizer.token_text(token), logprob=logprob)
-                        for token, logprob in entry.top
-                    ],
-                )
-            )
-        if delta.finish_reason is not None:
-            usage = generation.usage
-            response.finish_reason = delta.finish_reason
-            response.service_tier = generation.service.latency_class.name
-            response.snapshot = generation.snapshot or ""
-            response.usage.CopyFrom(
-                pb.Usage(
-                    prompt_tokens=usage.prompt_tokens,
-                    completion_tokens=usage.completion_tokens,
-                    total_tokens=usage.total_tokens,
-                    cached_tokens=usage.cached_tokens,
-                )
-            )
-        return response
+            return fields.integers("token_ids") or [], None
+        special = fields.boolean("add_special_tokens", True)
+        return self._context.tokenizer.encode(fields.required_string("prompt"), special), None
 
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext

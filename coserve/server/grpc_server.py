@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import aclosing
+
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -27,9 +30,14 @@ _MAX_MESSAGE = 32 * 2**20
 _OPTIONS = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE),
     ("grpc.max_send_message_length", -1),
+    ("grpc.max_concurrent_streams", 1000),  # of one connection; its client lets further calls wait
     ("grpc.so_reuseport", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    # Clients may ping every ten seconds, also between calls; one that does so twice as often is sent away.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # A machine that is gone without a word is noticed, and its calls end, within these two together.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
 )
 SERVICES = (
     fine_tuning_pb2.DESCRIPTOR.services_by_name["FineTuningService"].full_name,
@@ -44,6 +52,8 @@ class GrpcServer:
     def __init__(self, context: Context, tls: Tls | None = None) -> None:
         self._tls = tls
         self._config = context.config
+        self._lifecycle = context.lifecycle
+        self._watch: asyncio.Task[None] | None = None
         self._server = grpc.aio.server(interceptors=[Guard(context)], options=_OPTIONS)
         self._health = health.aio.HealthServicer()
         fine_tuning_pb2_grpc.add_FineTuningServiceServicer_to_server(FineTuning(context), self._server)
@@ -70,9 +80,16 @@ class GrpcServer:
                 f"--grpc-port {config.grpc_port}: can't listen on {address}.", param="grpc_port"
             )
         await self._server.start()
-        for service in ("", *SERVICES):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._watch = asyncio.create_task(self._report_health())
         return port
+
+    async def _report_health(self) -> None:
+        """Health follows whether the engine answers."""
+        answer = health_pb2.HealthCheckResponse
+        async with aclosing(self._lifecycle.readiness()) as changes:
+            async for ready in changes:
+                for service in ("", *SERVICES):
+                    await self._health.set(service, answer.SERVING if ready else answer.NOT_SERVING)
 
     async def set_not_serving(self) -> None:
         """Tell health checkers that the end has begun."""
@@ -80,4 +97,6 @@ class GrpcServer:
 
     async def stop(self, grace: float) -> None:
         """Refuse new calls, wait `grace` seconds for the running ones, end them."""
+        if self._watch is not None:
+            self._watch.cancel()
         await self._server.stop(grace)

@@ -64,14 +64,18 @@ def _is_plain(name: str) -> bool:
     return 0 < len(name) <= 128 and name.isascii() and name.isprintable() and " " not in name
 
 
+def read_request_id(fields: Fields) -> str | None:
+    """The name that a request gives itself; InvalidRequest when that is none."""
+    given = fields.string("request_id")
+    if given is not None and not _is_plain(given):
+        raise fields.fail("request_id", "must be at most 128 characters of ASCII without spaces.")
+    return given
+
+
 def take_request_id(request: Request, fields: Fields) -> None:
     """Where no header names the request its body's `request_id` does; InvalidRequest when that is no name."""
-    given = fields.string("request_id")
-    if given is None:
-        return
-    if not _is_plain(given):
-        raise fields.fail("request_id", "must be at most 128 characters of ASCII without spaces.")
-    if "x-request-id" not in request.headers:
+    given = read_request_id(fields)
+    if given is not None and "x-request-id" not in request.headers:
         request.state.request_id = given
 
 

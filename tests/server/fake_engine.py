@@ -11,6 +11,7 @@ import numpy as np
 from coserve.config import DEMO_MODEL_DIR, EngineConfig
 from coserve.engine import messages as m
 from coserve.engine.client import JobEvent
+from coserve.engine.readiness import Readiness
 from coserve.errors import CoserveError, InvalidRequest, NotFound, Unavailable
 from coserve.lora.peft_files import make_config, tensor_key, write_adapter
 from coserve.models.config import LINEAR_MODULES, ModelConfig
@@ -40,12 +41,12 @@ def write_peft(
     return directory
 
 
-class FakeEngine:
+class FakeEngine(Readiness):
     """Implements what the server uses of EngineClient."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.ready = False
+        super().__init__()
         self.info: m.EngineReady | None = None
         self.reply = DEFAULT_REPLY
         self.requests: list[m.AddRequest] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 from coserve.engine.client import EngineClient
 from coserve.errors import Unavailable
@@ -30,6 +30,14 @@ class Lifecycle:
     def in_flight(self) -> int:
         """Requests under way."""
         return self._in_flight
+
+    async def readiness(self) -> AsyncIterator[bool]:
+        """Whether requests can be served: now, and whenever that has changed."""
+        while True:
+            told = self.ready
+            yield told
+            while self.ready == told:
+                await self._engine.turned()
 
     def check_open(self) -> None:
         """Raise Unavailable once the server is shutting down."""
