@@ -1,7 +1,7 @@
 """What the server's own process costs: processor time per token, and the time to an error's first byte.
 
 100 streams over HTTP (chat, server-sent events) and over gRPC, of an engine stand-in that gives each of them
-one token a step at a fixed pace (`_paced_engine.py`), so that only the API server is measured: runs of two
+one token a step at a fixed pace (`paced_engine.py`), so that only the API server is measured: runs of two
 lengths, the longer one's processor time less the shorter one's over the tokens between them, so that neither
 starting a request nor an idle server counts. The real engine with the demo model follows in the rows.
 """
@@ -28,6 +28,7 @@ from typing import Any
 
 import common
 import grpc
+import paced_engine
 from http_load import free_port
 
 from coserve.server.grpc_gen import inference_pb2
@@ -226,7 +227,7 @@ def measure(quick: bool, only: str) -> dict[str, Any]:
     lengths, rounds, repeats = ((20, 60), 20, 1) if quick else ((40, 240), 200, 3)
     rows: list[dict[str, Any]] = []
     drives: dict[str, Drive] = {"http": over_http, "grpc": over_grpc}
-    programs = {"paced": ["bench/_paced_engine.py"], "real": ["-m", "coserve.cli.main"]}
+    programs = {"paced": ["-c", paced_engine.SERVE], "real": ["-m", "coserve.cli.main"]}
     costs: dict[str, list[float]] = {name: [] for name in drives}
     for engine, program in programs.items():
         with serving(program, pace=0.05) as served:

@@ -1,7 +1,7 @@
 """An engine without a model for bench/surface.py: every request gets one token a step, steps keep a pace.
 
-`_paced_engine.py serve [FLAGS]` is `coserve serve` over it; `_paced_engine.py ADDRESS` is the engine's
-process, which speaks the real one's messages over the real socket.
+`SERVE` runs `coserve serve` over it, with the flags that follow; its child, the engine's process, speaks the
+real one's messages over the real socket.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import zmq
 
-HERE = str(Path(__file__).resolve().parent)
-sys.path[:] = [place for place in sys.path if place != HERE]  # its coserve.py is not the package
+from coserve.config import DEMO_MODEL_DIR, EngineConfig
+from coserve.engine import messages as m
+from coserve.models.config import ModelConfig
+from coserve.tokenizer import Tokenizer
 
-import zmq  # noqa: E402
-
-from coserve.config import DEMO_MODEL_DIR, EngineConfig  # noqa: E402
-from coserve.engine import messages as m  # noqa: E402
-from coserve.models.config import ModelConfig  # noqa: E402
-from coserve.tokenizer import Tokenizer  # noqa: E402
+# Last on the path: the folder's coserve.py is not the package.
+_RUN = f"import sys; sys.path.append({str(Path(__file__).resolve().parent)!r}); import paced_engine; "
+SERVE = _RUN + "sys.exit(paced_engine.serve(sys.argv[1:]))"
+_ENGINE = _RUN + "paced_engine.engine(sys.argv[1])"
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it rests for a while in the shade. "
 DEFAULT_PACE = 0.05  # seconds a step; COSERVE_BENCH_PACE sets another
@@ -115,16 +116,10 @@ def engine(address: str) -> None:
     socket.close(linger=1000)
 
 
-def serve(flags: list[str]) -> int:
-    """`coserve serve` with these flags, whose engine is the one above."""
+def serve(arguments: list[str]) -> int:
+    """A `coserve` command line (serve and its flags) whose engine is the one above."""
     from coserve.cli import main as command
     from coserve.engine.client import EngineClient
 
-    EngineClient.program = (str(Path(__file__).resolve()),)
-    return command.run(["serve", *flags])
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "serve":
-        sys.exit(serve(sys.argv[2:]))
-    engine(sys.argv[1])
+    EngineClient.program = ("-c", _ENGINE)
+    return command.run(arguments)
