@@ -1,4 +1,4 @@
-"""A thousand adapters behind one server: throughput under Zipf's law beside the base's, hit rates of its three
+"""A thousand adapters behind one server: throughput under Zipf's law beside the base's, hits of its three
 tiers, what publishing costs the engine and who notices, memory and start per registered adapter.
 
 A closed loop over HTTP; the adapter of each request is drawn with a probability of 1 / its place to the power

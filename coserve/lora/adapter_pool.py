@@ -50,6 +50,7 @@ class AdapterPool:
         self._ranks: dict[int, torch.Tensor] = {}  # by an adapter's first row
         self._placed: dict[int, int] = {}  # likewise: which placement it was
         self._heads: dict[int, HeadAdapter] = {}  # likewise
+        self._dirty: list[set[int]] = [set() for _ in shapes]  # by module: rows that may not be zero
         self.placements = 0  # counts them
         self._groups: dict[tuple[tuple[tuple[int, int], ...], int], LoraGroup] = {}
 
@@ -108,11 +109,16 @@ class AdapterPool:
         self._vacate(rows)
         for module, (pool_a, pool_b) in enumerate(zip(self._a, self._b, strict=True)):
             a_LRK, b_LRN = adapter.modules.get(module, (None, None))
+            if a_LRK is None and self._dirty[module].isdisjoint(rows):
+                continue
+            filled = rows[: 0 if a_LRK is None else a_LRK.shape[1]]
+            self._dirty[module].update(filled)
             for pool, weights in ((pool_a, a_LRK), (pool_b, b_LRN)):
                 step = max(1, PIECE_BYTES // (len(rows) * pool.shape[2] * pool.itemsize))
                 for layer in range(0, self.num_layers, step):
                     layers = slice(layer, layer + step)
                     yield _fill(pool[layers], rows, None if weights is None else weights[layers])
+            self._dirty[module].difference_update(rows[len(filled) :])
         if adapter.head is not None:
             self.write_head(rows, *adapter.head)
             yield self._heads[rows[0]].nbytes
@@ -129,6 +135,7 @@ class AdapterPool:
         """Write one module's A [r, K] and B, transposed and times its scale [r, N]; cast to `dtype`."""
         pool_a, pool_b = self.rows(module, layer)
         where = torch.tensor(rows[: len(a_RK)], dtype=torch.int64, device=pool_a.device)
+        self._dirty[module].update(rows[: len(a_RK)])
         pool_a[where] = a_RK.to(pool_a)
         pool_b[where] = scaled_b_RN.to(pool_b)
 
@@ -150,8 +157,11 @@ class AdapterPool:
     def clear(self, rows: Sequence[int]) -> None:
         """Set `rows` to zero: nobody's adapter is in them."""
         self._vacate(rows)
-        for tensor in (*self._a, *self._b):
-            _fill(tensor, rows, None)
+        for module, (pool_a, pool_b) in enumerate(zip(self._a, self._b, strict=True)):
+            if not self._dirty[module].isdisjoint(rows):
+                _fill(pool_a, rows, None)
+                _fill(pool_b, rows, None)
+                self._dirty[module].difference_update(rows)
 
     def _settle(self, rows: Sequence[int], ranks_LM: torch.Tensor) -> None:
         self.placements += 1

@@ -5,6 +5,7 @@ import torch
 
 from coserve.lora.adapter import load_adapter
 from coserve.lora.adapter_pool import AdapterPool
+from coserve.lora.adapter_rows import pack
 from coserve.models.config import LINEAR_MODULES
 
 
@@ -34,8 +35,8 @@ def test_smaller_modules_leave_their_rows_zero(pool, save_adapter, config):
     )
     for module in range(7):
         for layer in range(3):
-            for tensor in pool.rows(module, layer):
-                tensor.fill_(5.0)
+            fives = [torch.full_like(tensor, 5.0) for tensor in pool.rows(module, layer)]
+            pool.write_module(range(12), module, layer, *fives)
     pool.write([3, 4, 5, 6], adapter)
     up = LINEAR_MODULES.index("up_proj")
     assert pool.ranks([3, 4, 5, 6])[1].tolist() == [4, 0, 0, 0, 0, 1, 0]
@@ -58,6 +59,17 @@ def test_reused_rows_hold_nothing_of_the_old_adapter(pool, save_adapter, config)
     for rows in ([0, 1, 2, 3], [2, 3]):
         with pytest.raises(KeyError):
             pool.ranks(rows)
+
+
+def test_rows_whose_writing_was_given_up_are_cleared_by_the_next(pool, save_adapter, config):
+    packed = pack(load_adapter(save_adapter(), config), config, torch.float32)
+    pieces = pool.write_pieces([0, 1, 2, 3], packed)
+    next(pieces)
+    pieces.close()
+    assert pool.rows(0, 0)[0][:4].any()
+    small = load_adapter(save_adapter(r=2, target_modules=["k_proj"]), config)
+    pool.write([2, 3], small)
+    assert not pool.rows(0, 0)[0][2:4].any() and pool.rows(1, 0)[0][2:4].any()
 
 
 def test_the_number_of_rows_must_be_the_rank(pool, save_adapter, config):

@@ -194,7 +194,7 @@ def test_host_memory_is_bounded_by_bytes_too(config, saved: list[Path]) -> None:
 def test_a_large_adapter_comes_to_the_device_over_several_steps(
     world: World, saved: list[Path], monkeypatch
 ) -> None:
-    monkeypatch.setattr("coserve.lora.adapter_tiers.STEP_BYTES", 700)
+    monkeypatch.setattr("coserve.lora.adapter_tiers.STEP_BYTES", 250)
     monkeypatch.setattr("coserve.lora.adapter_pool.PIECE_BYTES", 128)
     digest = world.want("r", saved[2])
     world.read_all(busy=True)
