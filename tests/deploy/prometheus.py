@@ -37,13 +37,20 @@ def alerts() -> list[dict[str, Any]]:
 
 
 class Prometheus:
-    """A server that scrapes `address` many times a second and judges by windows of seconds."""
+    """A server that scrapes `address` many times a second, with a `key` where one is given, and judges by
+    windows of seconds."""
 
-    def __init__(self, folder: Path, address: str) -> None:
+    def __init__(self, folder: Path, address: str, key: str = "") -> None:
         folder.mkdir()
         text = re.sub(r"\[\d+m\]", f"[{WINDOW}]", RULES.read_text())
         (folder / RULES.name).write_text(re.sub(r"for: \d+m", "for: 0s", text))
-        config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+        text = (DEPLOY / "prometheus" / "prometheus.yml").read_text()
+        if key:
+            (folder / "key").write_text(key)
+            text = re.sub(r"^    # ( *)(\w+:.*)$", r"    \1\2", text, flags=re.MULTILINE)
+            text = re.sub(r"credentials_file: .*", f"credentials_file: {folder / 'key'}", text)
+        config = yaml.safe_load(text)
+        assert bool(key) == ("authorization" in config["scrape_configs"][0])
         config["global"] = {"scrape_interval": "250ms", "evaluation_interval": "250ms"}
         config["scrape_configs"][0]["static_configs"] = [{"targets": [address]}]
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import httpx
@@ -12,9 +13,10 @@ import pytest
 
 from coserve.server.grpc_gen import inference_pb2 as pb
 from coserve.server.grpc_gen import inference_pb2_grpc
-from tests.deploy.prometheus import DEPLOY, MISSING, WINDOW, Prometheus, alerts, installed
+from tests.deploy.prometheus import DEPLOY, MISSING, WINDOW, Prometheus, alerts, installed, promtool
+from tests.deploy.test_rules import UPSTREAM
 from tests.faults.served import Served
-from tests.server.running import wait_for
+from tests.server.running import ServerThread, wait_for
 
 pytestmark = pytest.mark.skipif(not installed(), reason=MISSING)
 ADAPTER = "watched"
@@ -149,6 +151,26 @@ def test_gauges_fall_without_traffic(served: Served, prometheus: Prometheus) -> 
     traffic(served)
     for gauge in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):
         assert wait_for(lambda gauge=gauge: prometheus.query(f"{gauge} == 0"), SECONDS)
+
+
+def test_a_key_that_may_only_watch_is_enough(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text('[[keys]]\nkey = "watch-k"\nrole = "metrics"\n')
+    server = ServerThread(tmp_path / "state", keys_file=str(keys))
+    watcher = Prometheus(tmp_path / "p", server.url.removeprefix("http://"), "watch-k")
+    try:
+        assert wait_for(lambda: watcher.query("up == 1"), SECONDS)
+        assert httpx.get(f"{server.url}/metrics").status_code == 401
+    finally:
+        watcher.close()
+        server.stop()
+
+
+@pytest.mark.usefixtures("trained")
+def test_promtool_has_nothing_against_a_live_scrape_but_vllms_names(served: Served) -> None:
+    traffic(served)
+    said = promtool("check", "metrics", input=served.http.get("/metrics").text).stderr.splitlines()
+    assert said and [line for line in said if not UPSTREAM.fullmatch(line)] == []
 
 
 def test_alerts_fire_for_what_is_wrong_and_not_for_the_rest(served: Served, prometheus: Prometheus) -> None:
