@@ -142,6 +142,14 @@ def test_blocks_that_are_no_calls_are_content(block: str) -> None:
     assert read(FORMATS["hermes"], text[:-20], range(len(text) - 20))[:2] == (text[:-20], [])
 
 
+def test_what_is_no_call_is_held_back_no_longer_than_that_is_open() -> None:
+    begun = {"hermes": '<tool_call>{"x": 1', "qwen3_coder": "<tool_call>\nwell", "pythonic": "[1, 2"}
+    for name, text in begun.items():
+        pieces = ToolCallParser(FORMATS[name], SCHEMAS).feed(text)
+        assert "".join(piece.text for piece in pieces if isinstance(piece, Content)) == text
+    assert len(read(FORMATS["hermes"], "<tool_call>Hm. " + HERMES_CALL)[1]) == 1
+
+
 def test_text_around_calls_is_kept_and_white_space_beside_them_dropped() -> None:
     text = f"Let me see.\n\n{HERMES_CALL}\nAnd then\n{HERMES_CALL}\n"
     content, calls, _ = read(FORMATS["hermes"], text, range(len(text)))

@@ -224,7 +224,7 @@ class JsonReader:
         return True
 
     def _no_call(self) -> bool:
-        if not self._close:
+        if not self._close or not self._calls:
             return self._end("")
         place = self._buffer.find(self._close)
         if place < 0:

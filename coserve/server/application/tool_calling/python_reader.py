@@ -137,6 +137,8 @@ class PythonReader:
         return None
 
     def _no_call(self) -> bool:
+        if not self._calls:
+            return self._end("")
         place = self._buffer.find(self._close)
         if place < 0:
             return False

@@ -81,7 +81,7 @@ class XmlReader:
         return True
 
     def _no_call(self) -> bool:
-        if not self._close:
+        if not self._close or not self._calls:
             return self._end(self._buffer, "")
         before, found, after = self._buffer.partition(self._close)
         if not found:
