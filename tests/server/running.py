@@ -27,8 +27,16 @@ class ServerThread:
     """Starts at once; `stop` drains. `call` runs a coroutine in the server's loop. Jobs train by themselves
     with `auto_train`."""
 
-    def __init__(self, state_dir: Path, *, auto_train: bool = True, **settings: Any) -> None:
+    def __init__(
+        self,
+        state_dir: Path,
+        *,
+        auto_train: bool = True,
+        engine_class: type[FakeEngine] = FakeEngine,
+        **settings: Any,
+    ) -> None:
         self._auto_train = auto_train
+        self._engine_class = engine_class
         self.config = ServerConfig(
             engine=EngineConfig(model=""), port=0, grpc_port=0, state_dir=str(state_dir), shutdown_timeout=5.0
         )
@@ -56,7 +64,7 @@ class ServerThread:
 
     async def _serve(self) -> None:
         def make(config: EngineConfig) -> FakeEngine:
-            self.engine = FakeEngine(config)
+            self.engine = self._engine_class(config)
             self.engine.auto_train = self._auto_train
             return self.engine
 
