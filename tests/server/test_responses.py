@@ -159,6 +159,54 @@ def test_what_was_thought_is_an_item(tmp_path: Path, stream: bool) -> None:
         server.stop()
 
 
+def test_a_long_chat_is_cut_where_that_is_wanted(http: httpx.Client, server: ServerThread) -> None:
+    said = [
+        {"role": role, "content": f"{role} {number} " + "word " * 8}
+        for number in range(20)
+        for role in ("user", "assistant")
+    ]
+    body = {"input": [*said, {"role": "user", "content": "Last"}], "instructions": "Be kind"}
+    assert respond(http, **body).json()["error"]["code"] == "context_length_exceeded"
+    kept = made(http, **body, truncation="auto", max_output_tokens=20)
+    assert kept["truncation"] == "auto"
+    prompt = prompt_of(server)
+    assert "Be kind" in prompt and "Last" in prompt and "user 0 " not in prompt
+    first = min(number for number in range(20) if f"user {number} " in prompt)
+    assert (
+        all(f"user {number} " in prompt for number in range(first, 20))
+        and f"assistant {first - 1} " not in prompt
+    )
+    more = [
+        {"role": "system", "content": "Be kind"},
+        *said[2 * first - 2 :],
+        {"role": "user", "content": "Last"},
+    ]
+    assert len(TOKENIZER.encode_chat(more)) + 20 > 256, "one turn more would not have fitted"
+
+
+def test_the_tokens_of_an_input_are_counted(http: httpx.Client, server: ServerThread) -> None:
+    counted = http.post("/v1/responses/input_tokens", json={"input": "Hello"}).json()
+    messages = [{"role": "user", "content": "Hello"}]
+    assert counted == {
+        "object": "response.input_tokens",
+        "input_tokens": len(TOKENIZER.encode_chat(messages)),
+    }
+    assert server.engine.requests == []
+    assert server.openai().responses.input_tokens.count(input="Hello").input_tokens == counted["input_tokens"]
+
+
+def test_padding_hides_how_long_a_token_is(http: httpx.Client) -> None:
+    def sizes(path: str, body: dict) -> set[int]:
+        options = {"stream": True, "stream_options": {"include_obfuscation": True}}
+        blocks = http.post(path, json={**body, **options}).text.split("\n\n")
+        return {
+            len(block.encode()) % 32 for block in blocks if '"obfuscation"' in block and "DONE" not in block
+        }
+
+    assert len(sizes("/v1/responses", {"input": "Hi"})) == 1
+    assert len(sizes("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]})) == 1
+
+
 def test_a_demanded_form_reaches_the_engine(http: httpx.Client, server: ServerThread) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     form = {"type": "json_schema", "name": "x", "schema": schema, "strict": True}
@@ -312,7 +360,8 @@ REFUSED = [
     ({"include": ["code_interpreter_call.outputs"]}, "include[0]"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({**LOGPROBS, "top_logprobs": 21}, "top_logprobs"),
-    ({"truncation": "auto"}, "truncation"),
+    ({"truncation": "old"}, "truncation"),
+    ({"truncation": "auto", "input": "word " * 500}, "input_tokens"),
     ({"stream_options": {}}, "stream_options"),
     ({"previous_response_id": 5}, "previous_response_id"),
     ({"previous_response_id": "resp_x"}, "previous_response_id"),

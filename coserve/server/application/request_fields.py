@@ -156,14 +156,16 @@ RESPONSES: tuple[RequestField, ...] = (
     RequestField("max_output_tokens", ">= 1 (the context)", "ends a response as `incomplete`"),
     RequestField("store", "boolean (true)", "kept in memory, the newest 4096 or 64 MiB"),
     RequestField("stream", "boolean (false)", "named events, numbered, the last of them response.completed"),
-    RequestField("stream_options", "object", "accepted with `stream`, no effect"),
+    RequestField("stream_options", "`include_obfuscation`", "with `stream`: padding that hides lengths"),
     RequestField("tools", "functions", "other kinds are refused"),
     RequestField("tool_choice", "none, auto, required, a function, allowed_tools", "as in chat"),
     RequestField("text", "`format`, `verbosity`", "`format`: text, json_object or json_schema"),
     RequestField("reasoning", "`effort`, `summary`", "`effort` goes to the model's template"),
     RequestField("include", "`message.output_text.logprobs`", "log-probabilities of the text's tokens"),
     RequestField("top_logprobs", "0-`--max-logprobs` (0)", "and of the likeliest"),
-    RequestField("truncation", "`disabled`", "auto is refused"),
+    RequestField(
+        "truncation", "`disabled`, `auto` (`disabled`)", "auto drops the oldest messages of a long chat"
+    ),
     RequestField(
         "max_tool_calls", "integer", "accepted, no effect: it bounds tools that this server has not"
     ),
@@ -203,8 +205,8 @@ REFUSED: dict[str, str] = {
     "use_beam_search": "is not supported",
     "prompt_embeds": "is not supported",
     "stop_regex": "is not supported; use stop",
-    "regex": "is not supported",
-    "ebnf": "is not supported",
+    "regex": "is not supported; use structured_outputs.regex",
+    "ebnf": "is not supported; use structured_outputs.grammar",
     "lora_path": "is not supported; name the adapter as model",
     "kv_transfer_params": "is not supported: prompts are computed here",
     "ec_transfer_params": "is not supported: prompts are computed here",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +21,28 @@ MAX_METADATA = 16
 
 @dataclass(frozen=True)
 class ResponseInput:
-    """`items` and `messages`: what this request adds, as it is listed and as the template takes it; `body`
-    the whole request as a chat request."""
+    """`items` and `messages`: what this request adds, as it is listed and as the template takes it;
+    `instructions` a message that goes first; `body` the rest as a chat request."""
 
     items: list[dict[str, Any]]
     messages: list[dict[str, Any]]
+    instructions: list[dict[str, Any]]
     body: dict[str, Any]
 
+    def chat_body(self, history: Sequence[dict[str, Any]], dropped: int = 0) -> dict[str, Any]:
+        """The whole chat request, after the messages of the responses before it; the first `dropped` of what
+        was said are left out."""
+        said = [*history, *self.messages]
+        return {**self.body, "messages": [*self.instructions, *said[dropped:]]}
 
-def read_input(fields: Fields, history: list[dict[str, Any]]) -> ResponseInput:
-    """The chat request that a Responses request means, after the messages of the responses before it.
+    def cuts(self, history: Sequence[dict[str, Any]]) -> list[int]:
+        """How many messages may be dropped: up to one of the user, the last of which stays."""
+        said = [*history, *self.messages]
+        return [place for place, message in enumerate(said) if message["role"] == "user" and place]
+
+
+def read_input(fields: Fields) -> ResponseInput:
+    """The chat request that a Responses request means.
 
     Raises InvalidRequest naming the field.
     """
@@ -42,14 +54,13 @@ def read_input(fields: Fields, history: list[dict[str, Any]]) -> ResponseInput:
     instructions = fields.string("instructions")
     system = [{"role": "system", "content": instructions}] if instructions else []
     body = {name: value for name, value in fields.body.items() if name not in OWN_RESPONSES}
-    body |= {"messages": [*system, *history, *messages.made], **_tools(fields), **_text(fields)}
-    body |= _logprobs(fields)
+    body |= {**_tools(fields), **_text(fields), **_logprobs(fields)}
     if fields.has("max_output_tokens"):
         body["max_tokens"] = fields.integer("max_output_tokens", None, 1)
     reasoning = fields.object("reasoning")
     if reasoning is not None and reasoning.has("effort"):
         body["reasoning_effort"] = reasoning.string("effort")
-    return ResponseInput([listed(item) for item in items], messages.made, body)
+    return ResponseInput([listed(item) for item in items], messages.made, system, body)
 
 
 def check_metadata(fields: Fields) -> dict[str, str]:
@@ -92,8 +103,7 @@ def _refuse_unsupported(fields: Fields) -> None:
     for name, reason in REFUSED_RESPONSES.items():
         if fields.has(name) and fields.raw(name) is not False:
             raise fields.fail(name, f"{reason}.")
-    if fields.choice("truncation", ("auto", "disabled"), "disabled") == "auto":
-        raise fields.fail("truncation", "auto is not supported; shorten the input.")
+    fields.choice("truncation", ("auto", "disabled"))
     for name, kind in (("max_tool_calls", "integer"), ("user", "string"), ("store", "boolean")):
         getattr(fields, kind)(name)
     for place, name in enumerate(fields.strings("include") or []):

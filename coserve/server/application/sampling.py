@@ -119,7 +119,7 @@ def refuse_unsupported(fields: Fields) -> None:
         if not fields.has(name):
             continue
         if name.startswith(REFUSED_PREFIX):
-            raise fields.fail(name, "is not supported; it would be ignored silently.")
+            raise fields.fail(name, "is not supported; use structured_outputs.")
         if name in REFUSED and fields.raw(name) is not False:
             raise fields.fail(name, f"{REFUSED[name]}.")
     modalities = fields.strings("modalities")

@@ -141,7 +141,7 @@ class ChatCompletion:
                         chunks.append(self._chunk(delta.index, {"content": self.echoed}))
                 chunks += self._pieces(delta)
                 if chunks:
-                    yield chunks
+                    yield self.options.ready(chunks)
         if self.options.include_usage:
             yield [self.options.last({**self._head(), "choices": []}, self.generation.usage)]
 
@@ -174,7 +174,7 @@ class ChatCompletion:
 
     def _chunk(self, index: int, message: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         choice = {"index": index, "delta": message, "logprobs": None, "finish_reason": finish_reason}
-        return self.options.complete({**self._head(), "choices": [choice]}, self.generation.usage)
+        return self.options.add_usage({**self._head(), "choices": [choice]}, self.generation.usage)
 
 
 def _reasoning(text: str) -> dict[str, str]:

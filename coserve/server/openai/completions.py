@@ -172,7 +172,7 @@ class _Answer:
                 if delta.text or delta.finish_reason is not None or self._shows_tokens:
                     chunks.append(self._delta_chunk(delta, offsets))
                 if chunks:
-                    yield chunks
+                    yield self.options.ready(chunks)
         if self.options.include_usage:
             yield [self.options.last({**self._head(), "choices": []}, self.generation.usage)]
 
@@ -208,7 +208,7 @@ class _Answer:
         }
 
     def _wrap(self, choice: dict[str, Any]) -> dict[str, Any]:
-        return self.options.complete({**self._head(), "choices": [choice]}, self.generation.usage)
+        return self.options.add_usage({**self._head(), "choices": [choice]}, self.generation.usage)
 
     @staticmethod
     def _choice_body(

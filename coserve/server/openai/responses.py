@@ -16,7 +16,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from coserve.errors import CoserveError, InvalidRequest
+from coserve.errors import ContextLengthExceeded, CoserveError, InvalidRequest
 from coserve.server.application.chat_answer import AnswerDelta
 from coserve.server.application.response_input import check_metadata, read_input, renamed
 from coserve.server.application.response_store import ResponseStore, StoredResponse
@@ -37,6 +37,7 @@ from coserve.server.openai.chat_completions import ChatCompletion
 from coserve.server.openai.logprobs import chat_logprobs
 from coserve.server.openai.paging import list_body, query_limit
 from coserve.server.openai.response_items import Event, ResponseItems
+from coserve.server.openai.usage import StreamOptions, padded
 from coserve.server.preparing import prepared
 
 _ECHOED = ("user", "safety_identifier", "prompt_cache_key", "max_output_tokens", "max_tool_calls")
@@ -63,22 +64,39 @@ class _Response:
         self._tenant = tenant_of(key)
         self.metadata = check_metadata(fields)
         self.stream = fields.boolean("stream")
-        options = fields.object("stream_options")
-        if options is not None and not self.stream:
-            raise fields.fail("stream_options", "is only allowed with stream.")
+        self._obfuscates = StreamOptions.read(fields, force_usage=False).obfuscates
         self.previous = fields.string("previous_response_id")
         history = store.before(self.previous, self._tenant)
-        self.input = read_input(fields, list(history))
+        self.input = read_input(fields)
+        self._history = history
+        self._make = lambda body: ChatCompletion(context, Fields(body), key, request_id)
         try:
-            self.chat = ChatCompletion(context, Fields(self.input.body), key, request_id)
+            self.chat = self._fitting()
         except CoserveError as error:
             raise renamed(error) from None
-        self._history = history
         wants_logprobs = self.chat.top_logprobs is not None
         self._items = ResponseItems(self._logprobs if wants_logprobs else None)
         self.id = f"resp_{uuid.uuid4().hex}"
         self.created = int(time.time())
         self._sequence = 0
+
+    def _fitting(self) -> ChatCompletion:
+        """The chat request; with `truncation` auto without as many of the oldest messages as is needed."""
+        try:
+            return self._make(self.input.chat_body(self._history))
+        except ContextLengthExceeded:
+            cuts = self.input.cuts(self._history)
+            if self._fields.raw("truncation") != "auto" or not cuts:
+                raise
+        found = self._make(self.input.chat_body(self._history, cuts.pop()))  # the last message, or its error
+        while cuts:
+            place = len(cuts) // 2
+            try:
+                found = self._make(self.input.chat_body(self._history, cuts[place]))
+                cuts = cuts[:place]
+            except ContextLengthExceeded:
+                cuts = cuts[place + 1 :]
+        return found
 
     def _logprobs(self, logprobs: Any) -> list[dict[str, Any]]:
         entries: list[dict[str, Any]] = chat_logprobs(self.chat.names, logprobs)["content"]
@@ -135,7 +153,7 @@ class _Response:
             "tools": [{"strict": None, "parameters": None, **tool} for tool in fields.raw("tools") or []],
             "top_logprobs": sampling.logprobs or 0,
             "top_p": sampling.top_p,
-            "truncation": "disabled",
+            "truncation": fields.raw("truncation") or "disabled",
             "background": False,
             "usage": self._usage() if is_over else None,
             "metadata": self.metadata,
@@ -182,6 +200,8 @@ class _Response:
         for event in events:
             event["sequence_number"] = self._sequence
             self._sequence += 1
+            if self._obfuscates and event["type"].endswith(".delta"):
+                padded(event)
         return events
 
 
@@ -204,6 +224,14 @@ def routes(context: Context) -> list[Route]:
         if response.stream:
             return await _NamedEvents.open(request, response.events())
         return json_response(await until_disconnect(request, response.body()))
+
+    async def count(request: Request) -> Response:
+        """How many tokens an input has, templated, without answering it."""
+        fields, state = await read_json(request), request.state
+        make = partial(_Response, context, store, fields, state.key, state.request_id)
+        response = await prepared(make, state.size)
+        tokens = len(response.chat.generation.prompts[0])
+        return json_response({"object": "response.input_tokens", "input_tokens": tokens})
 
     async def get(request: Request) -> Response:
         """A kept response."""
@@ -239,6 +267,7 @@ def routes(context: Context) -> list[Route]:
 
     return [
         Route("POST", "/v1/responses", create, USE),
+        Route("POST", "/v1/responses/input_tokens", count, USE),
         Route("GET", "/v1/responses/{id}", get, USE),
         Route("DELETE", "/v1/responses/{id}", delete, USE),
         Route("POST", "/v1/responses/{id}/cancel", cancel, USE),

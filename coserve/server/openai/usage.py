@@ -28,12 +28,18 @@ def usage_body(usage: Usage) -> dict[str, Any]:
     }
 
 
+def padded(chunk: dict[str, Any]) -> dict[str, Any]:
+    """With random characters that fill it up to a multiple of 32 (and what naming them takes)."""
+    missing = -len(_encode(chunk)) % _PADDED_TO
+    chunk["obfuscation"] = "".join(secrets.choice(_PADDING) for _ in range(missing))
+    return chunk
+
+
 @dataclass(frozen=True)
 class StreamOptions:
     """Whether and how an answer is streamed. Usage comes in a last chunk of its own (`include_usage`; all
     others carry null then) and, with vLLM's `continuous_usage_stats`, as counted so far in every chunk.
-    `obfuscates` pads chunks with random characters to multiples of 32, so that who sees only their sizes
-    can't tell the tokens."""
+    `obfuscates` pads chunks, so that who sees only their sizes can't tell the tokens."""
 
     stream: bool
     include_usage: bool = False
@@ -53,14 +59,15 @@ class StreamOptions:
         continuous = options.boolean("continuous_usage_stats")
         return cls(stream, include, include and continuous, options.boolean("include_obfuscation"))
 
-    def complete(self, chunk: dict[str, Any], usage: Usage) -> dict[str, Any]:
-        """A chunk with choices, with the `usage` and the padding that it has to carry."""
+    def add_usage(self, chunk: dict[str, Any], usage: Usage) -> dict[str, Any]:
+        """A chunk with choices, with the `usage` that it has to carry."""
         if self.include_usage:
             chunk["usage"] = usage_body(usage) if self.continuous_usage else None
-        if self.obfuscates:
-            missing = -len(_encode(chunk)) % _PADDED_TO
-            chunk["obfuscation"] = "".join(secrets.choice(_PADDING) for _ in range(missing))
         return chunk
+
+    def ready(self, chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Chunks as they go out."""
+        return [padded(chunk) for chunk in chunks] if self.obfuscates else chunks
 
     def last(self, chunk: dict[str, Any], usage: Usage) -> dict[str, Any]:
         """The chunk without choices that tells the whole usage."""
