@@ -98,6 +98,21 @@ def test_many_who_leave_at_once_leave_nothing(served: Served) -> None:
     assert scrape.value(served.http, waiting) == 0.0 == scrape.value(served.http, "coserve_adapter_requests")
 
 
+def test_who_stays_hears_on_while_others_leave(served: Served) -> None:
+    """The engine's messages were no longer read after aborts of many at once, until the next request came:
+    who still had a stream waited for ever."""
+    body = BODY | {"max_tokens": 600, "stream": True, "stream_options": {"include_usage": True}}
+    with served.http.stream("POST", "/v1/completions", json=body) as stream:
+        lines = (line for line in stream.iter_lines() if line.startswith("data: {"))
+        next(lines)
+        leaving = [by_closing(served, stream=bool(number % 2)) for number in range(16)]
+        served.wait(lambda: scrape.value(served.http, "vllm:num_requests_running") > 8.0)
+        for leave in leaving:
+            leave()
+        *_, last = lines
+    assert json.loads(last[6:])["usage"]["completion_tokens"] == 600
+
+
 def test_counters_are_exact_and_no_series_is_there_twice(served: Served) -> None:
     """vllm#18053: with several processes of the server, counters were of one of them, and series came twice.
     One process serves here; its counts are those that clients have in their hands."""
