@@ -6,10 +6,12 @@ import asyncio
 import itertools
 import json
 import math
+from typing import Literal
 
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel
 
 from coserve.config import DEMO_MODEL_DIR
 from coserve.tokenizer import Tokenizer
@@ -187,6 +189,39 @@ def test_tools_streamed_and_whole_agree(client: openai.OpenAI, how: dict) -> Non
     assert call.type == streamed.type == "function"
     assert json.loads(call.function.arguments) == {"city": "Paris"}
     assert streamed.function.arguments == call.function.arguments
+
+
+class Sum(BaseModel):
+    """What parse() asks for."""
+
+    sum: int
+    parity: Literal["odd", "even"]
+
+
+def test_parsed_answers(client: openai.OpenAI, served: Served, how: dict) -> None:
+    body = {**how, "max_tokens": 60}
+    whole = client.chat.completions.parse(**body, response_format=Sum).choices[0].message.parsed
+    with client.chat.completions.stream(**body, response_format=Sum) as stream:
+        for _ in stream:
+            pass
+        streamed = stream.get_final_completion().choices[0].message.parsed
+    assert isinstance(whole, Sum) and streamed == whole
+    asked = {
+        "model": served.model,
+        "input": QUESTION[0]["content"],
+        "temperature": 0,
+        "max_output_tokens": 60,
+    }
+    answered = client.responses.parse(**asked, text_format=Sum).output_parsed
+    with client.responses.stream(**asked, text_format=Sum) as events:
+        for _ in events:
+            pass
+        final = events.get_final_response().output_parsed
+    assert isinstance(answered, Sum) and final == answered
+    tool = openai.pydantic_function_tool(Sum, name="note")
+    named = {"type": "function", "function": {"name": "note"}}
+    called = client.chat.completions.parse(**body, tools=[tool], tool_choice=named).choices[0].message
+    assert called.tool_calls and isinstance(called.tool_calls[0].function.parsed_arguments, Sum)
 
 
 def test_a_stream_that_is_left_is_aborted(client: openai.OpenAI, served: Served, how: dict) -> None:

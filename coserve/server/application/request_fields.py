@@ -202,7 +202,7 @@ REFUSED: dict[str, str] = {
     "prediction": "is not supported",
     "web_search_options": "is not supported",
     "moderation": "is not supported",
-    "use_beam_search": "is not supported",
+    "use_beam_search": "is not supported; ask for n answers, with cumulated logprobs to choose by",
     "prompt_embeds": "is not supported",
     "stop_regex": "is not supported; use stop",
     "regex": "is not supported; use structured_outputs.regex",
