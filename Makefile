@@ -19,7 +19,7 @@ INSTALLED := $(VENV)/.installed
 NATIVE := build/native/.installed
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup print-venv clients demo serve test test-all lint bench proto docs image clean
+.PHONY: help setup print-venv clients demo serve test test-all lint audit bench proto docs image clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +29,7 @@ setup: $(INSTALLED) $(NATIVE) ## make .venv and build the native kernels (TORCH_
 print-venv: ## print the environment's path
 	@echo $(VENV)
 
-$(INSTALLED): pyproject.toml scripts/setup_venv.sh
+$(INSTALLED): pyproject.toml requirements.lock scripts/setup_venv.sh
 	scripts/setup_venv.sh "$(PYTHON)" "$(VENV)" "$(TORCH_VERSION)" "$(TORCH_INDEX_URL)"
 	touch $@
 
@@ -55,6 +55,9 @@ test-all: setup clients ## the tests, the long matrices whole
 lint: setup ## ruff on everything, mypy --strict on coserve/core
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+audit: setup ## look the locked packages up in an advisory database (needs a network that has one)
+	scripts/audit.sh "$(BIN)/python"
 
 bench: setup ## run the benches (BENCH="step kernels" picks some, BENCH_ARGS=--quick shortens them)
 	for name in $(BENCH); do $(BIN)/coserve bench $$name $(BENCH_ARGS); done

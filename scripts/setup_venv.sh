@@ -20,6 +20,20 @@ else
     "${pip[@]}" "torch==$torch_version"
 fi
 
+# All else as it was locked, file by file. Another platform or Python has other files, and a mirror may lack one:
+# then the newest within pyproject.toml's ranges are taken, and `.unlocked` tells the tests so.
+unlocked="$venv/.unlocked"
+rm -f "$unlocked"
+locked_for=$(sed -n '1s/.* for \(.*\)\.$/\1/p' requirements.lock)
+here=$("$venv/bin/python" -c 'import platform as p; v = p.python_version_tuple(); print(
+    f"{p.system()} {p.machine()}, Python {v[0]}.{v[1]}")')
+if [ "$locked_for" != "$here" ]; then
+    echo "requirements.lock is for $locked_for, this is $here" >"$unlocked"
+elif ! "${pip[@]}" --require-hashes --no-deps --requirement requirements.lock; then
+    echo "not every file of requirements.lock could be had" >"$unlocked"
+fi
+[ ! -e "$unlocked" ] || echo "setup: $(cat "$unlocked"); the newest that pyproject.toml allows are taken" >&2
+
 # Editable, so that a test sees the working tree; the native library is built into the tree by
 # build_native.sh, where a change recompiles one file instead of making a wheel again.
 "${pip[@]}" --config-settings=wheel.cmake=false --config-settings=editable.mode=inplace \

@@ -100,6 +100,11 @@ class Authenticator:
         chat = [Key(digest(key), USE, **defaults or {}) for key in api_keys]
         return cls([*chat, *(Key(digest(key), ADMIN) for key in admin_api_keys), *keys])
 
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody needs a key."""
+        return not self._keys
+
     def key(self, authorization: str | None) -> Key | None:
         """The key of an `Authorization: Bearer KEY` value; None when none is needed.
 

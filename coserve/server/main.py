@@ -63,6 +63,7 @@ logger = logging.getLogger(__name__)
 
 _ENGINE_SHUTDOWN = 20.0  # seconds for jobs to checkpoint
 _GRPC_GRACE = 2.0
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _KEEP_ALIVE = 5.0  # seconds that a connection may rest between two requests
 _SWITCH_INTERVAL = 0.0005  # seconds: streams don't wait Python's 5 ms for a thread that prepares a file
 _COLLECT_AFTER = (10_000, 20, 20)  # objects, and collections of the younger ones: 400 requests make many
@@ -141,6 +142,8 @@ async def running_server(
     """A server for the time of the block; leaving it drains. `make_engine` lets tests bring their own."""
     default = LatencyTargets(ttft=config.engine.slo_ttft_ms / 1e3, tpot=config.engine.slo_tpot_ms / 1e3)
     keys = KeysReload(config, default)
+    if keys.auth.is_open and config.host not in _LOOPBACK:
+        logger.warning("without keys everybody who reaches %s may do everything", config.host)
     tiers = ServiceTiers(default, keys.file.classes)
     tls = Tls(config) if config.ssl_certfile else None
     state = StateDir(config.state_dir or DEFAULT_STATE_DIR)

@@ -146,6 +146,13 @@ def test_a_request_id_over_grpc(keyed: ServerThread) -> None:
     assert keyed.engine.requests[0].request_id.startswith("mine-0-")
 
 
+def test_an_open_server_on_an_open_address_says_so(tmp_path: Path, lines: Lines) -> None:
+    for host, keys, warned in (("0.0.0.0", (), True), ("0.0.0.0", ("k",), False), ("127.0.0.1", (), False)):
+        lines.text = ""
+        ServerThread(tmp_path / "s", host=host, api_keys=keys).stop()
+        assert ("may do everything" in lines.text) == warned
+
+
 def test_where_the_state_lies_is_not_told(keyed: ServerThread, tmp_path: Path) -> None:
     """Adapters and files are named by what clients called them."""
     with keyed.http(KEY) as http:
