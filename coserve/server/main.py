@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import random
+import resource
 import signal
 import socket
 import sys
@@ -63,6 +64,7 @@ logger = logging.getLogger(__name__)
 
 _ENGINE_SHUTDOWN = 20.0  # seconds for jobs to checkpoint
 _GRPC_GRACE = 2.0
+_OPEN_FILES = 65536
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _KEEP_ALIVE = 5.0  # seconds that a connection may rest between two requests
 _SWITCH_INTERVAL = 0.0005  # seconds: streams don't wait Python's 5 ms for a thread that prepares a file
@@ -76,8 +78,18 @@ def run_server(config: ServerConfig) -> int:
     log.configure(config.log_level)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time; the cores are the engine's
     sys.setswitchinterval(_SWITCH_INTERVAL)
+    _allow_connections()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(config))
+
+
+def _allow_connections() -> None:
+    """As many open files as the system lets us have, up to what serves a crowd: the usual 1024 are taken by
+    as many clients that do nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _serve(config: ServerConfig) -> int:

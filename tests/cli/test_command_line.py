@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -123,6 +124,30 @@ def test_serve_reads_its_flags(served: list[ServerConfig], tmp_path: Path) -> No
     assert config.adapter_roots == (str(tmp_path),)
     assert config.lora_modules == (LoraModule("style", str(tmp_path)),)
     assert (config.port, config.metrics_port) == (0, 0)
+
+
+def test_serve_takes_keys_from_the_environment(
+    served: list[ServerConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nobody after it finds them there; a flag comes before."""
+    for name, other in (("COSERVE_API_KEY", "VLLM_API_KEY"), ("VLLM_API_KEY", "COSERVE_API_KEY")):
+        monkeypatch.delenv(other, raising=False)
+        monkeypatch.setenv(name, "one two")
+        monkeypatch.setenv("COSERVE_ADMIN_API_KEY", "boss")
+        assert command.run(["serve"]) == 0
+        assert served[-1].api_keys == ("one", "two") and served[-1].admin_api_keys == ("boss",)
+        assert name not in os.environ and "COSERVE_ADMIN_API_KEY" not in os.environ
+    monkeypatch.setenv("VLLM_API_KEY", "one")
+    assert command.run(["serve", "--api-key", "three"]) == 0
+    assert served[-1].api_keys == ("three",) and served[-1].admin_api_keys == ()
+
+
+def test_allowed_origins(served: list[ServerConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.run(["serve", "--allowed-origins", '["https://a.example"]', "--http-timeout", "5"]) == 0
+    assert served[-1].allowed_origins == ("https://a.example",) and served[-1].http_timeout == 5.0
+    for wrong in ("https://a.example", "{}", "[1]", "["):
+        assert command.run(["serve", "--allowed-origins", wrong]) == 2
+        assert "--allowed-origins" in capsys.readouterr().err
 
 
 def test_a_model_directory_names_itself(tmp_path: Path) -> None:

@@ -10,13 +10,17 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
+from google.rpc.error_details_pb2 import RetryInfo
+from grpc_status import rpc_status
 
 from coserve.cli.main import run
 from coserve.core.slo import LatencyTargets
 from coserve.errors import ConfigError
 from coserve.server import keys_reload
 from coserve.server.auth import digest
+from coserve.server.grpc_gen import inference_pb2, inference_pb2_grpc
 from coserve.server.keys_file import read_keys_file
 from tests.server.running import ServerThread, wait_for
 
@@ -115,6 +119,21 @@ def test_calls_of_a_minute(server: ServerThread) -> None:
             assert http.get("/health").status_code == http.get("/version").status_code == 200
     with server.http("boss") as http:  # the defaults are not for those who may do everything
         assert [http.get("/v1/models").status_code for _ in range(9)] == [200] * 9
+
+
+def test_calls_of_a_minute_over_grpc(server: ServerThread) -> None:
+    with server.channel() as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        meta = [("authorization", "Bearer first")]
+        for _ in range(3):
+            assert stub.GetServerInfo(inference_pb2.GetServerInfoRequest(), metadata=meta).version
+        with pytest.raises(grpc.RpcError) as refusal:
+            stub.GetServerInfo(inference_pb2.GetServerInfoRequest(), metadata=meta)
+    assert refusal.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    (status,) = [d for d in rpc_status.from_call(refusal.value).details if d.Is(RetryInfo.DESCRIPTOR)]
+    delay = RetryInfo()
+    status.Unpack(delay)
+    assert 1 <= delay.retry_delay.seconds <= 20
 
 
 def test_an_upload_over_the_keys_limit(server: ServerThread) -> None:
