@@ -178,6 +178,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "reqps",
             (rate("grpc_server_handled_total", "grpc_method,grpc_code"), "{{grpc_method}} {{grpc_code}}"),
         ),
+        graph(
+            "gRPC by method (p99)",
+            "s",
+            (quantile(0.99, "grpc_server_handling_seconds", "grpc_method"), "{{grpc_method}}"),
+            text="To the end of the answer, streams included.",
+        ),
         stack("Refused", "reqps", (rate("coserve_requests_rejected_total", "reason"), "{{reason}}")),
     ),
     "Fine-tuning": (
@@ -232,6 +238,17 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (total("coserve_adapter_residency", "adapter,tier"), "{{adapter}} ({{tier}})"),
         ),
         graph("Time to publish", "s", *times("coserve_adapter_publish_seconds")),
+        stack(
+            "Where requests found their adapter",
+            "reqps",
+            (rate("coserve_adapter_found_total", "tier"), "{{tier}}"),
+        ),
+        graph(
+            "The engine's time with adapters",
+            "percentunit",
+            (rate("coserve_adapter_engine_seconds_total"), "of a second"),
+            text="Spent in steps on moving them.",
+        ),
     ),
     "The engine": (
         graph(

@@ -88,4 +88,5 @@ def test_kubernetes_keeps_one_server_on_its_state() -> None:
 def test_systemd_does_not_start_a_wrong_setting_again() -> None:
     settings = unit()
     assert settings["Restart"] == ["on-failure"] and settings["RestartPreventExitStatus"] == ["2"]
+    assert settings["ExecReload"] == ["/bin/kill -HUP $MAINPID"]  # the keys file's
     assert settings["KillMode"] == ["mixed"]  # the engine checkpoints when the server tells it to

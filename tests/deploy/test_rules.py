@@ -74,6 +74,13 @@ def test_alerts_speak_of_metrics_that_are_there() -> None:
         assert {re.sub("_(bucket|sum|count)$", "", name) for name in named} <= there, rule["alert"]
 
 
+def test_what_is_exposed_is_told_of() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    exposed = re.findall(r"^# TYPE ((?:coserve|http|grpc)_\w+)", exposition(), re.MULTILINE)
+    apart = "coserve_engine_process_"  # told of with a star
+    assert [name for name in exposed if name not in text and not name.startswith(apart)] == []
+
+
 def test_compose_and_grafana_name_files_that_are_there() -> None:
     services = yaml.safe_load((DEPLOY / "docker-compose.yml").read_text())["services"]
     mounts = [mount for service in services.values() for mount in service.get("volumes", ())]
