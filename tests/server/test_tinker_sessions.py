@@ -265,3 +265,23 @@ def test_saves_outlast_the_server(tmp_path) -> None:
             assert old["status"] == 410
     finally:
         second.stop()
+
+
+def test_a_sampler_never_answers_with_other_weights(server, tinker) -> None:
+    model_id = tinker.create_model(train_unembed=False)
+    path = tinker.call("save_weights", model_id, path="same")["path"]
+    made = tinker.ok(
+        "create_sampling_session", session_id=tinker.session, sampling_session_seq_id=4, model_path=path
+    )
+    sampler = made["sampling_session_id"]
+    assert len(tinker.sample(sampling_session_id=sampler, seq_id=0)["sequences"]) == 1
+    digest = server.engine.requests[-1].adapter.digest
+    tinker.call("save_weights", model_id, path="same", overwrite=True)
+    body = {"prompt": {"chunks": [{"tokens": [5]}]}, "sampling_params": {"max_tokens": 1}}
+    found = tinker.refused("asample", sampling_session_id=sampler, seq_id=1, **body)
+    assert found["status"] == 410 and "Other weights" in found["message"]
+    assert len(tinker.sample(model_path=path)["sequences"]) == 1
+    assert server.engine.requests[-1].adapter.digest != digest
+    sampler_path = tinker.call("save_weights_for_sampler", model_id, path="fixed")["path"]
+    again = tinker.call("save_weights_for_sampler", model_id, path="fixed")
+    assert again["category"] == "user" and sampler_path.endswith("/fixed")

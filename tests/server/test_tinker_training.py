@@ -390,3 +390,42 @@ def test_a_model_that_is_unloaded_is_gone(server, tinker) -> None:
     assert model_id not in server.engine.models
     assert tinker.refused("optim_step", model_id=model_id, seq_id=1)["status"] == 404
     assert tinker.get(f"training_runs/{model_id}")["training_run_id"] == model_id
+
+
+def test_early_calls_leave_room_for_the_one_they_wait_for(server, tinker, monkeypatch) -> None:
+    model_id = tinker.create_model()
+    monkeypatch.setattr(futures, "MAX_PENDING", 3)
+    early = [tinker.ok("optim_step", model_id=model_id, seq_id=n) for n in (2, 3, 4)]
+    assert tinker.post("optim_step", model_id=model_id, seq_id=5).status_code == 429
+    first = tinker.ok("optim_step", model_id=model_id, seq_id=1)
+    for answer in (first, *early):
+        tinker.wait(answer)
+    monkeypatch.setattr(futures, "MAX_REQUEST_BYTES", 1)
+    server.engine.hold_calls.clear()
+    given = {"data": [DATUM], "loss_fn": "cross_entropy"}
+    asked = tinker.ok("forward", model_id=model_id, seq_id=5, forward_input=given)
+    full = tinker.post("forward", model_id=model_id, seq_id=6, forward_input=given)
+    assert full.status_code == 429 and full.json()["error"]["code"] == "too_many_pending"
+    server.call(set_event(server.engine.hold_calls))
+    tinker.wait(asked)
+    tinker.wait(tinker.ok("forward", model_id=model_id, seq_id=6, forward_input=given))
+
+
+def test_a_model_that_waits_for_its_place_goes_with_its_session(server, tinker) -> None:
+    server.engine.hold_calls.clear()
+    body = {"session_id": tinker.session, "model_seq_id": 0, "base_model": BASE, "lora_config": LORA}
+    made = tinker.ok("create_model", **body)
+    tinker.ok(f"sessions/{tinker.session}/finish", reason={"type": "success"})
+    server.call(set_event(server.engine.hold_calls))
+    assert tinker.refused("retrieve_future", request_id=made["request_id"])["status"] == 410
+    assert made["model_id"] not in server.engine.models
+
+
+def test_weights_that_dont_load_leave_no_model(server, tinker) -> None:
+    model_id = tinker.create_model()
+    path = tinker.call("save_weights", model_id, path="x")["path"]
+    server.engine.fail_call = FailedPrecondition("The saved files are damaged.", param="path")
+    asked = tinker.ok("load_weights", session_id=tinker.session, model_seq_id=3, path=path, optimizer=False)
+    assert tinker.wait(asked)["category"] == "user"
+    assert asked["model_id"] not in server.engine.models
+    assert tinker.refused("get_info", model_id=asked["model_id"])["status"] == 404

@@ -28,17 +28,37 @@ from coserve.server.tinker.answers import Answer
 logger = logging.getLogger(__name__)
 
 MAX_PENDING = 8192
+MAX_REQUEST_BYTES = 256 << 20  # of the calls that are pending
 MAX_BYTES = 256 << 20  # of all answers that are kept
 KEEP_TAKEN, KEEP_UNTAKEN = 60.0, 3600.0  # seconds
 _RETRY = 1.0
 _OF_THE_USER = (InvalidRequest, FailedPrecondition, NotFound, Conflict, PermissionDenied)
 
 
-class Future:
-    """One call. `queue_state` says what it waits for, in the client's words; `reason` explains it."""
+class Pending:
+    """Calls without an answer, and the bytes of their requests."""
 
-    def __init__(self, request_id: str, session_id: str, tenant: str, digest: bytes) -> None:
+    def __init__(self) -> None:
+        self.calls = self.bytes = 0
+
+    def count(self, sign: int, held: int) -> None:
+        """One more of them, or one less."""
+        self.calls += sign
+        self.bytes += sign * held
+
+    @property
+    def full(self) -> bool:
+        """No more may come."""
+        return self.calls >= MAX_PENDING or self.bytes >= MAX_REQUEST_BYTES
+
+
+class Future:
+    """One call, of a request of `held` bytes. `early`: it waits for calls before it that haven't come.
+    `queue_state` says what it waits for, in the client's words; `reason` explains it."""
+
+    def __init__(self, request_id: str, session_id: str, tenant: str, digest: bytes, held: int) -> None:
         self.request_id, self.session_id, self.tenant, self.digest = request_id, session_id, tenant, digest
+        self.held, self.early = held, False
         self.done = asyncio.Event()
         self.answer: Answer | None = None
         self.error: CoserveError | None = None
@@ -65,7 +85,7 @@ class Futures:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._by_id: dict[str, Future] = {}
-        self._pending = 0
+        self._pending = {early: Pending() for early in (False, True)}
         self._bytes = 0
 
     def known(self, request_id: str, digest: bytes) -> Future | None:
@@ -77,21 +97,36 @@ class Futures:
             )
         return found
 
-    def make(self, request_id: str, session_id: str, tenant: str, digest: bytes) -> Future:
-        """A new one. RateLimited while too many are pending."""
-        self.check_room()
-        future = self._by_id[request_id] = Future(request_id, session_id, tenant, digest)
-        self._pending += 1
-        return future
-
-    def check_room(self) -> None:
-        """Raise RateLimited while too many are pending."""
-        if self._pending >= MAX_PENDING:
+    def make(
+        self,
+        request_id: str,
+        session_id: str,
+        tenant: str,
+        digest: bytes,
+        *,
+        held: int = 0,
+        early: bool = False,
+    ) -> Future:
+        """A new one. RateLimited while too many are pending: those that are early have room of their own, so
+        that the one they wait for finds some."""
+        pending = self._pending[early]
+        if pending.full:
             raise RateLimited(
-                f"{self._pending} calls are waiting for their answers; try again once some are there.",
+                f"{pending.calls} calls are waiting for their answers; try again once some are there.",
                 retry_after=_RETRY,
                 code="too_many_pending",
             )
+        future = self._by_id[request_id] = Future(request_id, session_id, tenant, digest, held)
+        future.early = early
+        pending.count(1, held)
+        return future
+
+    def in_turn(self, future: Future) -> None:
+        """All calls before it are there."""
+        if future.early and not future.done.is_set():
+            self._pending[True].count(-1, future.held)
+            self._pending[False].count(1, future.held)
+        future.early = False
 
     def begin(self, future: Future, work: Awaitable[Answer]) -> asyncio.Task[None]:
         """Run what gives the answer."""
@@ -125,7 +160,7 @@ class Futures:
     def _end(self, future: Future) -> None:
         future.ended = self._clock()
         future.done.set()
-        self._pending -= 1
+        self._pending[future.early].count(-1, future.held)
         if future.request_id in self._by_id:
             self._bytes += future.size
             self._make_room()

@@ -73,6 +73,10 @@ class TrainedModel:
         """The number of a call that has none."""
         return max([self._next, *(seq + 1 for seq in self._early)])
 
+    def is_early(self, seq: int) -> bool:
+        """Calls before this number haven't come."""
+        return seq > self._next
+
     def skip(self, seq: int) -> None:
         """A call with this number was refused: those behind need not wait for it."""
         if seq == self._next:
@@ -103,7 +107,9 @@ class TrainedModel:
     def _advance(self) -> None:
         while self._next in self._early or self._next in self._skipped:
             if self._next in self._early:
-                self._calls.put_nowait(self._early.pop(self._next))
+                call = self._early.pop(self._next)
+                self._futures.in_turn(call.future)
+                self._calls.put_nowait(call)
             self._next += 1
 
     async def _run(self) -> None:
@@ -175,8 +181,8 @@ class Models:
                 if start is not None:
                     await self._call(model, Load(directory=start.folder, optimizer=optimizer))
                 await self._runs.put(run)
-            except BaseException:
-                self.forget(model)
+            except CoserveError:
+                await self.unload(model)
                 raise
             if start is not None:
                 return plain(type="load_weights", path=start.path, model_id=run.id)
@@ -210,8 +216,8 @@ class Models:
             share=self._auth.weight(run.tenant),
             method="calls",
         )
+        model.engine = self._life()  # from now on an unload has to tell it
         await self._engine.open_model(spec)
-        model.engine = self._life()
 
     def _life(self) -> int:
         return self._engine.info.pid if self._engine.info is not None else 0
@@ -246,17 +252,27 @@ class Models:
     # ------------------------------------------------------------------ calls
 
     def submit(
-        self, model: TrainedModel, seq: int | None, digest: bytes, work: Work, *, alone: bool = False
+        self,
+        model: TrainedModel,
+        seq: int | None,
+        digest: bytes,
+        work: Work,
+        *,
+        held: int = 0,
+        alone: bool = False,
     ) -> Future:
-        """Do `work` in the turn of its number; the same future for the same request again."""
+        """Do `work`, of a request of `held` bytes, in the turn of its number; the same future for the same
+        request again."""
         number = model.next_free() if seq is None else seq
         request_id = f"{model.id}:{number}"
         known = self._futures.known(request_id, digest)
         if known is not None:
             return known
         model.check(number)
-        future = self._futures.make(request_id, model.session.id, model.run.tenant, digest)
+        session, tenant, early = model.session.id, model.run.tenant, model.is_early(number)
+        future = self._futures.make(request_id, session, tenant, digest, held=held, early=early)
         model.run = replace(model.run, seen_at=time.time())
+        self._runs.seen(model.run)
         model.add(number, _Call(future, work, alone))
         return future
 

@@ -119,7 +119,8 @@ def _datum_from_json(fields: Fields) -> RawDatum:
             raise given.fail(name, "is sparse; send it dense.")
         dtype = _DTYPES[tensor.choice("dtype", tuple(_DTYPES)) or "float32"]
         try:
-            values = np.asarray(tensor.array("data") or [], dtype=dtype)
+            with np.errstate(over="ignore"):  # what becomes infinite is refused as that
+                values = np.asarray(tensor.array("data") or [], dtype=dtype)
         except (ValueError, TypeError, OverflowError):
             raise tensor.fail("data", "must be a flat array of numbers.") from None
         shape = tensor.integers("shape")

@@ -99,6 +99,10 @@ class Runs:
         await self._database.run(lambda db: store.put_run(db, run))
         self._runs[run.id] = run
 
+    def seen(self, run: Run) -> None:
+        """Something was asked of it; kept with its next save."""
+        self._runs[run.id] = run
+
     def new_folder(self) -> Path:
         """Where the next save's files go."""
         return self._state.tinker / uuid.uuid4().hex

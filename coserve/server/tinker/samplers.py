@@ -20,13 +20,14 @@ PATIENCE = 600.0  # seconds that a sample waits for a limit or for the engine be
 
 @dataclass(frozen=True)
 class Sampler:
-    """`path` None: the base."""
+    """`path` None: the base. `digest` is that of what was saved there when it was made."""
 
     id: str
     session_id: str
     tenant: str
     base_model: str
     path: str | None
+    digest: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from coserve.core.sampling_params import SamplingParams
+from coserve.errors import Gone
 from coserve.server.application.sampling import SamplingRequest
 from coserve.server.auth import USE, Key, tenant_of
 from coserve.server.context import Context
@@ -69,7 +70,8 @@ class _Sampling:
         if seq is None:
             raise fields.fail("sampling_session_seq_id", "is required.")
         base, path = self._weights(fields, request.state.key)
-        sampler = Sampler(f"{session.id}:sample:{seq}", session.id, session.tenant, base, path)
+        digest = "" if path is None else self._tinker.runs.saved(path, request.state.key).digest
+        sampler = Sampler(f"{session.id}:sample:{seq}", session.id, session.tenant, base, path, digest)
         if sampler.id not in session.sampler_ids:
             session.sampler_ids.append(sampler.id)
         elif self._tinker.samplers.get(sampler.id, request.state.key) != sampler:
@@ -99,10 +101,10 @@ class _Sampling:
     async def sample(self, request: Request) -> Response:
         """Sample from a sampling session's weights, or from those that the request names."""
         fields, key = await read_fields(request, _SAMPLE, "sample"), request.state.key
-        sampler_id, session_id = fields.string("sampling_session_id"), ""
+        sampler_id, session_id, digest = fields.string("sampling_session_id"), "", None
         if sampler_id is not None:
             sampler = self._tinker.samplers.get(sampler_id, key)
-            session_id, path = sampler.session_id, sampler.path
+            session_id, path, digest = sampler.session_id, sampler.path, sampler.digest
             self._tinker.sessions.get(session_id, key)  # a sign of life
             seq = fields.integer("seq_id", None, 0)
             if seq is None:
@@ -111,15 +113,17 @@ class _Sampling:
         else:
             _, path = self._weights(fields, key)
             request_id = f"sample:{secrets.token_hex(16)}"
-        call, digest = self._read(fields), digest_of(fields)
+        call, body = self._read(fields), digest_of(fields)
         futures = self._tinker.futures
-        future = futures.known(request_id, digest)
+        future = futures.known(request_id, body)
         if future is None:
             if path is not None:
-                self._tinker.runs.saved(path, key, "model_path")
+                saved = self._tinker.runs.saved(path, key, "model_path")
+                if digest not in (None, saved.digest):
+                    raise Gone(f"Other weights were saved at {path}.", param="sampling_session_id")
             target = self._context.adapters.resolve(path or self._tinker.base.name, key)
             service = self._context.tiers.read(Fields({}), key)
-            future = futures.make(request_id, session_id, tenant_of(key), digest)
+            future = futures.make(request_id, session_id, tenant_of(key), body)
             future.can_be_cancelled = True
             futures.begin(future, self._tinker.samplers.sample(call, target, service, future))
         return _response(future, call.request.n)

@@ -164,7 +164,7 @@ class _Training:
         async def call() -> Pass:
             return await prepared(partial(passes.pass_from_protobuf, message, limits), len(body))
 
-        return await self._submit_pass(model, message.seq_id, hashlib.sha256(body).digest(), call)
+        return await self._submit_pass(model, message.seq_id, hashlib.sha256(body).digest(), call, len(body))
 
     async def _pass_from_json(self, request: Request, name: str, *, backward: bool) -> Response:
         fields = await read_json(request)
@@ -179,10 +179,15 @@ class _Training:
             plain = Fields(given.body)  # its fields go by the same names as in protobuf
             return await prepared(partial(passes.pass_from_json, plain, backward, limits), size)
 
-        return await self._submit_pass(model, seq, digest_of(fields), call)
+        return await self._submit_pass(model, seq, digest_of(fields), call, size)
 
     async def _submit_pass(
-        self, model: TrainedModel, seq: int | None, digest: bytes, make: Callable[[], Awaitable[Pass]]
+        self,
+        model: TrainedModel,
+        seq: int | None,
+        digest: bytes,
+        make: Callable[[], Awaitable[Pass]],
+        size: int,
     ) -> Response:
         try:
             call = await make()
@@ -190,7 +195,8 @@ class _Training:
             _skip(model, seq)
             raise
         work = self._tinker.models.run_pass(model, call)
-        return future_response(self._tinker.models.submit(model, seq, digest, work), model.id)
+        future = self._tinker.models.submit(model, seq, digest, work, held=size)
+        return future_response(future, model.id)
 
     async def optim_step(self, request: Request) -> Response:
         """One step of AdamW with the gradients since the last, with the settings that it brings along."""
@@ -245,7 +251,8 @@ class _Training:
 
             def begin(saved: Saved) -> str:
                 session, base = model.session, model.run.base_model
-                self._tinker.samplers.add(Sampler(sampler_id, session.id, session.tenant, base, saved.path))
+                sampler = Sampler(sampler_id, session.id, session.tenant, base, saved.path, saved.digest)
+                self._tinker.samplers.add(sampler)
                 session.sampler_ids.append(sampler_id)
                 return sampler_id
 
@@ -254,7 +261,7 @@ class _Training:
             raise fields.fail("path", "or sampling_session_seq_id is required.")
         Runs.check_name(name)
         return self._tinker.models.save(
-            model, name, ttl=ttl, overwrite=True, user_metadata=metadata, kind=SAMPLER
+            model, name, ttl=ttl, overwrite=False, user_metadata=metadata, kind=SAMPLER
         )
 
     async def load_weights(self, request: Request) -> Response:
