@@ -41,7 +41,7 @@ from coserve.training.trainable_adapter import TrainableAdapter
 from coserve.training.unit_calls import never
 from coserve.worker.kv_tensors import KVTensors
 
-GROUP = 32  # microbatches at a time: making many takes long, and a step may not wait for that
+GROUP = 8  # microbatches at a time: making one takes some milliseconds, and a step waits for that
 
 Outcome = CallResult | CoserveError
 
