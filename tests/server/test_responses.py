@@ -263,6 +263,20 @@ def test_the_store_is_bounded_and_each_key_has_its_own() -> None:
     assert len(store) == 1
 
 
+def test_nobody_pushes_out_those_of_others() -> None:
+    by_count, by_bytes = ResponseStore(max_responses=4), ResponseStore(max_bytes=4_000)
+    for store, text in ((by_count, ""), (by_bytes, "x" * 900)):
+        store.keep(StoredResponse({"id": "mine", "text": text}, (), (), "quiet"))
+        for number in range(50):
+            store.keep(StoredResponse({"id": f"r{number}", "text": text}, (), (), "busy"))
+        assert store.get("mine", "quiet").id == "mine" and store.get("r49", "busy").id == "r49"
+        assert len(store) <= 4
+        store.delete("mine", "quiet")
+        assert len(store) <= 3
+        with pytest.raises(Exception, match="no response"):
+            store.delete("mine", "quiet")
+
+
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerThread]:
     server = ServerThread(tmp_path_factory.mktemp("keyed") / "s", api_keys=("one", "two"))

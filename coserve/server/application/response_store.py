@@ -36,31 +36,56 @@ class StoredResponse:
         return str(self.body["id"])
 
 
+class _Kept:
+    """One tenant's responses, oldest first, and their bytes of JSON."""
+
+    def __init__(self) -> None:
+        self.responses: OrderedDict[str, tuple[StoredResponse, int]] = OrderedDict()
+        self.bytes = 0
+
+    def add(self, response: StoredResponse) -> None:
+        size = len(msgspec.json.encode((response.body, response.items, response.messages)))
+        self.responses[response.id] = (response, size)
+        self.bytes += size
+
+    def remove(self, response_id: str) -> None:
+        _, size = self.responses.pop(response_id)
+        self.bytes -= size
+
+
 class ResponseStore:
-    """The newest responses, at most so many and of so many bytes of JSON."""
+    """The newest responses, at most so many and so many bytes of JSON. Where there is no room the oldest of
+    the tenant that has most go: nobody pushes out those of others who have less."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self._max_responses = max_responses
         self._max_bytes = max_bytes
-        self._bytes = 0
-        self._kept: OrderedDict[str, tuple[StoredResponse, int]] = OrderedDict()
+        self._tenants: dict[str, _Kept] = {}
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return sum(len(kept.responses) for kept in self._tenants.values())
 
     def keep(self, response: StoredResponse) -> None:
-        """Keep one more; the oldest go where there is no room."""
-        size = len(msgspec.json.encode((response.body, response.items, response.messages)))
-        self._kept[response.id] = (response, size)
-        self._bytes += size
-        while len(self._kept) > self._max_responses or self._bytes > self._max_bytes:
-            _, (_, freed) = self._kept.popitem(last=False)
-            self._bytes -= freed
+        """Keep one more; others go where there is no room."""
+        self._tenants.setdefault(response.tenant, _Kept()).add(response)
+        while len(self) > self._max_responses:
+            self._drop_oldest(max(self._tenants, key=lambda name: len(self._tenants[name].responses)))
+        while sum(kept.bytes for kept in self._tenants.values()) > self._max_bytes:
+            self._drop_oldest(max(self._tenants, key=lambda name: self._tenants[name].bytes))
+
+    def _drop_oldest(self, tenant: str) -> None:
+        self._remove(next(iter(self._tenants[tenant].responses)), tenant)
+
+    def _remove(self, response_id: str, tenant: str) -> None:
+        self._tenants[tenant].remove(response_id)
+        if not self._tenants[tenant].responses:
+            del self._tenants[tenant]
 
     def get(self, response_id: str, tenant: str) -> StoredResponse:
         """One by its id; NotFound, also for those of others."""
-        found = self._kept.get(response_id)
-        if found is None or found[0].tenant != tenant:
+        kept = self._tenants.get(tenant)
+        found = kept.responses.get(response_id) if kept is not None else None
+        if found is None:
             raise NotFound(
                 f"There is no response {response_id[:80]!r}: it was deleted or not kept.", param="id"
             )
@@ -82,5 +107,4 @@ class ResponseStore:
     def delete(self, response_id: str, tenant: str) -> None:
         """Forget one; NotFound."""
         self.get(response_id, tenant)
-        _, freed = self._kept.pop(response_id)
-        self._bytes -= freed
+        self._remove(response_id, tenant)
