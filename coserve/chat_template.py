@@ -21,6 +21,7 @@ import jinja2.parser
 import jinja2.sandbox
 
 from coserve.errors import ConfigError, InvalidRequest
+from coserve.tool_prompt import with_tools
 
 Message = Mapping[str, Any]
 
@@ -114,7 +115,7 @@ class ChatTemplate:
                 "continue_final_message and add_generation_prompt exclude each other; set one of them",
                 param="continue_final_message",
             )
-        plain = [plain_message(message) for message in messages]
+        plain = with_tools([plain_message(message) for message in messages], tools, self.source)
         if continue_final_message:
             _mark_final_message(plain)
         context = {

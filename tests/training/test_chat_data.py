@@ -91,6 +91,23 @@ def test_parts_and_tool_calls():
     assert trained_text(encode(row, tokenizer)) == ['[f {"x": "ü"}]<|end|>', "it is 42<|end|>"]
 
 
+def test_templates_that_know_no_tools_show_them_as_when_serving():
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    messages = [
+        USER,
+        {"role": "assistant", "content": "Let me see.", "tool_calls": [call, call]},
+        {"role": "tool", "content": "41", "tool_call_id": "c"},
+        {"role": "tool", "content": "42", "tool_call_id": "c"},
+        ANSWER,
+    ]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    example = encode(chat(*messages, tools=tools), TOKENIZER)
+    called = '\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    assert trained_text(example) == [f"Let me see.{called * 2}<|end|>", "hello<|end|>"]
+    assert example.token_ids == TOKENIZER.encode_chat(messages, tools, add_generation_prompt=False)
+    assert '<tools>\n{"type": "function"' in example.text and "<tool_response>\n42" in example.text
+
+
 def test_completions_train_the_completion_and_one_end_token():
     example = encode({"prompt": "hello", "completion": " world"}, TOKENIZER)
     assert trained_text(example) == [" world<|end|>"]

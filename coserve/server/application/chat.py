@@ -15,7 +15,6 @@ from coserve.server.application.chat_settings import ChatSettings
 from coserve.server.application.sampling import SamplingRequest
 from coserve.server.application.tool_calling import grammar
 from coserve.server.application.tool_calling.formats import JSON_LIST, ToolFormat
-from coserve.server.application.tool_calling.prompt import in_system_message, reads_system_message, with_tools
 from coserve.server.application.tool_calling.request import ToolUse, read_tool_use
 from coserve.server.fields import Fields
 from coserve.tokenizer import Tokenizer
@@ -79,11 +78,10 @@ def read_conversation(fields: Fields, chat: ChatSettings) -> Conversation:
     continues = fields.boolean("continue_final_message")
     if continues and fields.has("add_generation_prompt") and add_prompt:
         raise fields.fail("continue_final_message", "can't be combined with add_generation_prompt.")
-    tools = use.tools if use is not None else None
     template = _template(fields, chat)
     text = chat.tokenizer.render_chat(
-        _told(messages, tools, template),
-        tools,
+        messages,
+        use.tools if use is not None else None,
         add_generation_prompt=add_prompt and not continues,
         continue_final_message=continues,
         template=fields.string("chat_template"),
@@ -160,15 +158,6 @@ def _template(fields: Fields, chat: ChatSettings) -> str | None:
             "is taken from requests only by a server started with --trust-request-chat-template.",
         )
     return source
-
-
-def _told(
-    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, template: str | None
-) -> list[dict[str, Any]]:
-    """The messages with the tools in them, where the template has no variable for those."""
-    if not _knows(template, "tools"):
-        return with_tools(messages, tools)
-    return in_system_message(messages, tools) if reads_system_message(template or "") else messages
 
 
 def _knows(template: str | None, variable: str) -> bool:

@@ -136,7 +136,7 @@ def choose(parser: str, template: str | None) -> ToolFormat | None:
         return _variant(form, template)
     if template is None:
         return None
-    if "tools" not in template:
+    if "tools" not in template and "tool_calls" not in template:
         return HERMES
     found = next((FORMATS[name] for sign, name in _SIGNS if sign in template), None)
     return _variant(found, template) if found is not None else None
