@@ -22,7 +22,6 @@ from pathlib import Path
 
 import msgspec
 import uvicorn
-import uvloop
 from starlette.types import ASGIApp
 
 from coserve import log
@@ -53,6 +52,7 @@ from coserve.server.grpc_server import GrpcServer
 from coserve.server.health import metrics_app
 from coserve.server.http_protocol import bounded
 from coserve.server.keys_reload import KeysReload
+from coserve.server.loop import Loop
 from coserve.server.quotas import Quotas
 from coserve.server.service_tiers import ServiceTiers
 from coserve.server.state_dir import StateDir
@@ -79,7 +79,7 @@ def run_server(config: ServerConfig) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time; the cores are the engine's
     sys.setswitchinterval(_SWITCH_INTERVAL)
     _allow_connections()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=Loop) as runner:
         return runner.run(_serve(config))
 
 

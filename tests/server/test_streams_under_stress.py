@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import selectors
+import signal
 import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -170,12 +172,32 @@ def test_one_of_several_answers_that_are_not_read(pushed: ServerThread) -> None:
     assert len(engine.aborted) == before + 3
 
 
+def test_a_server_with_calls_under_way_stops_without_a_traceback(tmp_path: Path) -> None:
+    with Served(tmp_path / "state", "--shutdown-timeout", "1") as server:
+        assert read_calls(server.grpc, 5, 20) == [20] * 5
+        sampling = pb.SamplingParams(max_tokens=1900, ignore_eos=True)
+        with grpc.insecure_channel(server.grpc) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            calls = [
+                stub.Generate(pb.GenerateRequest(prompt="Go on.", sampling_params=sampling)) for _ in range(3)
+            ]
+            for call in calls:
+                next(call)
+            server.process.send_signal(signal.SIGTERM)
+            for call in calls:  # ended by the server, or whole where it was quick
+                with suppress(grpc.RpcError):
+                    list(call)
+            assert server.process.wait(30) == 0
+    log = (tmp_path / "state.log").read_text()
+    assert "Traceback" not in log and "draining" in log
+
+
 def test_more_than_may_wait_are_refused_with_a_time(tmp_path: Path) -> None:
     flags = ("--max-num-seqs", "2", "--max-num-queued-reqs", "2")
     with Served(tmp_path / "state", *flags) as server:
 
         def one(number: int) -> httpx.Response:
-            content = body(200, stream=False, seed=number)
+            content = body(80, stream=False, seed=number)
             return httpx.post(f"{server.url}{CHAT}", json=content, timeout=60)
 
         with ThreadPoolExecutor(24) as threads:
