@@ -370,6 +370,12 @@ def test_templates_that_read_tools_from_the_system_message(http: httpx.Client, s
     )
 
 
+def test_tools_that_a_template_would_drop_are_refused(http: httpx.Client) -> None:
+    body = {"messages": HELLO, "tools": TOOLS, "chat_template": "{{ messages[0].tool_calls }}"}
+    response = http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400 and response.json()["error"]["param"] == "tools"
+
+
 def test_what_only_some_servers_take(strict_server: ServerThread) -> None:
     with strict_server.http() as http:
         for fields, param in (

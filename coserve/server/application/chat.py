@@ -79,6 +79,8 @@ def read_conversation(fields: Fields, chat: ChatSettings) -> Conversation:
     if continues and fields.has("add_generation_prompt") and add_prompt:
         raise fields.fail("continue_final_message", "can't be combined with add_generation_prompt.")
     template = _template(fields, chat)
+    if use is not None and _knows(template, "tool_calls") and not _knows(template, "tools"):
+        raise fields.fail("tools", "aren't read by this model's template; give another by --chat-template.")
     text = chat.tokenizer.render_chat(
         messages,
         use.tools if use is not None else None,
