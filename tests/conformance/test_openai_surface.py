@@ -117,6 +117,19 @@ def test_a_salt_keeps_the_cache_to_itself(client: openai.OpenAI, how: dict) -> N
     ]  # fmt: skip
 
 
+def test_cached_tokens_count_each_prompt_once(client: openai.OpenAI, served: Served) -> None:
+    prompts = [f"{number} " + "red white " * 40 for number in (1, 2)]
+
+    def cached() -> int:
+        made = client.completions.create(model=served.model, prompt=prompts, n=2, max_tokens=1, temperature=0)
+        assert made.usage is not None and made.usage.prompt_tokens_details is not None
+        return made.usage.prompt_tokens_details.cached_tokens or 0
+
+    cached()
+    lengths = [len(TOKENIZER.encode(prompt)) for prompt in prompts]
+    assert cached() == sum((length - 1) // 16 * 16 for length in lengths)
+
+
 def test_prompts_as_text_ids_and_batches(client: openai.OpenAI, served: Served) -> None:
     ids = TOKENIZER.encode("Once upon")
     made = [

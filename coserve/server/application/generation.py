@@ -45,17 +45,26 @@ class Sample:
 @dataclass
 class Usage:
     """Token counts of an answer: each prompt once, completions summed; `reasoning_tokens` are those of the
-    completions that thought."""
+    completions that thought. `n` samples have one prompt; `cached` counts by prompt what most was found of it
+    in the prefix cache."""
 
     prompt_tokens: int = 0
+    n: int = 1
     completion_tokens: int = 0
-    cached_tokens: int = 0
     reasoning_tokens: int = 0
+    cached: dict[int, int] = field(default_factory=dict)
 
     def add(self, delta: Delta) -> None:
         """Count one piece of the output."""
         self.completion_tokens += len(delta.token_ids)
-        self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
+        if delta.cached_tokens:
+            prompt = delta.index // self.n
+            self.cached[prompt] = max(self.cached.get(prompt, 0), delta.cached_tokens)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompts, found in the prefix cache."""
+        return sum(self.cached.values())
 
     @property
     def total_tokens(self) -> int:
@@ -106,7 +115,7 @@ class Generation:
         self.prompts = prompts
         self.request_id = request_id
         self.samples = generator.samples(request, prompts)
-        self.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in prompts))
+        self.usage = Usage(sum(len(prompt) for prompt in prompts), request.n)
         self.snapshot: str | None = None
         self._lengths: dict[int, list[int]] = {}  # tokens of ended samples, by prompt
 
