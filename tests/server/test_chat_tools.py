@@ -218,6 +218,8 @@ REFUSED = [
     ),
     ({"messages": [{"role": "user", "content": "x", "tool_calls": [named("f")]}]}, "messages[0].tool_calls"),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),
+    ({"chat_template_kwargs": {"template": "x"}}, "chat_template_kwargs.template"),
+    ({"chat_template_kwargs": {"self": "x"}}, "chat_template_kwargs.self"),
     ({"messages": [{"role": "tool", "content": "x", "tool_call_id": 3}]}, "messages[0].tool_call_id"),
     ({"messages": [{"role": "user", "content": "x", "name": 3}]}, "messages[0].name"),
     ({"messages": [{"role": "assistant", "content": "x", "reasoning": 3}]}, "messages[0].reasoning"),

@@ -19,7 +19,9 @@ from coserve.server.application.tool_calling.request import ToolUse, read_tool_u
 from coserve.server.fields import Fields
 from coserve.tokenizer import Tokenizer
 
-_RESERVED = frozenset({"self", "messages", "tools", "add_generation_prompt", "continue_final_message"})
+_RESERVED = frozenset(
+    {"self", "messages", "tools", "template", "add_generation_prompt", "continue_final_message"}
+)
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
