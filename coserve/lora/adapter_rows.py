@@ -114,7 +114,7 @@ def _module(
         place = 0 if is_head else layer
         a_LRK[place, : len(module.a_RK)] = module.a_RK
         b_LRN[place, : len(module.a_RK)] = (module.b_NR.float() * module.scale).t()
-    if not (bool(a_LRK.isfinite().all()) and bool(b_LRN.isfinite().all())):
+    if not (_is_finite(a_LRK) and _is_finite(b_LRN)):
         whole = a_LRK.isfinite().flatten(1).all(1) & b_LRN.isfinite().flatten(1).all(1)
         layer = next(layer for layer, _ in of_layers if not whole[0 if is_head else layer])
         raise InvalidRequest(
@@ -122,3 +122,9 @@ def _module(
             param="lora_path",
         )
     return a_LRK, b_LRN
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """By its largest value, which no comparison finds small where one isn't a number: in bf16 twenty times as
+    fast as `isfinite`."""
+    return bool(tensor.abs().max() < float("inf"))

@@ -15,13 +15,15 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from safetensors.torch import load_file, save_file
 
 from coserve.core.adapter_slots import AdapterSlots
-from coserve.errors import CoserveError, FailedPrecondition, NotFound
+from coserve.errors import CoserveError, FailedPrecondition, InvalidRequest, NotFound
 from coserve.lora.adapter import HostAdapter, load_adapter
 from coserve.lora.adapter_pool import AdapterPool
 from coserve.lora.adapter_rows import load_rows
 from coserve.lora.adapter_tiers import AdapterTiers
+from coserve.lora.peft_files import read_adapter_info
 from coserve.models.config import ModelConfig
 
 
@@ -419,3 +421,17 @@ def test_whatever_comes_when(config: ModelConfig, saved: list[Path]) -> None:
     )
     kind.TestCase("runTest").runTest()
     assert kind.served > 50
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("side", ["A", "B"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_that_are_not_finite_are_refused_by_module(config, save_adapter, side, value, dtype) -> None:
+    path = save_adapter(target_modules=["q_proj", "v_proj"])
+    tensors = load_file(path / "adapter_model.safetensors")
+    name = f"base_model.model.model.layers.1.self_attn.v_proj.lora_{side}.weight"
+    tensors[name][0, 0] = value
+    save_file(tensors, path / "adapter_model.safetensors")
+    digest = read_adapter_info(path, config, None).digest
+    with pytest.raises(InvalidRequest, match=r"layers\.1\.self_attn\.v_proj holds values"):
+        load_rows(path, config, dtype, digest=digest, max_rows=8)
