@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 MAX_TARGET_BYTES = 16 * 2**10  # of the request line: path and query
 MAX_HEADERS = 128
 MAX_HEAD_BYTES = 64 * 2**10  # names and values of all headers
+MAX_PIPELINED = 16  # requests that wait for the answer to the one before
 MIN_RATE = 256  # bytes a second of a body, over one timeout
 _LINGER_BYTES = 2**20  # that a refused client may still send
 _LINGER = 2.0  # seconds in which a refused client may still send: a reset would take the answer from it
@@ -92,6 +93,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._fault = _TARGET_TOO_LONG
         elif len(self.headers) > MAX_HEADERS or size > MAX_HEAD_BYTES:
             self._fault = _HEAD_TOO_LARGE
+        elif len(self.pipeline) >= MAX_PIPELINED:
+            self._fault = _TOO_MANY
         if self._fault is not None:
             raise ValueError(self._fault[1])
         super().on_headers_complete()
@@ -178,6 +181,11 @@ _HEAD_TOO_LARGE = (
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
     "headers_too_large",
     f"The headers are over the limit of {MAX_HEADERS}, or of {MAX_HEAD_BYTES} bytes.",
+)
+_TOO_MANY = (
+    HTTPStatus.BAD_REQUEST,
+    "too_many_pipelined",
+    f"More than {MAX_PIPELINED} requests wait on this connection.",
 )
 _TARGET_TOO_LONG = (
     HTTPStatus.REQUEST_URI_TOO_LONG,

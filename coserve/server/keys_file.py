@@ -30,11 +30,12 @@ _MODELS = re.compile(r"[\w.:/*?-]{1,200}", re.ASCII)
 @dataclass(frozen=True)
 class KeysFile:
     """What the file says; `classes` are its own ones, `defaults` the limits (`LIMITS`) of keys without any of
-    their own, those of the flags too."""
+    their own, those of the flags too. `has_plain_keys` says whether a key stands in it as it is."""
 
     keys: tuple[Key, ...] = ()
     classes: tuple[LatencyClass, ...] = ()
     defaults: Mapping[str, int] = field(default_factory=dict)
+    has_plain_keys: bool = False
 
 
 def read_keys_file(path: str, default: LatencyTargets) -> KeysFile:
@@ -58,7 +59,8 @@ def read_keys_file(path: str, default: LatencyTargets) -> KeysFile:
         for place, key in enumerate(keys):
             if key.sha256 in [other.sha256 for other in keys[:place]]:
                 raise InvalidRequest(f"keys[{place}] is there twice.")
-        return KeysFile(keys, classes, defaults)
+        plain = any(entry.has("key") for entry in _entries(data, "keys"))
+        return KeysFile(keys, classes, defaults, plain)
     except InvalidRequest as error:
         raise ConfigError(f"--keys-file: {error.message}", param="keys_file") from None
 

@@ -30,7 +30,7 @@ class KeysReload:
         self._config = config
         self._default = default
         self._stamp = self._look()
-        self.file: KeysFile = read_keys_file(config.keys_file, default)
+        self.file = self._read()
         self.auth = Authenticator.from_config(
             config.api_keys, config.admin_api_keys, self.file.keys, self.file.defaults
         )
@@ -39,7 +39,7 @@ class KeysReload:
         """Read the file again; the log says what came of it."""
         self._stamp = self._look()
         try:
-            file = read_keys_file(self._config.keys_file, self._default)
+            file = self._read()
             if file.classes != self.file.classes:
                 raise ConfigError("--keys-file: its latency classes have changed; they need a restart.")
             self.auth.take(
@@ -59,6 +59,12 @@ class KeysReload:
             await asyncio.sleep(every)
             if self._look() != self._stamp:
                 self.reload()
+
+    def _read(self) -> KeysFile:
+        file = read_keys_file(self._config.keys_file, self._default)
+        if file.has_plain_keys and os.stat(self._config.keys_file).st_mode & 0o077:
+            logger.warning("others may read the keys in --keys-file: chmod 600, or sha256 in place of key")
+        return file
 
     def _look(self) -> _Stamp:
         """What tells one file from another under the same name; None while there is none."""

@@ -33,7 +33,8 @@ class StateDir:
         self.engine_log = self.root / "engine.log"
         self.latency_model = self.root / "latency_model.json"
         try:
-            for folder in (self.root, self.files, self.uploads, self.jobs, self.adapters, self.tinker):
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds training data
+            for folder in (self.files, self.uploads, self.jobs, self.adapters, self.tinker):
                 folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.root / "lock")
         except OSError as error:

@@ -14,7 +14,7 @@ import pytest
 from coserve.errors import ConfigError, Unavailable
 from coserve.server.cors import Cors
 from coserve.server.http import BodyMemory
-from coserve.server.http_protocol import MAX_HEAD_BYTES, MAX_HEADERS, MAX_TARGET_BYTES
+from coserve.server.http_protocol import MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED, MAX_TARGET_BYTES
 from tests.server.running import BASE, ServerThread, wait_for
 
 TIMEOUT = 0.4
@@ -179,6 +179,13 @@ def test_pipelined_requests_are_answered_in_order_before_what_is_broken(bounded:
         raw.send(good + good + b"nonsense\r\n\r\n")
         answer = raw.rest()
     assert answer.count(b"HTTP/1.1 200 ") == 2
+
+
+def test_a_heap_of_pipelined_requests(bounded: ServerThread) -> None:
+    """Each would hold its place in memory: those over the limit aren't read."""
+    with Raw(bounded) as raw:
+        raw.send(request("/v1/models", method="GET", body=b"") * 300)
+        assert raw.rest().count(b"HTTP/1.1 200 ") == MAX_PIPELINED + 1
 
 
 # ---------------------------------------------------------------------- stalling

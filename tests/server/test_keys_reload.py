@@ -16,6 +16,7 @@ from google.rpc.error_details_pb2 import RetryInfo
 from grpc_status import rpc_status
 
 from coserve.cli.main import run
+from coserve.config import EngineConfig, ServerConfig
 from coserve.core.slo import LatencyTargets
 from coserve.errors import ConfigError
 from coserve.server import keys_reload
@@ -166,6 +167,18 @@ def test_entries_that_are_refused(tmp_path: Path, entry: str, field: str) -> Non
     path.write_text(f"[[keys]]\n{entry}\n")
     with pytest.raises(ConfigError, match=field):
         read_keys_file(str(path), LatencyTargets())
+
+
+def test_keys_that_others_may_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "k.toml"
+    plain, hashed = '[[keys]]\nkey = "a"\n', f'[[keys]]\nsha256 = "{digest("a").hex()}"\n'
+    for text, mode, warned in ((plain, 0o644, True), (plain, 0o600, False), (hashed, 0o644, False)):
+        caplog.clear()
+        path.write_text(text)
+        path.chmod(mode)
+        config = ServerConfig(engine=EngineConfig(model=""), keys_file=str(path))
+        keys_reload.KeysReload(config, LatencyTargets())
+        assert ("chmod 600" in caplog.text) == warned
 
 
 # ---------------------------------------------------------------------- the command line

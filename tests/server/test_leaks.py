@@ -158,3 +158,7 @@ def test_where_the_state_lies_is_not_told(keyed: ServerThread, tmp_path: Path) -
     with keyed.http(KEY) as http:
         for path in ("/v1/adapters", "/v1/files", "/v1/fine_tuning/jobs", "/v1/aliases", "/version", "/load"):
             assert str(keyed.config.state_dir) not in http.get(path).text
+
+
+def test_the_state_is_for_the_server_alone(keyed: ServerThread) -> None:
+    assert Path(keyed.config.state_dir).stat().st_mode & 0o077 == 0
