@@ -209,6 +209,10 @@ def test_values_by_their_types() -> None:
     )
     (call,) = read(FORMATS["qwen3_coder"], text)[1]
     assert json.loads(call[1]) == {"city": "12", "days": "many", "o": {"a": [1]}}
+    text = "<tool_call><function=get><parameter=days>{}</parameter></function></tool_call>"
+    for odd in ("NaN", "1e999", "[1, Infinity]"):  # no JSON
+        assert json.loads(read(FORMATS["qwen3_coder"], text.format(odd))[1][0][1]) == {"days": odd}
+        assert json.loads(read(FORMATS["pythonic"], f"[f(x={odd})]")[1][0][1]) == {"x": odd}
     (call,) = read(FORMATS["pythonic"], "[f(x={'a': (1, None)}, s=true, y=[1.5, 'b)'])]")[1]
     assert json.loads(call[1]) == {"x": {"a": [1, None]}, "s": True, "y": [1.5, "b)"]}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 from coserve.server.application.tool_calling.events import Arguments, Event, NoCall, Opened, begun
 
@@ -59,23 +60,33 @@ class JsonScan:
 def call_in(text: str) -> tuple[str, str] | None:
     """(name, arguments as JSON text) that a JSON object describes, or None."""
     try:
-        data = json.loads(text)
+        data = loads(text)
+        name = data.get("name") or data.get("function") if isinstance(data, dict) else None
+        if not isinstance(name, str) or not name or not _is_text(name):
+            return None
+        arguments = data.get("arguments", data.get("parameters"))
+        if arguments is None:
+            return name, "{}"
+        if isinstance(arguments, str):
+            return (name, arguments) if _is_text(arguments) else None
+        return (name, as_json(arguments)) if isinstance(arguments, dict) else None
     except (ValueError, RecursionError):
         return None
-    name = data.get("name") or data.get("function") if isinstance(data, dict) else None
-    if not isinstance(name, str) or not name or not _is_text(name):
-        return None
-    arguments = data.get("arguments", data.get("parameters"))
-    if arguments is None:
-        return name, "{}"
-    if isinstance(arguments, str):
-        return (name, arguments) if _is_text(arguments) else None
-    return (name, as_json(arguments)) if isinstance(arguments, dict) else None
+
+
+def loads(text: str) -> Any:
+    """The value of JSON text; ValueError, also for the numbers that only Python knows."""
+    return json.loads(text, parse_constant=_no_number)
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
 
 
 def as_json(value: object) -> str:
-    """A value as JSON text that can be sent: half a surrogate pair stays an escape."""
-    text = json.dumps(value, ensure_ascii=False)
+    """A value as JSON text that can be sent: half a surrogate pair stays an escape. ValueError or TypeError
+    for what JSON can't say."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     return text if _is_text(text) else json.dumps(value)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from coserve.server.application.tool_calling.events import Arguments, Event, NoCall, Opened, begun
-from coserve.server.application.tool_calling.json_reader import as_json
+from coserve.server.application.tool_calling.json_reader import as_json, loads
 
 _FUNCTION = "<function="
 _PARAMETER = "<parameter="
@@ -188,6 +188,8 @@ def _typed(text: str) -> object:
     if text in _WORDS:
         return _WORDS[text]
     try:
-        return json.loads(text)
+        value = loads(text)
+        as_json(value)
     except (ValueError, RecursionError):
         return text
+    return value
