@@ -102,7 +102,7 @@ AllowedOrigins = Annotated[
 ]
 HttpTimeout = Annotated[
     float,
-    typer.Option(min=0.0, help="Seconds that an HTTP client may stall in, sending or reading; 0: any."),
+    typer.Option(min=0.0, help="Seconds that a client may stall in, sending (HTTP) or reading; 0: any."),
 ]
 KeysFile = Annotated[
     str, typer.Option(metavar="FILE", help="Keys with roles, limits and latency classes: TOML or JSON.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
@@ -15,6 +16,7 @@ from coserve.errors import CoserveError, InvalidRequest
 from coserve.server.auth import TUNE, USE, Authenticator, Key
 from coserve.server.context import Context
 from coserve.server.errors import grpc_code, grpc_status, internal_error
+from coserve.server.grpc_stalls import Stalls
 from coserve.server.http import request_id
 
 logger = logging.getLogger(__name__)
@@ -94,6 +96,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._stalls = Stalls(context.config.http_timeout)
 
     def _check(self, details: grpc.HandlerCallDetails, ours: bool) -> None:
         key = key_of(self._context, details.invocation_metadata)
@@ -170,13 +173,19 @@ class Guard(grpc.aio.ServerInterceptor):
     def _streaming(self, behaviour: Callable[..., AsyncIterator[Any]], count: _Count) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             count(context)
+            task, stalls = asyncio.current_task(), self._stalls
+            assert task is not None
             failure: Exception | None = None
             try:
                 async with aclosing(behaviour(request, context)) as answers:  # type: ignore[type-var]
                     async for answer in answers:
+                        stalls.begin(task)
                         yield answer
+                        stalls.end(task)
             except Exception as error:
                 failure = self._failed(error)
+            finally:
+                stalls.end(task)
             if failure is not None:
                 await abort(context, failure)
 

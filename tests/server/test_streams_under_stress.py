@@ -158,6 +158,23 @@ def test_a_call_that_is_not_read_is_cut_off(pushed: ServerThread) -> None:
     assert len(engine.aborted) == before + 1
 
 
+def test_a_call_that_stays_unread_ends(tmp_path: Path) -> None:
+    server = ServerThread(tmp_path, engine_class=PushEngine, http_timeout=1.0)
+    lifecycle = server.server.context.lifecycle
+    sampling = pb.SamplingParams(max_tokens=200_000, ignore_eos=True)
+    with server.channel() as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        call = stub.Generate(pb.GenerateRequest(prompt="Go on.", sampling_params=sampling))
+        next(call)
+        wait_for(lambda: lifecycle.in_flight == 0, 30)
+        assert len(server.engine.aborted) == 1
+        with pytest.raises(grpc.RpcError):
+            for _ in call:
+                pass
+        assert read_calls(server.server.grpc_address, 3, TOKENS) == [TOKENS] * 3
+    server.stop()
+
+
 def test_one_of_several_answers_that_are_not_read(pushed: ServerThread) -> None:
     """What n answers keep for their reader is bounded for each of them, and all of them end."""
     engine = pushed.engine
