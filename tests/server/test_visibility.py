@@ -325,6 +325,23 @@ def test_checkpoints_and_live_weights_go_by_the_adapters_name(
             assert status == 200 or answer.json()["error"]["code"] == "model_not_found"
 
 
+def test_a_name_out_of_sight_reads_like_one_that_is_not_there(
+    server: ServerThread, job: dict[str, Any]
+) -> None:
+    """Of whatever kind it is, to the letter."""
+    checkpoint = f"ftckpt-{job['id'].removeprefix('ftjob-')}-1"
+    for key, names in (
+        ("bob", (checkpoint, "a-3:ckpt-step-1", f"{job['id']}:live", "c")),
+        ("cat", (BASE, "c")),
+    ):
+        with server.http(key) as http:
+            for name in names:
+                said = http.post("/v1/completions", json={"prompt": "Hi", "model": name}).json()["error"]
+                assert said["message"] == f"The model {name!r} does not exist." and said["param"] == "model"
+            unnamed = http.post("/v1/completions", json={"prompt": "Hi"})
+            assert unnamed.status_code == (404 if BASE in names else 200)
+
+
 def test_uploads_in_parts_are_the_tenants_own(server: ServerThread) -> None:
     body = {"bytes": 3, "filename": "f", "mime_type": "text/jsonl", "purpose": "fine-tune"}
     with server.http("ann") as http:

@@ -58,7 +58,7 @@ class AdapterNames:
         if alias is None:
             return self._resolve(model, key)
         if not self.sees_alias(alias, key):
-            raise unknown_model(alias.name)
+            raise self._unknown(alias.name, key)
         return replace(self._resolve(alias.model, key), name=alias.name)
 
     def sees_alias(self, alias: Alias, key: Key | None) -> bool:
@@ -68,12 +68,12 @@ class AdapterNames:
     def _resolve(self, model: str | None, key: Key | None) -> Target:
         if model is None or self.is_base(model):
             if not sees(key, self._base.name):
-                raise unknown_model(self._base.name)
+                raise self._unknown(model or self._base.name, key)
             return Target(self._base.name, None, fingerprint=self._base.fingerprint)
         if model in self._checkpoints:
             checkpoint = self._checkpoints[model]
             if not checkpoint.seen_by(key, model):
-                raise unknown_model(model)
+                raise self._unknown(model, key)
             return self._target(model, checkpoint.reference)
         if model.startswith("ftjob-") and model.endswith(LIVE):
             if not self._serves_live:
@@ -88,7 +88,11 @@ class AdapterNames:
                 return self._target(model, ref(self._registry.resolve(model)))
         except ModelNotFound:
             pass  # as one that this key doesn't see
-        raise unknown_model(model, self._base.names)
+        raise self._unknown(model, key)
+
+    def _unknown(self, model: str, key: Key | None) -> ModelNotFound:
+        """The same for what `key` doesn't see and for what isn't there."""
+        return unknown_model(model, self._base.names if sees(key, self._base.name) else ())
 
     def _target(self, model: str, adapter: AdapterRef) -> Target:
         """An adapter's version; the fingerprint is the base's and twelve digits of the adapter's digest."""
