@@ -16,6 +16,7 @@ import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from coserve.log import line
+from coserve.server.http import request_id
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,8 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._is_refused, self._head_bytes = True, 0
         self._stop_reading_timer()
-        logger.info(line("http refused", status=status.value, code=code))
+        identity = request_id("")
+        logger.info(line("http refused", id=identity, status=status.value, code=code))
         cycle = self.cycle
         if self._in_body and cycle.response_complete:
             self.transport.close()
@@ -171,7 +173,7 @@ class BoundedProtocol(HttpToolsProtocol):
             if cycle.response_started or self.pipeline:
                 self.transport.close()
                 return
-        self.transport.write(_answer(status, code, message))
+        self.transport.write(_answer(status, code, message, identity))
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.loop.call_later(min(_LINGER, self.timeout), self.transport.close)
@@ -194,12 +196,13 @@ _TARGET_TOO_LONG = (
 )
 
 
-def _answer(status: HTTPStatus, code: str, message: str) -> bytes:
+def _answer(status: HTTPStatus, code: str, message: str, identity: str) -> bytes:
     error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
     body = msgspec.json.encode({"error": error})
     head = (
         f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\nx-content-type-options: nosniff\r\nconnection: close\r\n\r\n"
+        f"content-length: {len(body)}\r\nx-request-id: {identity}\r\nx-content-type-options: nosniff\r\n"
+        "connection: close\r\n\r\n"
     )
     return head.encode("ascii") + body
 

@@ -14,7 +14,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from coserve.errors import CoserveError, InvalidRequest
-from coserve.server.auth import TUNE, Key
+from coserve.server.application.models import unknown_model
+from coserve.server.auth import TUNE, Key, sees
 from coserve.server.context import Context
 from coserve.server.fields import Fields
 from coserve.server.http import Route, json_response, read_body, read_json
@@ -74,6 +75,8 @@ class _Training:
         session, run_id, metadata = self._new_model(fields, request.state.key)
         _check_optimizer(fields)
         name = fields.required_string("base_model")
+        if not sees(request.state.key, self._tinker.base.name):
+            raise unknown_model(name)
         if name != self._tinker.base.name:
             raise fields.fail("base_model", f"must be {self._tinker.base.name}, which this server has.")
         lora = fields.object("lora_config")
