@@ -44,10 +44,6 @@ class HostAdapter:
     def rank(self) -> int:
         return self.info.rank
 
-    @property
-    def nbytes(self) -> int:
-        return sum(module.a_RK.nbytes + module.b_NR.nbytes for module in self.modules.values())
-
 
 def load_adapter(
     path: str | Path,

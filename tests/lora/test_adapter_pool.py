@@ -85,9 +85,10 @@ def test_size_grows_with_rows_in_the_compute_dtype(config):
     assert one.rows(0, 0)[0].dtype == torch.bfloat16
 
 
-def test_host_adapters_know_their_size(save_adapter, config):
+def test_packed_adapters_know_their_size(save_adapter, config):
     adapter = load_adapter(save_adapter(r=2, target_modules=["q_proj"]), config)
-    assert adapter.nbytes == 3 * (2 * 16 + 16 * 2) * 4
+    assert pack(adapter, config, torch.float32).nbytes == 3 * (2 * 16 + 16 * 2) * 4
+    assert pack(adapter, config, torch.bfloat16).nbytes == 3 * (2 * 16 + 16 * 2) * 2
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
