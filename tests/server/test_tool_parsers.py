@@ -125,6 +125,8 @@ def test_pieces_do_not_depend_on_the_cuts(form, parts: list[str], data: st.DataO
 
 
 NO_CALLS = [
+    '{"arguments": {"x": 1e999}, "name": "f"}',
+    '{"arguments": {"x": NaN}, "name": "f"}',
     "{}",
     "nonsense",
     '{"name": 5}',
