@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 
 from coserve.config import EngineConfig
+from tests.defects import scrape
 from tests.faults.served import Served
 from tests.server.running import ServerThread
 
@@ -190,3 +192,26 @@ def test_a_colon_in_a_name_separates_nothing(tmp_path: Path) -> None:
             assert [add.adapter for add in server.engine.requests] == [None]
     finally:
         server.stop()
+
+
+def test_each_call_for_an_adapter_ends_when_its_requests_are_ended(served: Served, load: Load) -> None:
+    """sglang#29179: calls whose requests for an adapter were aborted hung until the client's own timeout."""
+    assert load("cut", "one").status_code == 200
+    body = {"model": "cut", "prompt": PROMPT, "max_tokens": 1500, "ignore_eos": True}
+
+    def call(stream: bool) -> tuple[int, str]:
+        answer = served.http.post("/v1/completions", json=body | {"stream": stream})
+        return answer.status_code, answer.text
+
+    with ThreadPoolExecutor(6) as pool:
+        calls = [pool.submit(call, bool(number % 2)) for number in range(6)]
+        served.wait(lambda: scrape.value(served.http, "vllm:num_requests_running") == len(calls))
+        served.kill_engine()
+        ends = [future.result(60) for future in calls]
+    for number, (status, said) in enumerate(ends):
+        if number % 2:
+            assert status == 200 and said.endswith("data: [DONE]\n\n") and '"error"' in said
+        else:
+            assert status == 503 and json.loads(said)["error"]["code"] == "service_unavailable"
+    served.wait(lambda: served.http.get("/ready").status_code == 200)
+    assert text(served, "cut")
