@@ -29,13 +29,14 @@ from coserve.lora.peft_files import TENSOR_FILE
 from coserve.models.decoder import Decoder
 from coserve.training.activations import MicrobatchActivations
 from coserve.training.batch_run import BatchRun, Trainee, check_fits
-from coserve.training.batching import MICROBATCH_TOKENS, pack
 from coserve.training.divergence import Diverged
 from coserve.training.job import JobSpec
 from coserve.training.microbatch import Aligned, Microbatch
 from coserve.training.model_calls import AdamParams, CallResult, Datum, Load, ModelCall, Pass, Save, Update
 from coserve.training.optimizer import global_norm, make_optimizer
+from coserve.training.pass_packing import PackedData, pack_data, places
 from coserve.training.policy_objectives import called_objective
+from coserve.training.prefixes import longest_sharer
 from coserve.training.saved_state import OPTIMIZER_FILE, read_manifest, write_state
 from coserve.training.trainable_adapter import TrainableAdapter
 from coserve.training.unit_calls import never
@@ -49,10 +50,11 @@ Outcome = CallResult | CoserveError
 class _PassUnderWay:
     """A pass, its microbatches as numbers of its data, and what is known of them so far."""
 
-    def __init__(self, call_id: int, call: Pass) -> None:
+    def __init__(self, call_id: int, call: Pass, longest_sharer: int) -> None:
         self.call_id, self.call = call_id, call
         self.samples = [_aligned(datum) for datum in call.data]
-        self.packed = pack([len(sample.token_ids) for sample in self.samples], MICROBATCH_TOKENS)
+        # dro pulls towards the sampler at every token, whatever its advantage: none is nobody's.
+        self.packed = pack_data(self.samples, 0 if call.loss.name == "dro" else longest_sharer)
         self.begun = 0  # microbatches
         self.logprobs = [b""] * len(self.samples)
         self.losses: list[float] = []
@@ -60,17 +62,29 @@ class _PassUnderWay:
     @property
     def largest(self) -> int:
         """Tokens of its largest microbatch."""
-        return max(sum(len(self.samples[i].token_ids) for i in run) for run in self.packed)
+        return max(packed.tokens for packed in self.packed)
 
-    def take(self, packed: list[list[int]], run: BatchRun) -> None:
+    def take(self, begun: list[PackedData], run: BatchRun) -> None:
         """Some of its microbatches are done."""
         self.losses += [part.loss for part in run.sums()]
-        for numbers, microbatch in zip(packed, run.microbatches.values(), strict=True):
+        for packed, microbatch in zip(begun, run.microbatches.values(), strict=True):
             logprobs_T = microbatch.logprobs_T.cpu().numpy().astype("<f4", copy=False)
-            end = 0
-            for number in numbers:
-                begin, end = end, end + len(self.samples[number].token_ids)
-                self.logprobs[number] = logprobs_T[begin:end].tobytes()
+            for number, at in zip(packed.numbers, places(packed, self.samples), strict=True):
+                shared = logprobs_T[at.first : at.first + at.shared].tobytes()
+                self.logprobs[number] = shared + logprobs_T[at.start : at.start + at.own].tobytes()
+
+    def sampled(self, packed: PackedData) -> np.ndarray | None:
+        """The sampler's log-probabilities of a microbatch's targets, fp32 [T]; None where the loss reads
+        none."""
+        given = [self.call.data[number].sampled_logprobs for number in packed.numbers]
+        if not any(given):
+            return None
+        q_T = np.empty(packed.tokens, dtype=np.float32)
+        for values, at in zip(given, places(packed, self.samples), strict=True):
+            q = np.frombuffer(values, dtype="<f4")
+            q_T[at.first : at.first + at.shared] = q[: at.shared]
+            q_T[at.start : at.start + at.own] = q[at.shared :]
+        return q_T
 
     @property
     def result(self) -> CallResult:
@@ -83,7 +97,7 @@ class _Part(NamedTuple):
     """Microbatches of a pass that are under way."""
 
     owner: _PassUnderWay
-    packed: list[list[int]]
+    packed: list[PackedData]
     run: BatchRun
 
 
@@ -113,6 +127,7 @@ class CalledModel:
         )
         self._optimizer = make_optimizer(self._adapter, spec.training)
         self._adapter.place(pool, rows)
+        self._longest_sharer = longest_sharer(decoder.config, dropout=0.0)
         self._calls: deque[tuple[int, ModelCall]] = deque()
         self._passes: list[_PassUnderWay] = []  # begun, in order
         self._parts: list[_Part] = []
@@ -191,7 +206,7 @@ class CalledModel:
         """Comes after all that was asked for before. FailedPrecondition for a pass that the pool will never
         hold."""
         if isinstance(call, Pass):
-            self._check_fits(_PassUnderWay(call_id, call).largest)
+            self._check_fits(_PassUnderWay(call_id, call, self._longest_sharer).largest)
         self._calls.append((call_id, call))
 
     def _check_fits(self, tokens: int) -> None:
@@ -259,7 +274,7 @@ class CalledModel:
         while room > 0 and self._calls and isinstance(self._calls[0][1], Pass):
             call_id, call = self._calls.popleft()
             assert isinstance(call, Pass)
-            under_way = _PassUnderWay(call_id, call)
+            under_way = _PassUnderWay(call_id, call, self._longest_sharer)
             self._passes.append(under_way)
             room -= self._begin_part(under_way, room)
         self._trains = any(part.owner.call.backward for part in self._parts)
@@ -272,7 +287,7 @@ class CalledModel:
     def _begin_part(self, under_way: _PassUnderWay, room: int) -> int:
         """As many of its next microbatches as there is room for; how many they are."""
         packed = under_way.packed[under_way.begun : under_way.begun + room]
-        samples = [[under_way.samples[i] for i in numbers] for numbers in packed]
+        samples = [[under_way.samples[i] for i in data.numbers] for data in packed]
         model_id, call = self.spec.job_id, under_way.call
         run = BatchRun(
             self._decoder,
@@ -284,14 +299,14 @@ class CalledModel:
             pool=self._pool,
             rows={model_id: self._rows},
             trainee=Trainee(self._adapter, self._pool, self._rows) if call.backward else None,
+            shared=[data.shared for data in packed],
             summed=True,
             kv=self._kv,
         )
-        for numbers, microbatch in zip(packed, run.microbatches.values(), strict=True):
-            sampled = [call.data[i].sampled_logprobs for i in numbers]
-            if any(sampled):
-                q_T = torch.from_numpy(np.frombuffer(b"".join(sampled), dtype="<f4").copy())
-                microbatch.reference_T.copy_(q_T)
+        for data, microbatch in zip(packed, run.microbatches.values(), strict=True):
+            q_T = under_way.sampled(data)
+            if q_T is not None:
+                microbatch.reference_T.copy_(torch.from_numpy(q_T))
         under_way.begun += len(packed)
         self._parts.append(_Part(under_way, packed, run))
         self._runs.update(dict.fromkeys(run.microbatches, run))

@@ -96,8 +96,11 @@ def _check_prefix(samples: Sequence[Sample], tokens: int) -> None:
     for ids, *_ in samples:
         if len(ids) <= tokens or not np.array_equal(np.asarray(ids)[:tokens], first):
             raise ValueError(f"the samples don't begin with the same {tokens} tokens")
-    if any((_targets(sample)[0][:tokens] != IGNORED).any() for sample in samples):
-        raise ValueError(f"the shared {tokens} tokens have targets of their own")
+    of_first, _ = _targets(samples[0])
+    for targets, weights in map(_targets, samples):
+        counts = (targets[:tokens] != IGNORED) & (weights[:tokens] != 0.0)
+        if counts.any() or not np.array_equal(targets[:tokens], of_first[:tokens]):
+            raise ValueError(f"the shared {tokens} tokens have targets of their own")
 
 
 class Microbatch:

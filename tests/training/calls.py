@@ -73,6 +73,23 @@ def random_data(
     return found
 
 
+def grouped_data(
+    groups: int, answers: int, seed: int = 0
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]]:
+    """Several answers to each prompt, shuffled; nothing of a prompt counts."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(groups):
+        prompt = rng.integers(2, world.VOCAB, int(rng.integers(20, 70)))
+        for _ in range(answers):
+            ids = np.concatenate([prompt, rng.integers(2, world.VOCAB, int(rng.integers(4, 40)))])
+            coefficients = np.full(len(ids) - 1, rng.standard_normal(), np.float32)
+            coefficients[: len(prompt) - 1] = 0.0
+            q = (-4.5 + 0.5 * rng.standard_normal(len(ids) - 1)).astype(np.float32)
+            found.append((ids[:-1], ids[1:], coefficients, q))
+    return [found[i] for i in rng.permutation(len(found))]
+
+
 class Caller:
     """A model in an engine, and calls to it that are waited for."""
 

@@ -7,14 +7,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from coserve.core.step_plan import StepPlan
 from coserve.engine import messages as m
+from coserve.training import called_model
 from coserve.training.backward import MicrobatchBackward
 from coserve.training.dataset import TokenDataset
+from coserve.training.microbatch import Aligned, Microbatch
 from coserve.training.model_calls import AdamParams, CallResult, Load, LossSettings, Pass, Save, Update
+from coserve.training.pass_packing import pack_data, places
 from tests.invariants import world
-from tests.training.calls import ADAM, Caller, autograd, datum, logprobs_of, random_data, spec_of
+from tests.training.calls import (
+    ADAM,
+    Caller,
+    autograd,
+    datum,
+    grouped_data,
+    logprobs_of,
+    random_data,
+    spec_of,
+)
 
 LOW, HIGH, BETA = 0.7, 1.3, 0.4
 LOSSES = {
@@ -43,10 +57,13 @@ def trained(model, tmp_path_factory) -> tuple[Caller, Path]:
     return caller, caller.save(tmp_path_factory.mktemp("trained") / "w")
 
 
+@pytest.mark.parametrize("shares", [False, True], ids=["apart", "groups"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_loss_and_its_gradient_are_autograds(model, trained, loss: str) -> None:
+def test_a_loss_and_its_gradient_are_autograds(model, trained, loss: str, shares: bool) -> None:
     caller, folder = trained
     data = random_data(9, seed=7, sampled=loss != "cross_entropy", longest=200)
+    if shares:
+        data = [(*d[:3], None if loss == "cross_entropy" else d[3]) for d in grouped_data(3, 5, seed=3)]
     result = caller.forward_backward([datum(*d) for d in data], loss, **SETTINGS.get(loss, {}))
     value, logprobs, gradients = autograd(model, folder, data, LOSSES[loss])
     assert result.metrics["loss:sum"] == pytest.approx(value, rel=1e-5, abs=1e-4)
@@ -59,6 +76,57 @@ def test_a_loss_and_its_gradient_are_autograds(model, trained, loss: str) -> Non
         torch.testing.assert_close(found[name].double(), gradient, rtol=0, atol=2e-5 * largest, msg=name)
     caller.update(AdamParams(learning_rate=0.0))
     assert not any(gradient.any() for gradient in caller.gradients().values())
+
+
+def test_a_groups_prompt_is_read_once_where_nothing_of_it_counts(trained) -> None:
+    caller, _ = trained
+    data = grouped_data(3, 5, seed=4)
+    samples = [called_model._aligned(datum(*d)) for d in data]
+    whole = sum(len(d[0]) for d in data)
+    assert sum(packed.tokens for packed in pack_data(samples, 0)) == whole
+    assert sum(packed.tokens for packed in pack_data(samples, 512)) < 0.55 * whole
+    for loss, shares in {"ppo": True, "dro": False}.items():
+        asked = caller.begin(Pass(data=[datum(*d) for d in data], loss=LossSettings(name=loss)))
+        tokens = sum(sequence.num_tokens for sequence in caller.model.sequences)
+        assert tokens < 0.55 * whole if shares else tokens == whole
+        caller.outcome(asked)
+    caller.update(AdamParams(learning_rate=0.0))
+    counting = [(ids, targets, np.ones_like(a), q) for ids, targets, a, q in data]
+    samples = [called_model._aligned(datum(*d)) for d in counting]
+    assert sum(packed.tokens for packed in pack_data(samples, 512)) == whole
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompts=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    answers=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30), st.integers(0, 40)), min_size=1),
+    seed=st.integers(0, 9),
+)
+def test_every_datum_is_read_whole_wherever_it_stands(prompts, answers, seed) -> None:
+    """Tokens, targets and weights of each, put together again from its microbatch."""
+    rng = np.random.default_rng(seed)
+    heads = [rng.integers(2, 9, length) for length in prompts]
+    samples = []
+    for which, length, quiet in answers:
+        ids = np.concatenate([heads[which % len(heads)], rng.integers(2, 9, length)])
+        weights = np.ones(len(ids) - 1, np.float32)
+        weights[:quiet] = 0.0
+        if len(ids) > 1:
+            samples.append(Aligned(ids[:-1], ids[1:], weights))
+    if not samples:
+        return
+    packed = pack_data(samples, 80)
+    assert sorted(n for one in packed for n in one.numbers) == list(range(len(samples)))
+    for one in packed:
+        microbatch = Microbatch([samples[n] for n in one.numbers], shared=one.shared)
+        assert microbatch.num_tokens == one.tokens
+        for number, at in zip(one.numbers, places(one, samples), strict=True):
+            rows = [*range(at.first, at.first + at.shared), *range(at.start, at.start + at.own)]
+            sample = samples[number]
+            assert microbatch.token_ids_T[rows].tolist() == sample.token_ids.tolist()
+            assert microbatch.targets_T[rows].tolist() == sample.targets.tolist()
+            assert microbatch.weights_T[rows].tolist() == sample.weights.tolist()
+            assert microbatch.positions_T[rows].tolist() == list(range(len(rows)))
 
 
 def test_what_is_only_scored_leaves_no_gradient_and_the_same_logprobs(trained) -> None:
