@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import httpx
 import pytest
 
+from coserve.config import EngineConfig
 from coserve.engine.messages import AddRequest
 from coserve.server.application.request_fields import (
     CHAT,
@@ -416,8 +418,10 @@ def test_the_first_chunk_has_the_prompt_s_tokens(http: httpx.Client, server: Ser
             assert [i for choice in ids for i in choice.get("token_ids", ())] == [*REPLY_IDS, EOS]
 
 
-def test_all_log_probabilities_where_the_server_lets_them_out(tmp_path: Any) -> None:
-    server = ServerThread(tmp_path / "state", max_logprobs=-1, stream_interval=5)
+def test_what_the_server_was_started_with(tmp_path: Any) -> None:
+    """--max-logprobs, --stream-interval and --seed."""
+    engine = EngineConfig(model="", seed=5)
+    server = ServerThread(tmp_path / "state", max_logprobs=-1, stream_interval=5, engine=engine)
     try:
         with server.http() as http:
             body = {"messages": HELLO, "logprobs": True, "top_logprobs": -1, "max_tokens": 1}
@@ -425,5 +429,7 @@ def test_all_log_probabilities_where_the_server_lets_them_out(tmp_path: Any) -> 
             assert server.engine.requests[0].sampling.logprobs == server.server.context.base.vocab_size
             lines = http.post("/v1/chat/completions", json={"messages": HELLO, "stream": True}).text
             assert lines.count("data:") < len(REPLY_IDS)
+            drawn, given = random.Random(5), [add.sampling.seed for add in server.engine.requests]
+            assert given == [drawn.getrandbits(63), drawn.getrandbits(63)]
     finally:
         server.stop()
