@@ -42,10 +42,8 @@ def check_grammar(grammar: str, param: str = "grammar") -> None:
         raise InvalidRequest(f"{param} can't be used: {_short(' '.join(reasons))}", param=param)
 
 
-def failure_of(matcher: LLMatcher) -> InvalidRequest | None:
-    """Why a matcher can't go on, where it can't: its grammar asked for more than the limits."""
-    if not matcher.is_error():
-        return None
+def failure_of(matcher: LLMatcher) -> InvalidRequest:
+    """Why a matcher that is in an error can't go on: its grammar asked for more than the limits."""
     return InvalidRequest(
         f"The grammar became too complex to follow: {_short(matcher.get_error())}", param="grammar"
     )
@@ -86,9 +84,8 @@ class GrammarVocabulary:
         probe = matcher.deep_copy()
         for _ in range(2):
             allowed = np.frombuffer(probe.compute_bitmask(), dtype=np.uint8)
-            failure = failure_of(probe)
-            if failure is not None:
-                raise failure
+            if probe.is_error():
+                raise failure_of(probe)
             byte = int(allowed.nonzero()[0][0])
             probe.consume_token(8 * byte + (int(allowed[byte]) & -int(allowed[byte])).bit_length() - 1)
         return matcher

@@ -153,15 +153,12 @@ def keep_allowed_(logits_V: torch.Tensor, allowed_W: np.ndarray) -> None:
     530 on a CPU."""
     V = len(logits_V)
     require(32 * len(allowed_W) >= V, f"{len(allowed_W)} words are too few for {V} tokens")
-    if logits_V.device.type == "cpu":
-        bytes_B = allowed_W.view(np.uint8)
-        bias_B8 = np.empty((len(bytes_B), 8), dtype=np.float32)
-        np.take(_BIAS_OF_BYTE, bytes_B, axis=0, out=bias_B8, mode="clip")
-        logits_V += torch.from_numpy(bias_B8.reshape(-1)[:V])
-    else:
-        words_W = torch.from_numpy(allowed_W.view(np.int32)).to(logits_V.device)
-        bits_W32 = words_W[:, None] >> torch.arange(32, dtype=torch.int32, device=logits_V.device) & 1
-        logits_V.masked_fill_(bits_W32.view(-1)[:V] == 0, -math.inf)
+    if logits_V.device.type != "cpu":
+        return _keep_allowed_reference_(logits_V, allowed_W)
+    bytes_B = allowed_W.view(np.uint8)
+    bias_B8 = np.empty((len(bytes_B), 8), dtype=np.float32)
+    np.take(_BIAS_OF_BYTE, bytes_B, axis=0, out=bias_B8, mode="clip")
+    logits_V += torch.from_numpy(bias_B8.reshape(-1)[:V])
 
 
 def _check_rows(logits: torch.Tensor, rows: torch.Tensor) -> None:
@@ -300,3 +297,9 @@ def _penalize_reference_(
     if presence or frequency:
         ids, counts = token_ids[num_prompt_tokens:].unique(return_counts=True)
         logits[ids.to(logits.device)] -= (frequency * counts + presence).to(logits)
+
+
+def _keep_allowed_reference_(logits: torch.Tensor, allowed: np.ndarray) -> None:
+    words = torch.from_numpy(allowed.view(np.int32)).to(logits.device)
+    bits = words[:, None] >> torch.arange(32, dtype=torch.int32, device=logits.device) & 1
+    logits.masked_fill_(bits.view(-1)[: len(logits)] == 0, -math.inf)

@@ -36,9 +36,11 @@ class GrammarMasks:
     """
 
     def __init__(self, vocab_size: int, num_words: int) -> None:
-        tokens = np.arange(32 * num_words) < vocab_size
-        self._model_W = np.packbits(tokens, bitorder="little").view(np.uint32)
+        self._num_words = num_words
+        self._model_words = -(-vocab_size // 32)
+        self._last_word = np.uint32((1 << (vocab_size - 1) % 32 + 1) - 1)
         self._matchers: dict[str, LLMatcher] = {}
+        self._rows: list[tuple[int, np.ndarray]] = []  # of masks, to be filled anew: where it is, and the row
 
     def begin(self, request: Request, matcher: LLMatcher) -> None:
         """Follow a request's output with a matcher of its own, which has seen nothing of it."""
@@ -55,23 +57,23 @@ class GrammarMasks:
         self._matchers.pop(request.sequence_id, None)
 
     def fill(self, requests: Sequence[Request]) -> TokenMasks:
-        """What grammars say about the rows of these requests, in this order."""
+        """What grammars say about the rows of these requests, in this order; good until the next call."""
         if not self._matchers:
             return NO_MASKS
-        rows = [(i, r.sequence_id) for i, r in enumerate(requests) if r.sequence_id in self._matchers]
-        if not rows:
-            return NO_MASKS
-        matchers = [self._matchers[request_id] for _, request_id in rows]
-        allowed_RW = np.zeros((len(rows), len(self._model_W)), dtype=np.uint32)
-        first, size = allowed_RW.ctypes.data, self._model_W.nbytes
-        for row, matcher in enumerate(matchers):
-            matcher.unsafe_compute_mask_ptr(first + row * size, size)
-        allowed_RW &= self._model_W
-        masks = TokenMasks({}, {})
-        for (place, _), matcher, allowed_W in zip(rows, matchers, allowed_RW, strict=True):
-            failure = failure_of(matcher)
-            if failure is None:
-                masks.allowed[place] = allowed_W
+        masks, filled = TokenMasks({}, {}), 0
+        for place, request in enumerate(requests):
+            matcher = self._matchers.get(request.sequence_id)
+            if matcher is None:
+                continue
+            if filled == len(self._rows):
+                rows_RW = np.empty((8, self._num_words), dtype=np.uint32)
+                self._rows += [(row_W.ctypes.data, row_W[: self._model_words]) for row_W in rows_RW]
+            address, row_W = self._rows[filled]
+            filled += 1
+            matcher.unsafe_compute_mask_ptr(address, 4 * self._num_words)
+            if matcher.is_error():
+                masks.failed[place] = failure_of(matcher)
             else:
-                masks.failed[place] = failure
+                row_W[-1] &= self._last_word
+                masks.allowed[place] = row_W
         return masks

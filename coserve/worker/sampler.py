@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -251,20 +252,22 @@ def _allowed(row: SamplingRow, grammar_W: np.ndarray) -> np.ndarray:
     ignored = row.end_ids if params.ignore_eos else frozenset()
     for ids in (_bad_ends(row), _early_ends(row), ignored):
         if ids:
-            less_W = allowed_W & ~_bits_of(ids, len(allowed_W))
+            less_W = allowed_W & _others(ids, len(allowed_W))
             allowed_W = less_W if less_W.any() else allowed_W
     if params.allowed_token_ids:
-        less_W = allowed_W & _bits_of(params.allowed_token_ids, len(allowed_W))
+        less_W = allowed_W & ~_others(params.allowed_token_ids, len(allowed_W))
         allowed_W = less_W if less_W.any() else allowed_W
     return allowed_W
 
 
-def _bits_of(ids: Iterable[int], words: int) -> np.ndarray:
+@lru_cache(maxsize=64)
+def _others(ids: frozenset[int] | tuple[int, ...], words: int) -> np.ndarray:
+    """uint32 [words]: a bit for each token but these."""
     listed = np.fromiter(ids, dtype=np.int64)
-    bits_W = np.zeros(words, dtype=np.uint32)
     listed = listed[listed < 32 * words]
+    bits_W = np.zeros(words, dtype=np.uint32)
     np.bitwise_or.at(bits_W, listed >> 5, np.uint32(1) << (listed & 31).astype(np.uint32))
-    return bits_W
+    return ~bits_W
 
 
 def _early_ends(row: SamplingRow) -> frozenset[int]:
