@@ -2,13 +2,16 @@
 
 A grammar is a text: a Lark grammar, or the JSON of several, as the library's `grammar_from_...` write it. The
 server checks it without a vocabulary (`check_grammar`), the engine compiles it for the model's
-(`GrammarVocabulary.compile`). Both may take a while and let other threads run.
+(`GrammarVocabulary.compile`). Both may take a while, let other threads run, and want a deep stack.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -16,22 +19,53 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from coserve.errors import ConfigError, InvalidRequest
 from coserve.tokenizer import Tokenizer
 
-MAX_GRAMMAR_BYTES = 512 * 2**10
-_SHOWN = 300
+_T = TypeVar("_T")
+_stack_size_changes = threading.Lock()  # the size is the process's for the threads it starts next
 
-# What one grammar may cost: tens of milliseconds to compile, under 10 ms a token, and an automaton of 40 MB,
-# by the library's figures. One that asks for more is refused, or ends in an error where it gets there.
+MAX_GRAMMAR_BYTES = 128 * 2**10
+_SHOWN = 300
+_DEEP_STACK = 256 * 2**20  # bytes of address space, used as far as a grammar's nesting needs them
+
+# What one grammar may cost: tens of milliseconds to compile, a few for a token, an automaton of 40 MB. One
+# that asks for more is refused, or ends in an error where it gets there.
 _LIMITS = LLParserLimits(
     max_items_in_row=10_000,
-    step_lexer_fuel=100_000,
+    step_lexer_fuel=50_000,
     max_lexer_states=20_000,
     max_grammar_size=200_000,
     verbose_errors=False,
 )
 
 
+class DeepThreads:
+    """Threads to read grammars in.
+
+    The library follows a chain of rules or references by calling itself: on an ordinary stack of 8 MB one
+    of some thousand links, 100 kB of text, ends the process. Here there is room for whatever
+    MAX_GRAMMAR_BYTES can hold.
+    """
+
+    def __init__(self, count: int, name: str, initializer: Callable[[], None] = lambda: None) -> None:
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=initializer)
+        started = threading.Barrier(count + 1)
+        with _stack_size_changes:
+            before = threading.stack_size(_DEEP_STACK)
+            for _ in range(count):
+                self._pool.submit(started.wait)
+            threading.stack_size(before)
+        started.wait()
+
+    def submit(self, work: Callable[..., _T], *arguments: object) -> Future[_T]:
+        """Have `work` done by the next thread that is free."""
+        return self._pool.submit(work, *arguments)
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
 def check_grammar(grammar: str, param: str = "grammar") -> None:
-    """Raise InvalidRequest, saying why, unless `grammar` is one and small enough."""
+    """Raise InvalidRequest, saying why, unless `grammar` is one and small enough. Wants `DeepThreads`."""
     size = len(grammar.encode("utf-8", errors="replace"))
     if size > MAX_GRAMMAR_BYTES:
         raise InvalidRequest(
@@ -77,7 +111,8 @@ class GrammarVocabulary:
     def compile(self, grammar: str) -> LLMatcher:
         """A matcher at the grammar's start; outputs are followed by copies of it, which share its automaton.
 
-        Raises InvalidRequest for what isn't a grammar, or can't be followed from its first tokens on.
+        Raises InvalidRequest for what isn't a grammar, or can't be followed from its first tokens on. Wants
+        `DeepThreads`.
         """
         check_grammar(grammar)
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)

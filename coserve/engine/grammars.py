@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 from llguidance import LLMatcher
 
 from coserve.core.request import Request
 from coserve.errors import CoserveError, InternalError, InvalidRequest
-from coserve.grammar import GrammarVocabulary
+from coserve.grammar import DeepThreads, GrammarVocabulary
 from coserve.worker.grammar_masks import GrammarMasks
 
 THREADS = 2
@@ -25,7 +25,7 @@ class Grammars:
     def __init__(self, vocabulary: GrammarVocabulary | None, masks: GrammarMasks) -> None:
         self._vocabulary = vocabulary
         self._masks = masks
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="grammar", initializer=_step_back)
+        self._threads = DeepThreads(THREADS, "grammar", _step_back)
         self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
         self._compiling: dict[str, tuple[Future[LLMatcher], list[Request]]] = {}
 
@@ -83,7 +83,7 @@ class Grammars:
 
     def close(self) -> None:
         """Compile no more."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
     def _begin(self, request: Request, matcher: LLMatcher) -> None:
         self._masks.begin(request, matcher.deep_copy())

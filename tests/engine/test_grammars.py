@@ -167,15 +167,8 @@ def test_a_cut_ends_in_length_and_a_stop_token_in_stop(local: LocalEngine, token
         (LLMatcher.grammar_from_json_schema({"type": "nonsense"}), "type"),
         (LLMatcher.grammar_from_json_schema({"$ref": "http://elsewhere/x"}), "retriev"),
         ("start: " + '"a" ' * 200_000, "bytes"),
-        # Its first mask would take more than a row may hold.
-        (
-            LLMatcher.grammar_from_json_schema(
-                {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(3000)}}
-            ),
-            "complex",
-        ),
     ],
-    ids=["regex", "rule", "schema", "remote", "size", "width"],
+    ids=["regex", "rule", "schema", "remote", "size"],
 )
 def test_what_is_no_grammar_is_refused_with_the_reason(local: LocalEngine, grammar: str, reason: str) -> None:
     ends = run(local, bad=replace(SAMPLED, grammar=grammar), good=replace(SAMPLED, max_tokens=3))
@@ -184,6 +177,15 @@ def test_what_is_no_grammar_is_refused_with_the_reason(local: LocalEngine, gramm
     assert fault is not None and fault.kind == "invalid_value" and reason in fault.message
     assert len(fault.message) < 500 and "\n" not in fault.message
     assert local.tokens.get("bad", []) == []
+
+
+def test_a_grammar_that_cannot_begin_is_refused_before_its_first_token(
+    local: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar, "_LIMITS", LLParserLimits(max_items_in_row=100, verbose_errors=False))
+    wide = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(60)}}
+    end = run(local, wide=replace(SAMPLED, grammar=LLMatcher.grammar_from_json_schema(wide)))["wide"]
+    assert end.error is not None and "too complex" in end.error.message and not local.tokens.get("wide")
 
 
 def test_a_grammar_that_grows_too_complex_ends_its_request_alone(
@@ -202,6 +204,13 @@ def test_a_grammar_that_grows_too_complex_ends_its_request_alone(
         reached.append(local.tokens["wild"])
     assert len(reached[0]) > 20 and reached[0] == reached[1]
     assert not local.engine.masks._matchers
+
+
+def test_a_long_chain_of_rules_does_not_end_the_process(local: LocalEngine, tokenizer: Tokenizer) -> None:
+    """The library follows it by calling itself: on an ordinary stack it would."""
+    rules = "\n".join(f't{n}: t{n + 1} "a"' for n in range(7000))
+    run(local, one=replace(SAMPLED, max_tokens=4, grammar=f'start: t0\n{rules}\nt7000: "b"'))
+    assert text_of(local, tokenizer, "one") == "baaa"
 
 
 class Slow:

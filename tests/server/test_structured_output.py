@@ -128,6 +128,25 @@ def deep(levels: int) -> dict[str, Any]:
     return schema
 
 
+def chain(links: int) -> dict[str, Any]:
+    """References one behind the other, each of which the library follows by calling itself."""
+    links_of = {
+        f"d{n}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/d{n + 1}"}}} for n in range(links)
+    }
+    return {"$defs": links_of | {f"d{links}": {"type": "null"}}, "$ref": "#/$defs/d0"}
+
+
+def test_a_long_chain_of_references_does_not_end_the_process(
+    http: httpx.Client, server: ServerThread
+) -> None:
+    """On an ordinary stack some thousand of them do."""
+    assert ask(http, "completions", **schema_format(chain(1850))).status_code == 200
+    response = ask(http, "completions", **schema_format(chain(2000)))
+    assert response.status_code == 400 and response.json()["error"]["param"] == SCHEMA
+    (request,) = server.engine.requests
+    assert len(request.sampling.grammar) > 0.9 * MAX_GRAMMAR_BYTES
+
+
 SCHEMA = "response_format.json_schema.schema"
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"response_format": {}}, "response_format.type", "required"),

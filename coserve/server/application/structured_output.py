@@ -11,13 +11,12 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from llguidance import LLMatcher, StructTag
 from llguidance.gbnf_to_lark import any_to_lark
 
-from coserve.grammar import check_grammar
+from coserve.grammar import DeepThreads, check_grammar
 from coserve.server.fields import Fields
 
 # Between JSON's tokens: nothing, a space, or a new line with its indentation. A model that may go on with
@@ -209,7 +208,7 @@ class GrammarChecks:
     """Whether grammars are any, found out in threads; those that are known to be are remembered."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar-check")
+        self._threads = DeepThreads(_THREADS, "grammar-check")
         self._good: OrderedDict[bytes, None] = OrderedDict()
 
     async def check(self, grammar: str, field: str) -> None:
@@ -218,7 +217,7 @@ class GrammarChecks:
         if key in self._good:
             self._good.move_to_end(key)
             return
-        await asyncio.get_running_loop().run_in_executor(self._threads, check_grammar, grammar, field)
+        await asyncio.wrap_future(self._threads.submit(check_grammar, grammar, field))
         self._good[key] = None
         while len(self._good) > _KNOWN_GOOD:
             self._good.popitem(last=False)
