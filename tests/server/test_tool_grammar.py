@@ -151,6 +151,20 @@ def test_grammars_allow_what_models_write(form: ToolFormat) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=IDS)
+def test_names_in_any_alphabet(form: ToolFormat) -> None:
+    unit = {"type": "string", "enum": ["°C", 'K"x']}
+    schema = {"type": "object", "properties": {"größe": unit}, "required": ["größe"]}
+    grammar = calls_grammar(
+        form, [Function("2-größe👋", schema, True, 0)], token_id, parallel=False, text=False
+    )
+    for value in unit["enum"]:
+        text = written(form, "2-größe👋", {"größe": value})
+        ((name, arguments),) = read(form, text)[1] if not form.bare else [("2-größe👋", text)]
+        assert allows(grammar, text) and name == "2-größe👋"
+        assert form.bare or json.loads(arguments) == {"größe": value}
+
+
+@pytest.mark.parametrize("form", FORMS, ids=IDS)
 def test_text_is_free_around_strict_calls(form: ToolFormat) -> None:
     grammar = calls_grammar(form, FUNCTIONS, token_id, parallel=True, text=True)
     call = written(form, *SUNNY)

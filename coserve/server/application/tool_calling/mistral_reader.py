@@ -7,8 +7,8 @@ import re
 from coserve.server.application.tool_calling.events import Arguments, Event, NoCall, Opened
 from coserve.server.application.tool_calling.json_reader import JsonReader, JsonScan
 
-_HEAD = re.compile(r"\s*([A-Za-z_][\w.\-]*)(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*(?=\{)")
-_HEAD_BEGUN = re.compile(r"\s*(?:[A-Za-z_][\w.\-]*(?:\[[\w\[\]]*)?\s*)?")
+_HEAD = re.compile(r"\s*([^\s\[\]{}\"]+)(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*(?=\{)")
+_HEAD_BEGUN = re.compile(r"\s*(?:[^\s\[\]{}\"]+(?:\[[\w\[\]]*)?\s*)?")
 _LONGEST_HEAD = 512
 
 

@@ -8,8 +8,8 @@ import re
 from coserve.server.application.tool_calling.events import Arguments, Event, NoCall, Opened
 from coserve.server.application.tool_calling.json_reader import as_json
 
-_NAME = re.compile(r"([A-Za-z_][\w.\-]*)\(")
-_NAME_BEGUN = re.compile(r"[A-Za-z_][\w.\-]*")
+_NAME = re.compile(r"([\w.\-]+)\(")
+_NAME_BEGUN = re.compile(r"[\w.\-]+")
 _KEY = re.compile(r"\s*,?\s*([A-Za-z_]\w*)\s*=\s*(?=\S)")
 _STEP = re.compile(r"[\"'(\[{}\])\\,]")
 _SEPARATORS = " \t\r\n,;"
@@ -77,7 +77,7 @@ class PythonReader:
             return self._end(self._close)
         if self._close.startswith(self._buffer):
             return False
-        name = _NAME.match(self._buffer)
+        name = _NAME.match(self._buffer, 0, _LONGEST_NAME)
         if name is not None and (self._names is None or name.group(1) in self._names):
             self._calls += 1
             self._arguments = 0
