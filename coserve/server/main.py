@@ -336,6 +336,7 @@ def _make_parts(
             adapters=adapters,
             generator=generator,
             auth=auth,
+            metrics=metrics,
             max_rank=max_rank,
         ),
     )

@@ -6,18 +6,15 @@ to be read number by number.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import msgspec
+import numpy as np
 
 LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro")
 POLICY_LOSSES = LOSSES[1:]  # compare the policy to the one that sampled, by its log-probabilities
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
-    """Base of the calls. `param` is the field that an error of theirs is about."""
-
-    param: ClassVar[str | None] = None
+    """Base of the calls."""
 
 
 class Datum(msgspec.Struct, frozen=True, array_like=True):
@@ -46,6 +43,11 @@ class Pass(Call):
     data: list[Datum]
     loss: LossSettings
     backward: bool = True
+
+    @property
+    def trained_tokens(self) -> int:
+        """Targets that count."""
+        return sum(np.count_nonzero(np.frombuffer(datum.coefficients, "<f4")) for datum in self.data)
 
 
 class AdamParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -285,3 +285,14 @@ def test_a_sampler_never_answers_with_other_weights(server, tinker) -> None:
     sampler_path = tinker.call("save_weights_for_sampler", model_id, path="fixed")["path"]
     again = tinker.call("save_weights_for_sampler", model_id, path="fixed")
     assert again["category"] == "user" and sampler_path.endswith("/fixed")
+
+
+def test_a_key_has_so_many_sessions(keyed, monkeypatch) -> None:
+    monkeypatch.setattr(sessions, "MAX_SESSIONS", 1)
+    with of(keyed, "tml-two") as http:
+        for session in http.get("/api/v1/sessions").json()["sessions"]:
+            http.post(f"/api/v1/sessions/{session}/finish", json={})
+        body = {"tags": [], "user_metadata": None, "sdk_version": "1"}
+        assert http.post("/api/v1/create_session", json=body).status_code == 200
+        more = http.post("/api/v1/create_session", json=body)
+        assert more.status_code == 429 and more.json()["error"]["code"] == "too_many_sessions"

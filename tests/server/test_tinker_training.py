@@ -93,6 +93,22 @@ def test_a_refused_call_holds_nobody_up_and_may_be_sent_again_right(server, tink
     assert ahead["status"] == 400 and ahead["param"] == "seq_id"
 
 
+def test_steps_and_tokens_are_counted(tinker) -> None:
+    def counted() -> tuple[float, float]:
+        lines = dict(
+            line.rsplit(" ", 1) for line in tinker.http.get("/metrics").text.splitlines() if line[0] != "#"
+        )
+        tokens = lines['coserve_finetune_tokens_total{kind="trained"}']
+        return float(lines["coserve_finetune_steps_total"]), float(tokens)
+
+    model_id = tinker.create_model()
+    steps, tokens = counted()
+    tinker.forward_backward(model_id, DATUM, DATUM)
+    tinker.call("forward", model_id, forward_input={"data": [DATUM], "loss_fn": "cross_entropy"})
+    tinker.call("optim_step", model_id)
+    assert counted() == (steps + 1, tokens + 4)
+
+
 def test_what_a_pass_becomes_and_what_it_answers(server, tinker) -> None:
     model_id = tinker.create_model()
     answer = tinker.forward_backward(model_id)
@@ -212,6 +228,7 @@ BAD_REQUESTS = [
     ("create_model", CREATE | {"colour": "red"}, "colour"),
     ("create_model", CREATE | {"type": "create_session"}, "type"),
     ("create_model", CREATE | {"user_metadata": {str(n): "" for n in range(101)}}, "user_metadata"),
+    ("create_model", CREATE | {"user_metadata": {"a": "x" * 70_000}}, "user_metadata"),
 ]
 
 

@@ -350,6 +350,7 @@ def test_a_model_that_is_closed_leaves_nothing_and_fails_what_it_owes(model) -> 
     data = [datum(*d[:3]) for d in random_data(14, 4, longest=300)]
     asked = [caller.begin(Pass(data=data, loss=LossSettings())), caller.begin(Update(adam=ADAM))]
     local.engine.step()
+    assert local.engine.jobs.optimizer_bytes >= 4 * 4 * caller.weights().numel()
     local.engine.handle(m.CloseModel(call_id=1000, model_id="m-1"))
     (reply,) = [s for s in local.sent if isinstance(s, m.Reply) and s.call_id == 1000]
     assert reply.error is None
@@ -357,6 +358,7 @@ def test_a_model_that_is_closed_leaves_nothing_and_fails_what_it_owes(model) -> 
         found = caller.outcome(call_id)
         assert isinstance(found, m.Fault) and "unloaded" in found.message
     assert world.pool_is_empty(local) and not local.engine.has_work
+    assert local.engine.jobs.optimizer_bytes == local.engine.jobs.workspace_bytes == 0
     assert local.engine.slots.rows_in_use == free - 4
     gone = local.call(lambda i: m.CloseModel(call_id=i, model_id="m-1"))
     assert gone.error is not None and gone.error.kind == "not_found"

@@ -27,8 +27,8 @@ from coserve.server.tinker.answers import Answer
 
 logger = logging.getLogger(__name__)
 
-MAX_PENDING = 8192
-MAX_REQUEST_BYTES = 256 << 20  # of the calls that are pending
+MAX_PENDING = 8192  # of one key
+MAX_REQUEST_BYTES = 256 << 20  # of the calls of one key that are pending
 MAX_BYTES = 256 << 20  # of all answers that are kept
 KEEP_TAKEN, KEEP_UNTAKEN = 60.0, 3600.0  # seconds
 _RETRY = 1.0
@@ -85,7 +85,7 @@ class Futures:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._by_id: dict[str, Future] = {}
-        self._pending = {early: Pending() for early in (False, True)}
+        self._pending: dict[tuple[str, bool], Pending] = {}  # by tenant, and whether they are early
         self._bytes = 0
 
     def known(self, request_id: str, digest: bytes) -> Future | None:
@@ -107,9 +107,9 @@ class Futures:
         held: int = 0,
         early: bool = False,
     ) -> Future:
-        """A new one. RateLimited while too many are pending: those that are early have room of their own, so
-        that the one they wait for finds some."""
-        pending = self._pending[early]
+        """A new one. RateLimited while too many of the key's are pending: those that are early have room of
+        their own, so that the one they wait for finds some."""
+        pending = self._pending_of(tenant, early)
         if pending.full:
             raise RateLimited(
                 f"{pending.calls} calls are waiting for their answers; try again once some are there.",
@@ -124,8 +124,8 @@ class Futures:
     def in_turn(self, future: Future) -> None:
         """All calls before it are there."""
         if future.early and not future.done.is_set():
-            self._pending[True].count(-1, future.held)
-            self._pending[False].count(1, future.held)
+            self._pending_of(future.tenant, True).count(-1, future.held)
+            self._pending_of(future.tenant, False).count(1, future.held)
         future.early = False
 
     def begin(self, future: Future, work: Awaitable[Answer]) -> asyncio.Task[None]:
@@ -160,10 +160,13 @@ class Futures:
     def _end(self, future: Future) -> None:
         future.ended = self._clock()
         future.done.set()
-        self._pending[future.early].count(-1, future.held)
+        self._pending_of(future.tenant, future.early).count(-1, future.held)
         if future.request_id in self._by_id:
             self._bytes += future.size
             self._make_room()
+
+    def _pending_of(self, tenant: str, early: bool) -> Pending:
+        return self._pending.setdefault((tenant, early), Pending())
 
     def get(self, request_id: str, key: Key | None) -> Future:
         """Of this key's calls; Gone for one that isn't known any more, or never was."""

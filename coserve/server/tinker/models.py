@@ -25,6 +25,7 @@ from coserve.errors import (
     NotFound,
     RateLimited,
 )
+from coserve.metrics import Metrics
 from coserve.server.auth import Authenticator, Key, owns
 from coserve.server.tinker.answers import Answer, pass_answer, plain
 from coserve.server.tinker.futures import Future, Futures
@@ -56,7 +57,7 @@ class TrainedModel:
     def __init__(self, run: Run, session: Session, futures: Futures) -> None:
         self.run, self.session, self._futures = run, session, futures
         self.engine = 0
-        self.closed = False
+        self.trained_tokens = 0  # of passes since the last update, that counted in the loss
         self.ephemeral: list[Saved] = []
         self._next = 1
         self._skipped: set[int] = set()
@@ -123,7 +124,6 @@ class TrainedModel:
 
     def close(self) -> None:
         """Nothing more is done."""
-        self.closed = True
         self._worker.cancel()
         error = FailedPrecondition(f"The model {self.id} was unloaded.", param="model_id")
         waiting = list(self._early.values())
@@ -137,8 +137,11 @@ class TrainedModel:
 class Models:
     """Those of one server, by id."""
 
-    def __init__(self, engine: EngineClient, auth: Authenticator, runs: Runs, futures: Futures) -> None:
-        self._engine, self._auth, self._runs, self._futures = engine, auth, runs, futures
+    def __init__(
+        self, engine: EngineClient, auth: Authenticator, metrics: Metrics, runs: Runs, futures: Futures
+    ) -> None:
+        self._engine, self._auth, self._metrics = engine, auth, metrics
+        self._runs, self._futures = runs, futures
         self._by_id: dict[str, TrainedModel] = {}
 
     def get(self, model_id: str, key: Key | None) -> TrainedModel:
@@ -285,7 +288,11 @@ class Models:
             )
         result = await self._engine.call_model(model.id, call)
         if isinstance(call, Pass):
+            model.trained_tokens += call.trained_tokens if call.backward else 0
             return pass_answer(result)
+        if isinstance(call, Update):
+            self._metrics.finetune_step(model.trained_tokens, 0)
+            model.trained_tokens = 0
         return plain(type="optim_step", metrics=result.metrics)
 
     def run_pass(self, model: TrainedModel, call: Pass) -> Work:

@@ -7,6 +7,7 @@ import logging
 
 from coserve.engine.client import EngineClient
 from coserve.log import line
+from coserve.metrics import Metrics
 from coserve.models.config import ModelConfig
 from coserve.server.application.adapters import Adapters
 from coserve.server.application.generation import Generator
@@ -40,6 +41,7 @@ class Tinker:
         adapters: Adapters,
         generator: Generator,
         auth: Authenticator,
+        metrics: Metrics,
         max_rank: int,
     ) -> None:
         self.base, self.model_config, self.max_rank = base, model_config, max_rank
@@ -47,7 +49,7 @@ class Tinker:
         self.sessions = Sessions()
         self.futures = Futures()
         self.runs = Runs(database, state, adapters, generator, model_config, max_rank)
-        self.models = Models(engine, auth, self.runs, self.futures)
+        self.models = Models(engine, auth, metrics, self.runs, self.futures)
         self.samplers = Samplers(generator)
         self._sweeper: asyncio.Task[None] | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -18,7 +19,7 @@ from coserve.server.tinker.passes import MAX_DATA
 from coserve.server.tinker.routes import PREFIX, read_fields
 
 MAX_TELEMETRY = 1 << 20  # bytes
-MAX_METADATA = 100  # entries
+MAX_METADATA = 100, 1 << 16  # entries, and bytes of JSON
 _CREATE = frozenset({"tags", "user_metadata", "sdk_version", "project_id", "display_name"})
 _FINISH = frozenset({"reason", "detail"})
 
@@ -37,12 +38,14 @@ DYNAMIC_CONFIG = {"refresh_interval_sec": 300, "sample_cancel_enabled": True}
 
 
 def read_metadata(fields: Fields, name: str = "user_metadata") -> dict[str, Any] | None:
-    """A flat object of at most 100 entries, as it came."""
-    given = fields.object(name)
+    """An object of at most 100 entries and 64 KiB, as it came."""
+    given, (entries, size) = fields.object(name), MAX_METADATA
     if given is None:
         return None
-    if len(given.body) > MAX_METADATA:
-        raise fields.fail(name, f"must have at most {MAX_METADATA} entries, not {len(given.body)}.")
+    if len(given.body) > entries:
+        raise fields.fail(name, f"must have at most {entries} entries, not {len(given.body)}.")
+    if len(msgspec.json.encode(given.body)) > size:
+        raise fields.fail(name, f"must have at most {size} bytes.")
     return dict(given.body)
 
 

@@ -12,7 +12,7 @@ from coserve.errors import Gone, NotFound, RateLimited
 from coserve.server.auth import Key, owns, tenant_of
 
 TIMEOUT = 300.0  # seconds without a sign of life; the client gives one every ten
-MAX_SESSIONS = 1024
+MAX_SESSIONS = 1024  # of one key
 
 
 @dataclass
@@ -41,10 +41,11 @@ class Sessions:
         self._by_id: dict[str, Session] = {}
 
     def create(self, key: Key | None, metadata: dict[str, Any] | None, name: str | None) -> Session:
-        """A new one. RateLimited where there are too many."""
-        if len(self._by_id) >= MAX_SESSIONS:
+        """A new one. RateLimited where the key has too many."""
+        own = sum(1 for session in self._by_id.values() if session.tenant == tenant_of(key))
+        if own >= MAX_SESSIONS:
             raise RateLimited(
-                f"There are {len(self._by_id)} sessions; finish some.",
+                f"There are {own} sessions; finish some.",
                 retry_after=TIMEOUT / 10,
                 code="too_many_sessions",
             )
