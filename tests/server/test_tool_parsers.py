@@ -109,7 +109,7 @@ PARTS = [
     HERMES_CALL, '{"name": "g", "arguments": {}}', '{"name": "f"}', '{"x": 1}', '"arguments": {', "functools",
     "<|python_tag|>", "<|tool_call|>", "<|/tool_call|>", "<function=f>", "<parameter=x>", "<parameter=s>",
     "\n1\n", "</parameter>", "</function>", "f(", "x=1", "s='a, b)'", ")", "<function_calls>",
-    "</function_calls>", "f{", "[ARGS]", "[f(x=1)]", "<|python_start|>", "<|python_end|>",
+    "</function_calls>", "f{", "[ARGS]", "[f(x=1)]", "9" * 600, "<|python_start|>", "<|python_end|>",
 ]  # fmt: skip
 
 
