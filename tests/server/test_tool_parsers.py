@@ -220,6 +220,7 @@ def test_values_by_their_types() -> None:
 
 
 def test_mistral_s_templates_want_ids_of_nine_characters() -> None:
+    assert {"[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"} == set(FORMATS["mistral"].marks)  # tokens that are shown
     _, _, pieces = read(FORMATS["mistral"], '[TOOL_CALLS][{"name": "f", "arguments": {}}]')
     assert isinstance(pieces[0], CallOpened) and len(pieces[0].id) == 9 and pieces[0].id.isalnum()
 

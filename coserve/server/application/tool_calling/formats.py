@@ -45,7 +45,7 @@ class ToolFormat:
 
     `bare`: the characters that an answer made of calls alone begins with, where it may have no mark.
     `arguments` is the key that holds them where calls are JSON; `listed`: a JSON list holds a block's calls;
-    `single`: the template takes one call a turn.
+    `single`: the template takes one call a turn; `inner`: marks within a block.
     """
 
     name: str
@@ -55,6 +55,7 @@ class ToolFormat:
     arguments: str = "arguments"
     listed: bool = False
     single: bool = False
+    inner: tuple[str, ...] = ()
     new_id: Callable[[], str] = _uuid
 
     def reader(self, block: Block | None, schemas: Schemas) -> Reader:
@@ -73,7 +74,7 @@ class ToolFormat:
     @property
     def marks(self) -> tuple[str, ...]:
         """The texts that say something by themselves, special tokens maybe."""
-        return tuple(mark for block in self.blocks for mark in (block.open, block.close) if mark)
+        return tuple(mark for block in self.blocks for mark in (block.open, block.close) if mark) + self.inner
 
 
 HERMES = ToolFormat("hermes", blocks=(Block("<tool_call>", "</tool_call>"),))
@@ -85,7 +86,14 @@ FORMATS = {
     for form in (
         HERMES,
         ToolFormat("llama3_json", blocks=(Block("<|python_tag|>"),), bare="{", arguments="parameters"),
-        ToolFormat("mistral", "mistral", (Block("[TOOL_CALLS]"),), listed=True, new_id=_nine),
+        ToolFormat(
+            "mistral",
+            "mistral",
+            (Block("[TOOL_CALLS]"),),
+            listed=True,
+            inner=("[CALL_ID]", "[ARGS]"),
+            new_id=_nine,
+        ),
         ToolFormat(
             "phi4_mini_json",
             blocks=(Block("<|tool_call|>", "<|/tool_call|>"), Block("functools")),
