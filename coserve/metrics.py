@@ -6,8 +6,10 @@ layer. No label has unbounded values.
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter as Counts
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from prometheus_client import (
     CollectorRegistry,
@@ -85,6 +87,13 @@ class Metrics(RequestMetrics):
         self._restarts = Counter(
             "coserve_engine_restarts", "Engines started in place of one that died.", registry=registry
         )
+        self._disk = {
+            kind: Gauge(f"coserve_disk_{kind}_bytes", text, registry=registry)
+            for kind, text in (
+                ("free", "What may still be written where the state directory is."),
+                ("size", "Size of the file system where the state directory is."),
+            )
+        }
         self._build = Gauge(
             "coserve_build_info",
             "1; what runs here.",
@@ -262,6 +271,11 @@ class Metrics(RequestMetrics):
         self._iteration.observe(step.inference_tokens)
         if step.predicted > 0.0 and step.forward > 0.0:
             self._prediction.observe(abs(step.predicted - step.forward) / step.forward)
+
+    def watch_disk(self, folder: Path) -> None:
+        """Tell of the file system of this folder, as it is at each scrape."""
+        self._disk["free"].set_function(lambda: shutil.disk_usage(folder).free)
+        self._disk["size"].set_function(lambda: shutil.disk_usage(folder).total)
 
     def engine_started(self, engine: EngineReady, restarted: bool = False) -> None:
         """An engine takes requests, for the first time or in place of one that died."""

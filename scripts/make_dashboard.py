@@ -218,6 +218,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (total("coserve_engine_process_resident_memory_bytes"), "engine"),
         ),
         graph(
+            "Disk under the state directory",
+            "bytes",
+            (total("coserve_disk_free_bytes"), "free"),
+            (total("coserve_disk_size_bytes"), "size"),
+        ),
+        graph(
             "Cores in use",
             "short",
             (rate("process_cpu_seconds_total"), "server"),

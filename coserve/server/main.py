@@ -269,6 +269,7 @@ def _make_parts(
     names = (name, *(other for other in config.served_model_names if other != name))
     base = base_model(names, config.engine.model or name, info.max_model_len, info.vocab_size, fingerprint)
     metrics, quotas = _metrics(engine.config, tiers, info, name), Quotas()
+    metrics.watch_disk(state.root)
     generator = Generator(
         engine,
         tokenizer,

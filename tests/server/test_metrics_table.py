@@ -364,8 +364,10 @@ async def set_event(server: ServerThread) -> None:
     server.engine.hold.set()
 
 
-def test_the_servers_process_is_measured(http: httpx.Client) -> None:
+def test_the_servers_process_and_its_disk_are_measured(http: httpx.Client) -> None:
     found = families(http.get("/metrics").text)
+    free, size = (found[f"coserve_disk_{kind}_bytes"].samples[0].value for kind in ("free", "size"))
+    assert 0 < free < size
     assert found["process_resident_memory_bytes"].samples[0].value > 2**20
     assert found["process_cpu_seconds"].samples[0].value > 0.0
     assert found["process_open_fds"].samples[0].value > 0
