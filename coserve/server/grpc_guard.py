@@ -132,6 +132,7 @@ class Guard(grpc.aio.ServerInterceptor):
         async def call(requests: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             if handler is not None:
                 self._count(_kind(handler), method, context)
+            name_call(context)
             await abort(context, refusal)
             yield
 

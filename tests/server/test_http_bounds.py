@@ -78,6 +78,7 @@ def refusal(answer: bytes) -> tuple[int, str]:
     head, _, body = answer.partition(b"\r\n\r\n")
     error = json.loads(body)["error"]
     assert set(error) == {"message", "type", "param", "code"} and b"nosniff" in head
+    assert b"x-request-id: " in head
     return int(head.split()[1]), error["code"]
 
 

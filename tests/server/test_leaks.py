@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 
@@ -143,6 +144,9 @@ def test_a_request_id_over_grpc(keyed: ServerThread) -> None:
         )
         assert list(call)
         assert dict(call.trailing_metadata())["x-request-id"] == "mine"
+        refused = stub.Generate(pbi.GenerateRequest(prompt="Hi"), metadata=[("x-request-id", "other")])
+        assert refused.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert dict(refused.trailing_metadata())["x-request-id"] == "other"
     assert keyed.engine.requests[0].request_id.startswith("mine-0-")
 
 
