@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -10,6 +12,8 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from coserve.errors import ConfigError, Unavailable
 from coserve.server.cors import Cors
@@ -187,6 +191,36 @@ def test_a_heap_of_pipelined_requests(bounded: ServerThread) -> None:
     with Raw(bounded) as raw:
         raw.send(request("/v1/models", method="GET", body=b"") * 300)
         assert raw.rest().count(b"HTTP/1.1 200 ") == MAX_PIPELINED + 1
+
+
+SEEDS = [
+    request("/v1/models", method="GET", body=b""),
+    request(),
+    request("/v1/chat/completions", "Transfer-Encoding: chunked", body=b"5\r\nhello\r\n0\r\n\r\n"),
+    request("/v1/files", "Content-Type: multipart/form-data; boundary=b", body=b"--b\r\n\r\n\r\n--b--\r\n"),
+]
+PIECES = st.sampled_from(
+    [b"\r\n", b"\r", b"\n", b":", b" ", b"\0", b"\xff", b"0", b"chunked", b"%00", b"HTTP/1.0"]
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(seed=st.sampled_from(SEEDS), data=st.data())
+def test_bytes_of_any_kind(
+    bounded: ServerThread, caplog: pytest.LogCaptureFixture, seed: bytes, data: st.DataObject
+) -> None:
+    """A request with some of its bytes changed gets an answer of its own fault, or none."""
+    for _ in range(data.draw(st.integers(1, 3))):
+        place, gone = data.draw(st.integers(0, len(seed))), data.draw(st.integers(0, 3))
+        piece = data.draw(PIECES | st.binary(max_size=4))
+        seed = seed[:place] + piece + seed[place + gone :]
+    with Raw(bounded) as raw:
+        raw.send(seed)
+        raw.socket.shutdown(socket.SHUT_WR)
+        for answer in re.findall(rb"^HTTP/1\.1 (\d{3})", raw.rest(), re.MULTILINE):
+            assert int(answer) < 500
+    assert httpx.get(f"{bounded.url}/health", verify=False).status_code == 200
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 # ---------------------------------------------------------------------- stalling
