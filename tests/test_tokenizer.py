@@ -333,11 +333,3 @@ def test_broken_old_tokenizer_files_are_a_configuration_error(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     with pytest.raises(ConfigError, match="cannot be converted"):
         Tokenizer.from_dir(tmp_path)
-
-
-def test_special_tokens_that_mark_something_can_be_shown():
-    ids = BYTE_LEVEL.encode("a<|tool|>b<|end|>", add_special_tokens=False)
-    mark = BYTE_LEVEL.added_token_id("<|tool|>")
-    assert mark in BYTE_LEVEL.special_ids and BYTE_LEVEL.added_token_id("a") is None
-    decoder = BYTE_LEVEL.incremental_decoder(shown=frozenset({mark}))
-    assert decoder.push(ids) + decoder.finish() == "a<|tool|>b" and BYTE_LEVEL.decode(ids) == "ab"

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from coserve import errors
 from coserve.log import line
 from coserve.rpc_metrics import NO_ROUTE
-from coserve.server import adapter_routes, alias_routes, health, vllm_routes
+from coserve.server import adapter_routes, alias_routes, health, sglang_routes, vllm_routes
 from coserve.server.auth import Authenticator
 from coserve.server.context import Context
 from coserve.server.cors import Cors
@@ -145,7 +145,7 @@ def route_parts() -> tuple[ModuleType, ...]:
     """The modules that have routes, each with a function `routes`."""
     openai = (chat_completions, completions, responses, models, files, uploads, fine_tuning, left_out)
     tinker = (service_routes, training_routes, sampling_routes, future_routes, run_routes)
-    return (health, *openai, *tinker, vllm_routes, adapter_routes, alias_routes)
+    return (health, *openai, *tinker, vllm_routes, sglang_routes, adapter_routes, alias_routes)
 
 
 def all_routes(context: Context) -> list[Route]:

@@ -190,6 +190,22 @@ def test_lists_can_be_read_in_pages(http: httpx.Client, adapter_root: Path) -> N
     assert paged == whole and len(whole) >= 3
 
 
+def test_sglang_s_routes_answer_in_its_form(server: ServerThread, http, adapter_root: Path) -> None:
+    source = write_peft(adapter_root / "sgl", seed=97)
+    body = {"lora_name": "sgl", "lora_path": str(source), "pinned": True}
+    made = http.post("/load_lora_adapter", json=body)
+    assert made.status_code == 200 and made.json()["success"] and made.json()["error_message"] == ""
+    assert made.json()["loaded_adapters"]["sgl"] == str(source)
+    assert http.get("/v1/models/sgl").json()["digest"] in server.engine.pinned
+    again = http.post("/load_lora_adapter", json=body)
+    assert again.status_code == 400 and not again.json()["success"]
+    assert "loaded already" in again.json()["error_message"] == again.json()["error"]["message"]
+    gone = http.post("/unload_lora_adapter", json={"lora_name": "sgl"})
+    assert gone.status_code == 200 and "sgl" not in gone.json()["loaded_adapters"]
+    assert http.post("/unload_lora_adapter", json={"lora_name": "sgl"}).status_code == 404
+    assert http.post("/unload_lora_adapter", json=[]).status_code == 400
+
+
 def test_a_slow_load_of_one_name_holds_up_no_other(server: ServerThread, http, adapter_root: Path) -> None:
     gate, real = threading.Event(), server.engine.load_adapter
 

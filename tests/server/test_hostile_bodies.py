@@ -64,6 +64,8 @@ BODIES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["lora_name", "lora_path", "load_inplace"],
     ),
     "/v1/unload_lora_adapter": ({"lora_name": "n"}, ["lora_name"]),
+    "/load_lora_adapter": ({"lora_name": "n", "lora_path": "/p"}, ["lora_name", "lora_path", "pinned"]),
+    "/unload_lora_adapter": ({"lora_name": "n"}, ["lora_name"]),
 }
 QUICK = settings(
     max_examples=15,
