@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from coserve import grammar
 from coserve.engine import messages as m
 from coserve.engine.local import LocalEngine
+from coserve.kernels import dispatch
+from coserve.kernels.tape import Tape
 from coserve.tokenizer import Tokenizer
 from coserve.worker.grammar_masks import GrammarMasks
 from tests import tokenizers
@@ -136,6 +138,25 @@ def test_other_requests_do_not_notice(local: LocalEngine) -> None:
     beside = {f"x{i}": replace(SAMPLED, seed=i, grammar=g) for i, g in enumerate([OBJECT, WORD, OBJECT])}
     run(local, x0=beside["x0"], **free, x1=beside["x1"], x2=beside["x2"])
     assert {name: (local.tokens[name], local.logprobs.pop(name, [])) for name in free} == alone
+
+
+def test_steps_beside_constrained_requests_play_the_tape(
+    local: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As steps of free requests do: masks concern the sampler alone."""
+    played: list[int] = []
+    play = Tape.play
+
+    def counted(tape: Tape) -> torch.Tensor:
+        played.append(1)
+        return play(tape)
+
+    monkeypatch.setattr(Tape, "play", counted)
+    endless = LLMatcher.grammar_from_regex("(red|green){50,}")
+    free = replace(SAMPLED, max_tokens=30, ignore_eos=True)
+    run(local, a=free, b=replace(free, seed=9), c=replace(free, grammar=endless))
+    if dispatch.native is not None:
+        assert len(played) >= 25
 
 
 def test_every_sample_has_a_matcher_of_its_own(local: LocalEngine, tokenizer: Tokenizer) -> None:

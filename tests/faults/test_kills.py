@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 
@@ -48,25 +49,32 @@ def test_requests_in_flight_get_a_503_they_may_retry(tmp_path: Path) -> None:
     with Served(tmp_path / "state") as served:
         answers: list[httpx.Response] = []
         body = {"model": served.model, "prompt": "a", "max_tokens": 2000, "ignore_eos": True}
+        held = {"structured_outputs": {"regex": "(red|blue){3,}"}}
 
-        def ask() -> None:
-            answers.append(httpx.post(f"{served.url}/v1/completions", json=body, timeout=60.0))
+        def ask(**fields: object) -> None:
+            answers.append(httpx.post(f"{served.url}/v1/completions", json=body | fields, timeout=60.0))
 
-        asking = threading.Thread(target=ask)
-        asking.start()
-        served.wait(lambda: running(served))
+        asking = [threading.Thread(target=ask), threading.Thread(target=ask, kwargs=held)]
+        for thread in asking:
+            thread.start()
+        served.wait(lambda: running(served) == 2)
         served.kill_engine()
-        asking.join()
-        assert answers[0].status_code == 503
-        assert answers[0].json()["error"]["message"] and "retry-after" in answers[0].headers
+        for thread in asking:
+            thread.join()
+        for answer in answers:
+            assert answer.status_code == 503
+            assert answer.json()["error"]["message"] and "retry-after" in answer.headers
         served.wait(lambda: bool(served.chat("Who are you?")))
+        # The engine that came back knows no grammar, nor which requests had one.
+        ask(**held, max_tokens=20)
+        assert re.match("(red|blue){3}", answers[2].json()["choices"][0]["text"])
 
 
-def running(served: Served) -> bool:
-    """Some request is running."""
+def running(served: Served) -> int:
+    """Requests that run."""
     lines = served.http.get("/metrics").text.splitlines()
     found = [line for line in lines if line.startswith("vllm:num_requests_running")]
-    return any(float(line.rsplit(" ", 1)[1]) > 0 for line in found)
+    return sum(int(float(line.rsplit(" ", 1)[1])) for line in found)
 
 
 def test_a_killed_server_leaves_a_state_that_goes_on(tmp_path: Path, undisturbed) -> None:

@@ -208,6 +208,24 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     assert server.engine.requests == []
 
 
+def test_what_the_engine_cannot_follow_is_refused_by_the_same_name(
+    http: httpx.Client, server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fields, param in ((structured(regex="a"), "structured_outputs.regex"), (schema_format({}), SCHEMA)):
+        monkeypatch.setattr(server.engine, "refusal", InvalidRequest("Too complex.", param="grammar"))
+        response = ask(http, "chat/completions", **fields)
+        assert response.status_code == 400 and response.json()["error"]["param"] == param
+
+
+def test_responses_have_the_same_formats(http: httpx.Client, server: ServerThread) -> None:
+    good = {"format": {"type": "json_schema", "name": "person", "schema": PERSON, "strict": True}}
+    assert http.post("/v1/responses", json={"input": "Hi", "text": good}).status_code == 200
+    assert matches(server.engine.requests[0].sampling.grammar, ANNA)
+    bad = {"format": {"type": "json_schema", "name": "person", "schema": {"not": {}}}}
+    response = http.post("/v1/responses", json={"input": "Hi", "text": bad})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "text.format.schema"
+
+
 def test_a_grammar_is_looked_at_beside_the_event_loop(
     http: httpx.Client, server: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -298,6 +298,11 @@ class Generator:
         except (RateLimited, QueueFull):
             refused = True
             raise
+        except InvalidRequest as error:
+            reason = "error"
+            if error.param == "grammar":  # what the engine knows it by
+                error.param = request.grammar_field or "tools"
+            raise
         except ReaderTooSlow:
             raise  # counts as the abort that it was
         except Exception:
