@@ -213,10 +213,11 @@ def _is_adjusted(row: SamplingRow) -> bool:
 
 def _adjust_(logits_V: torch.Tensor, row: SamplingRow) -> None:
     params = row.params
-    if row.allowed is None:
-        _restrict_(logits_V, row)
-    else:
-        keep_allowed_(logits_V, _allowed(row, row.allowed))
+    allowed_W = _allowed(row, len(logits_V))
+    if allowed_W is not None:
+        keep_allowed_(logits_V, allowed_W)
+    elif banned := _bad_ends(row) | _early_ends(row):
+        logits_V[_ids(banned, logits_V)] = -math.inf
     if params.logit_bias:
         bias = torch.tensor(list(params.logit_bias.values()), dtype=logits_V.dtype, device=logits_V.device)
         logits_V[_ids(params.logit_bias, logits_V)] += bias
@@ -231,31 +232,23 @@ def _adjust_(logits_V: torch.Tensor, row: SamplingRow) -> None:
         )
 
 
-def _restrict_(logits_V: torch.Tensor, row: SamplingRow) -> None:
-    allowed = set(row.params.allowed_token_ids)
-    if allowed:
-        kept = torch.tensor(sorted(allowed), device=logits_V.device)
-        values = logits_V[kept]
-        logits_V.fill_(-math.inf)
-        logits_V[kept] = values
-    for banned in (_bad_ends(row), _early_ends(row)):
-        # When nothing else is allowed there is no way to go on: the ban gives in.
-        if banned and not (allowed and allowed <= banned):
-            logits_V[_ids(banned, logits_V)] = -math.inf
-            allowed -= banned
-
-
-def _allowed(row: SamplingRow, grammar_W: np.ndarray) -> np.ndarray:
-    """uint32 [W]: what the grammar allows and the request's own settings do too, as far as that leaves
-    something. With `ignore_eos` an output ends only where its grammar can't go on."""
-    params, allowed_W = row.params, grammar_W
-    ignored = row.end_ids if params.ignore_eos else frozenset()
-    for ids in (_bad_ends(row), _early_ends(row), ignored):
-        if ids:
-            less_W = allowed_W & _others(ids, len(allowed_W))
-            allowed_W = less_W if less_W.any() else allowed_W
-    if params.allowed_token_ids:
-        less_W = allowed_W & ~_others(params.allowed_token_ids, len(allowed_W))
+def _allowed(row: SamplingRow, vocab: int) -> np.ndarray | None:
+    """uint32 [W]: what a grammar, or else the request's allowed ids, leave, less its bans as far as that
+    leaves something; None without either. With `ignore_eos` an output ends only where its grammar can't go
+    on."""
+    params, allowed_W = row.params, row.allowed
+    bans = [_bad_ends(row), _early_ends(row)]
+    if allowed_W is None:
+        if not params.allowed_token_ids:
+            return None
+        allowed_W = ~_others(params.allowed_token_ids, -(-vocab // 32))
+    elif params.ignore_eos:
+        bans.append(row.end_ids)
+    left = [_others(ids, len(allowed_W)) for ids in bans if ids]
+    if row.allowed is not None and params.allowed_token_ids:
+        left.append(~_others(params.allowed_token_ids, len(allowed_W)))
+    for others_W in left:
+        less_W = allowed_W & others_W
         allowed_W = less_W if less_W.any() else allowed_W
     return allowed_W
 
@@ -280,7 +273,9 @@ def _bad_ends(row: SamplingRow) -> frozenset[int]:
     ends = set()
     for word in row.params.bad_words:
         begun = len(word) - 1
-        if begun <= row.num_output_tokens and tuple(row.token_ids[row.position - begun :]) == word[:-1]:
+        if begun > row.num_output_tokens or (begun and row.token_ids[-1] != word[-2]):
+            continue
+        if tuple(row.token_ids[row.position - begun :]) == word[:-1]:
             ends.add(word[-1])
     return frozenset(ends)
 

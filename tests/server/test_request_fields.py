@@ -385,6 +385,17 @@ def test_the_default_limit_gives_way_to_a_long_prompt(http: httpx.Client, server
     assert refused.json()["error"]["code"] == "context_length_exceeded"
 
 
+def test_what_would_hold_up_every_step_is_bounded(http: httpx.Client) -> None:
+    """Biases and bans are looked at for each token, while others wait."""
+    for fields in (
+        {"logit_bias": {str(token): 1 for token in range(1025)}},
+        {"bad_words": ["a"] * 257},
+        {"bad_words": ["a" * 129]},
+    ):
+        refused = http.post("/v1/completions", json={"prompt": "a", **fields})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] in fields
+
+
 def test_too_many_answers(http: httpx.Client) -> None:
     refused = http.post("/v1/completions", json={"prompt": [[5]] * 1000, "n": 5})
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "n"

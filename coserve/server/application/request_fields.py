@@ -52,7 +52,7 @@ SHARED: tuple[RequestField, ...] = (
     RequestField("n", "1-128 (1)", "answers to each prompt; the seed counts on from one to the next"),
     RequestField("stop", "string or up to 16", "ends an answer before the first of them"),
     RequestField("seed", "integer of 64 bits (drawn)", "same seed, same answer, whatever shares the batch"),
-    RequestField("logit_bias", "token id: -100-100", "added to the logits"),
+    RequestField("logit_bias", "up to 1024 token ids: -100-100", "added to the logits"),
     RequestField(
         "response_format",
         "`text`, `json_object`, `json_schema`, `structural_tag`",
@@ -97,7 +97,7 @@ SHARED: tuple[RequestField, ...] = (
         "one of `json`, `regex`, `choice`, `grammar`, `json_object`, `structural_tag`",
         "what the answer has to match",
     ),
-    RequestField("bad_words", "up to 256 strings", "never part of the answer"),
+    RequestField("bad_words", "up to 256 strings of 128 characters", "never part of the answer"),
     RequestField(
         "truncate_prompt_tokens", ">= -1", "cuts a long prompt to so many; -1: to what fits beside the answer"
     ),

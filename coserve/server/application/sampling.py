@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 MAX_N = 128
 MAX_STOPS = 16
 MAX_BAD_WORDS = 256
+MAX_BAD_WORD = 128
+MAX_BIASES = 1024
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_SALT = 128
 MAX_SEED = 2**64
@@ -197,6 +199,8 @@ def _bad_words(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[int, ...], .
     for word in words:
         if not word.strip():
             raise fields.fail("bad_words", "must not hold an empty word.")
+        if len(word) > MAX_BAD_WORD:
+            raise fields.fail("bad_words", f"must hold words of at most {MAX_BAD_WORD} characters.")
         plain, spaced = (
             tuple(tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False)) for prefix in ("", " ")
         )
@@ -221,6 +225,8 @@ def _logit_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
         return {}
     if not isinstance(raw, Mapping):
         raise fields.fail("logit_bias", "must map token ids to numbers.")
+    if len(raw) > MAX_BIASES:
+        raise fields.fail("logit_bias", f"must have at most {MAX_BIASES} tokens; or use allowed_token_ids.")
     biases = Fields({str(key): value for key, value in raw.items()}, fields.path + "logit_bias.")
     result: dict[int, float] = {}
     for key in biases.body:
