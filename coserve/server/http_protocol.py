@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -31,9 +32,10 @@ _LINGER = 2.0  # seconds in which a refused client may still send: a reset would
 
 class BoundedProtocol(HttpToolsProtocol):
     """One connection. `timeout` is in seconds: for a whole head, for a body to move on at `MIN_RATE`, and for
-    a client to take some of its answer."""
+    a client to take some of its answer. `refused` hears the code of each refusal."""
 
     timeout = 60.0
+    refused: Callable[[str], None]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -137,6 +139,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _late_reader(self) -> None:
         logger.info(line("client cut off", reason="it reads nothing of its answer", seconds=self.timeout))
+        self.refused("reader_too_slow")
         self.transport.abort()
 
     def _stop_reading_timer(self) -> None:
@@ -160,6 +163,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_reading_timer()
         identity = request_id("")
         logger.info(line("http refused", id=identity, status=status.value, code=code))
+        self.refused(code)
         cycle = self.cycle
         if self._in_body and cycle.response_complete:
             self.transport.close()
@@ -207,6 +211,7 @@ def _answer(status: HTTPStatus, code: str, message: str, identity: str) -> bytes
     return head.encode("ascii") + body
 
 
-def bounded(seconds: float) -> type[BoundedProtocol]:
+def bounded(seconds: float, refused: Callable[[str], None]) -> type[BoundedProtocol]:
     """The protocol with a timeout of its own; 0 is a day, as good as none."""
-    return type("BoundedProtocol", (BoundedProtocol,), {"timeout": seconds or 86400.0})
+    own = {"timeout": seconds or 86400.0, "refused": staticmethod(refused)}
+    return type("BoundedProtocol", (BoundedProtocol,), own)

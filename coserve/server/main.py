@@ -172,10 +172,12 @@ async def running_server(
         grpc_server = GrpcServer(context, tls)
         grpc_port = await grpc_server.start()
         stack.push_async_callback(grpc_server.stop, _GRPC_GRACE)
-        seconds = config.http_timeout
-        await stack.enter_async_context(_http_server(create_app(context), http_socket, seconds, tls))
+        seconds, refused = config.http_timeout, context.metrics.rejected
+        app = create_app(context)
+        await stack.enter_async_context(_http_server(app, http_socket, seconds, refused, tls))
         if metrics_socket is not None:
-            await stack.enter_async_context(_http_server(metrics_app(context), metrics_socket, seconds))
+            app = metrics_app(context)
+            await stack.enter_async_context(_http_server(app, metrics_socket, seconds, refused))
         await context.jobs.resume_all()
         if config.keys_file:
             stack.callback(asyncio.create_task(keys.watch()).cancel)
@@ -465,12 +467,16 @@ class _Uvicorn(uvicorn.Server):
 
 @contextlib.asynccontextmanager
 async def _http_server(
-    app: ASGIApp, listener: socket.socket, timeout: float, tls: Tls | None = None
+    app: ASGIApp,
+    listener: socket.socket,
+    timeout: float,
+    refused: Callable[[str], None],
+    tls: Tls | None = None,
 ) -> AsyncIterator[None]:
     server = _Uvicorn(
         uvicorn.Config(
             app,
-            http=bounded(timeout),
+            http=bounded(timeout, refused),
             ws="none",
             log_config=None,
             access_log=False,

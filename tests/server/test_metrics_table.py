@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import time
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import grpc
 import httpx
@@ -323,6 +325,17 @@ def test_hostile_names_make_no_series(keyed: ServerThread) -> None:
     handlers = {s.labels["handler"] for s in found["http_requests"].samples}
     assert "none" in handlers and {s.labels["method"] for s in found["http_requests"].samples} >= {"other"}
     assert len(after - before) < 120, sorted(after - before)
+
+
+def test_what_is_refused_before_it_is_a_request_counts_too(keyed: ServerThread) -> None:
+    address = urlsplit(keyed.url)
+    head = b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"x-many: 1\r\n" * 500 + b"\r\n"
+    for code, data in (("invalid_http", b"EVIL / HTTP/9\r\n\r\n"), ("headers_too_large", head)):
+        before = count(keyed, "coserve_requests_rejected", reason=code)
+        with socket.create_connection((address.hostname or "", address.port or 0)) as connection:
+            connection.sendall(data)
+            assert code in connection.recv(4096).decode()
+        assert count(keyed, "coserve_requests_rejected", reason=code) == before + 1
 
 
 def series(sample) -> tuple:
