@@ -10,9 +10,11 @@ import sys
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
+import grpc
 import httpx
 import pytest
 
+from coserve.server.grpc_gen import inference_pb2, inference_pb2_grpc
 from tests.defects import scrape
 from tests.faults.served import Served
 
@@ -50,10 +52,30 @@ def by_dying(served: Served) -> Callable[[], None]:
     return end
 
 
+def by_grpc(served: Served, seconds: float | None = None) -> Callable[[], None]:
+    """A call; what is returned cancels it, unless its deadline has come."""
+    sampling = inference_pb2.SamplingParams(max_tokens=ASKED, ignore_eos=True, temperature=0)
+    request = inference_pb2.GenerateRequest(prompt=str(BODY["prompt"]), sampling_params=sampling)
+    channel = grpc.insecure_channel(served.grpc)
+    call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(request, timeout=seconds)
+
+    def end() -> None:
+        if seconds is None:
+            call.cancel()
+        with pytest.raises(grpc.RpcError) as ended:
+            list(call)
+        late, left = grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED
+        assert ended.value.code() is (left if seconds is None else late)
+        channel.close()
+
+    return end
+
+
 WAYS: dict[str, Way] = {
     "stream": lambda served: by_closing(served, True),
     "unary": lambda served: by_closing(served, False),
     "killed": by_dying,
+    "grpc": by_grpc,
 }
 
 
@@ -71,6 +93,18 @@ def test_who_leaves_frees_what_they_had_and_counts_once(served: Served, way: str
     leave()
     served.wait(lambda: scrape.at_rest(http))
     served.wait(lambda: scrape.ended(http) != reasons)
+    assert scrape.ended(http) - reasons == {"abort": 1} and reasons - scrape.ended(http) == {}
+    assert scrape.value(http, "vllm:generation_tokens_total") - tokens < ASKED
+
+
+def test_a_deadline_aborts_and_counts_once(served: Served) -> None:
+    """vllm#31503, over gRPC: nobody cancels, the time that the client gave is over."""
+    http = served.http
+    served.wait(lambda: scrape.at_rest(http))
+    reasons, tokens = scrape.ended(http), scrape.value(http, "vllm:generation_tokens_total")
+    by_grpc(served, 0.2)()
+    served.wait(lambda: scrape.ended(http) != reasons)
+    served.wait(lambda: scrape.at_rest(http))
     assert scrape.ended(http) - reasons == {"abort": 1} and reasons - scrape.ended(http) == {}
     assert scrape.value(http, "vllm:generation_tokens_total") - tokens < ASKED
 
