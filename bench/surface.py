@@ -222,6 +222,32 @@ def error_times(served: Served, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def grpc_error_times(served: Served, rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds from a call that is refused to its status."""
+    codes = grpc.StatusCode
+    refused: list[tuple[grpc.StatusCode, str, dict[str, Any]]] = [
+        (codes.UNAUTHENTICATED, "wrong", {}),
+        (codes.NOT_FOUND, KEY, {"model": "nobody"}),
+        (codes.INVALID_ARGUMENT, KEY, {"sampling_params": {"temperature": 9}}),
+        (codes.RESOURCE_EXHAUSTED, LIMITED, {}),
+    ]
+    rows = []
+    with grpc.insecure_channel(served.grpc) as channel:
+        generate = channel.unary_stream(GENERATE)
+        for code, key, fields in refused:
+            request = inference_pb2.GenerateRequest(prompt="Say something.", **fields).SerializeToString()
+            times = []
+            for _ in range(rounds):
+                began = time.perf_counter()
+                found = generate(request, metadata=[("authorization", f"Bearer {key}")]).code()
+                times.append((time.perf_counter() - began) * 1e3)
+                if found is not code:
+                    raise RuntimeError(f"a call ended with {found.name}, not {code.name}")
+            at_p99 = common.quantile(times, 0.99)
+            rows.append({"error": f"gRPC {code.name}", "ms_p50": median(times), "ms_p99": at_p99})
+    return rows
+
+
 def measure(quick: bool, only: str) -> dict[str, Any]:
     """All rows, and the headline."""
     lengths, rounds, repeats = ((20, 60), 20, 1) if quick else ((40, 240), 200, 3)
@@ -242,7 +268,7 @@ def measure(quick: bool, only: str) -> dict[str, Any]:
                     if engine == "paced":
                         costs[name].append(cost["us_per_token"])
             if engine == "paced":
-                rows += error_times(served, rounds)
+                rows += error_times(served, rounds) + grpc_error_times(served, rounds)
         if only:
             break
     figures = {name: median(found) for name, found in costs.items() if found}
