@@ -38,7 +38,7 @@ _LIMITS = LLParserLimits(
 
 
 class DeepThreads:
-    """Threads to read grammars in.
+    """Threads to read grammars in, started with the first one.
 
     The library follows a chain of rules or references by calling itself: on an ordinary stack of 8 MB one
     of some thousand links, 100 kB of text, ends the process. Here there is room for whatever
@@ -47,6 +47,16 @@ class DeepThreads:
 
     def __init__(self, count: int, name: str, initializer: Callable[[], None] = lambda: None) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=initializer)
+        self._count = count
+
+    def submit(self, work: Callable[..., _T], *arguments: object) -> Future[_T]:
+        """Have `work` done by the next thread that is free."""
+        if self._count:
+            self._start(self._count)
+            self._count = 0
+        return self._pool.submit(work, *arguments)
+
+    def _start(self, count: int) -> None:
         started = threading.Barrier(count + 1)
         with _stack_size_changes:
             before = threading.stack_size(_DEEP_STACK)
@@ -54,10 +64,6 @@ class DeepThreads:
                 self._pool.submit(started.wait)
             threading.stack_size(before)
         started.wait()
-
-    def submit(self, work: Callable[..., _T], *arguments: object) -> Future[_T]:
-        """Have `work` done by the next thread that is free."""
-        return self._pool.submit(work, *arguments)
 
     def close(self) -> None:
         """Begin nothing more."""

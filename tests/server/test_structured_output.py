@@ -174,6 +174,11 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (structured(choice=[1]), "structured_outputs.choice[0]", "string"),
     (structured(grammar="begin: x"), "structured_outputs.grammar", "start"),
     (structured(grammar="root ::= ("), "structured_outputs.grammar", "grammar"),
+    (
+        structured(grammar='root ::= "a"' + " " * MAX_GRAMMAR_BYTES),
+        "structured_outputs.grammar",
+        "characters",
+    ),
     (structured(json="{"), "structured_outputs.json", "JSON"),
     (structured(json=[1]), "structured_outputs.json", "schema"),
     (structured(json={}, regex="a"), "structured_outputs.regex", "combined"),

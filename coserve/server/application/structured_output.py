@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from llguidance import LLMatcher, StructTag
 from llguidance.gbnf_to_lark import any_to_lark
 
-from coserve.grammar import DeepThreads, check_grammar
+from coserve.grammar import MAX_GRAMMAR_BYTES, DeepThreads, check_grammar
 from coserve.server.fields import Fields
 
 # Between JSON's tokens: nothing, a space, or a new line with its indentation. A model that may go on with
@@ -158,6 +158,8 @@ def _choice(fields: Fields, name: str) -> str:
 def _grammar(fields: Fields, name: str) -> str:
     """Lark's form, or GBNF (`root ::= ...`) put into it."""
     text = fields.required_string(name)
+    if len(text) > MAX_GRAMMAR_BYTES:
+        raise fields.fail(name, f"has {len(text)} characters; at most {MAX_GRAMMAR_BYTES} are allowed.")
     if "::=" not in text:
         return LLMatcher.grammar_from_lark(text)
     try:
