@@ -8,6 +8,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -256,37 +257,21 @@ def parse_sampling(
     routes, so the caller reads them. Raises InvalidRequest naming the field.
     """
     constraint = read_constraint(fields) if constraint is None else constraint
-    defaults, vocab_size = rules.defaults, rules.vocab_size
     max_tokens = _token_limit(fields, default_max_tokens, allow_zero_tokens)
-    min_tokens = fields.integer("min_tokens", 0, 0) or 0
-    if max_tokens is not None and min_tokens > max_tokens:
-        raise fields.fail("min_tokens", f"must be at most max_tokens ({max_tokens}), not {min_tokens}.")
-    top_k = fields.integer("top_k", defaults.top_k, -1) or 0
-    seed = fields.integer("seed", None, -(2**63), 2**63 - 1)
-    penalty = fields.number("repetition_penalty", defaults.repetition_penalty, 0.0, 10.0)
-    if penalty is not None and penalty <= 0.0:
-        raise fields.fail("repetition_penalty", "must be greater than 0.")
-    top_p = fields.number("top_p", defaults.top_p, 0.0, 1.0)
-    if top_p == 0.0:
-        raise fields.fail("top_p", "must be greater than 0; use temperature 0 for the likeliest token.")
     sampling = SamplingParams(
         max_tokens=max_tokens or 0,
-        min_tokens=min_tokens,
-        temperature=fields.number("temperature", defaults.temperature, 0.0, 2.0),
-        top_p=top_p,
-        top_k=max(0, top_k),
-        min_p=fields.number("min_p", defaults.min_p, 0.0, 1.0),
-        seed=seed % MAX_SEED if seed is not None else rules.seeds.getrandbits(63),
+        min_tokens=_min_tokens(fields, max_tokens),
+        **_filters(fields, rules),
+        seed=_seed(fields, rules),
         presence_penalty=fields.number("presence_penalty", 0.0, -2.0, 2.0),
         frequency_penalty=fields.number("frequency_penalty", 0.0, -2.0, 2.0),
-        repetition_penalty=penalty,
-        logit_bias=_logit_bias(fields, vocab_size),
+        logit_bias=_logit_bias(fields, rules.vocab_size),
         bad_words=_bad_words(fields, rules.tokenizer),
-        allowed_token_ids=_allowed_token_ids(fields, vocab_size),
-        stop_token_ids=_token_ids(fields, "stop_token_ids", vocab_size),
+        allowed_token_ids=_allowed_token_ids(fields, rules.vocab_size),
+        stop_token_ids=_token_ids(fields, "stop_token_ids", rules.vocab_size),
         ignore_eos=fields.boolean("ignore_eos"),
         logprobs=logprobs,
-        logprob_token_ids=_logprob_token_ids(fields, vocab_size, logprobs),
+        logprob_token_ids=_logprob_token_ids(fields, rules.vocab_size, logprobs),
         prompt_logprobs=prompt_logprobs,
         grammar=constraint.grammar,
     )
@@ -308,6 +293,36 @@ def parse_sampling(
         stream_interval=fields.integer("stream_interval", rules.stream_interval, 1) or 1,
         grammar_field=constraint.field,
     )
+
+
+def _min_tokens(fields: Fields, max_tokens: int | None) -> int:
+    least = fields.integer("min_tokens", 0, 0) or 0
+    if max_tokens is not None and least > max_tokens:
+        raise fields.fail("min_tokens", f"must be at most max_tokens ({max_tokens}), not {least}.")
+    return least
+
+
+def _seed(fields: Fields, rules: SamplingRules) -> int:
+    seed = fields.integer("seed", None, -(2**63), 2**63 - 1)
+    return seed % MAX_SEED if seed is not None else rules.seeds.getrandbits(63)
+
+
+def _filters(fields: Fields, rules: SamplingRules) -> dict[str, Any]:
+    """The settings for which a model may have defaults of its own."""
+    defaults = rules.defaults
+    penalty = fields.number("repetition_penalty", defaults.repetition_penalty, 0.0, 10.0)
+    if penalty is not None and penalty <= 0.0:
+        raise fields.fail("repetition_penalty", "must be greater than 0.")
+    top_p = fields.number("top_p", defaults.top_p, 0.0, 1.0)
+    if top_p == 0.0:
+        raise fields.fail("top_p", "must be greater than 0; use temperature 0 for the likeliest token.")
+    return {
+        "temperature": fields.number("temperature", defaults.temperature, 0.0, 2.0),
+        "top_p": top_p,
+        "top_k": max(0, fields.integer("top_k", defaults.top_k, -1) or 0),
+        "min_p": fields.number("min_p", defaults.min_p, 0.0, 1.0),
+        "repetition_penalty": penalty,
+    }
 
 
 def _cache_salt(fields: Fields) -> str:

@@ -233,6 +233,16 @@ def routes(context: Context) -> list[Route]:
         tokens = len(response.chat.generation.prompts[0])
         return json_response({"object": "response.input_tokens", "input_tokens": tokens})
 
+    return [
+        Route("POST", "/v1/responses", create, USE),
+        Route("POST", "/v1/responses/input_tokens", count, USE),
+        *_kept_routes(store),
+    ]
+
+
+def _kept_routes(store: ResponseStore) -> list[Route]:
+    """Responses that were kept."""
+
     async def get(request: Request) -> Response:
         """A kept response."""
         if request.query_params.get("stream") == "true":
@@ -266,8 +276,6 @@ def routes(context: Context) -> list[Route]:
         )
 
     return [
-        Route("POST", "/v1/responses", create, USE),
-        Route("POST", "/v1/responses/input_tokens", count, USE),
         Route("GET", "/v1/responses/{id}", get, USE),
         Route("DELETE", "/v1/responses/{id}", delete, USE),
         Route("POST", "/v1/responses/{id}/cancel", cancel, USE),
