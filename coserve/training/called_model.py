@@ -52,9 +52,10 @@ class _PassUnderWay:
 
     def __init__(self, call_id: int, call: Pass, longest_sharer: int) -> None:
         self.call_id, self.call = call_id, call
-        self.samples = [_aligned(datum) for datum in call.data]
+        self.samples = [_aligned(datum, call.is_wide) for datum in call.data]
         # dro pulls towards the sampler at every token, whatever its advantage: none is nobody's.
-        self.packed = pack_data(self.samples, 0 if call.loss.name == "dro" else longest_sharer)
+        alone = call.loss.name == "dro" or call.is_wide
+        self.packed = pack_data(self.samples, 0 if alone else longest_sharer)
         self.begun = 0  # microbatches
         self.logprobs = [b""] * len(self.samples)
         self.losses: list[float] = []
@@ -68,10 +69,19 @@ class _PassUnderWay:
         """Some of its microbatches are done."""
         self.losses += [part.loss for part in run.sums()]
         for packed, microbatch in zip(begun, run.microbatches.values(), strict=True):
+            if self.call.is_wide:
+                self._take_wide(packed, microbatch)
+                continue
             logprobs_T = microbatch.logprobs_T.cpu().numpy().astype("<f4", copy=False)
             for number, at in zip(packed.numbers, places(packed, self.samples), strict=True):
                 shared = logprobs_T[at.first : at.first + at.shared].tobytes()
                 self.logprobs[number] = shared + logprobs_T[at.start : at.start + at.own].tobytes()
+
+    def _take_wide(self, packed: PackedData, microbatch: Microbatch) -> None:
+        logprobs_TK = microbatch.wide_logprobs_TK.cpu().numpy().astype("<f4", copy=False)
+        for number, at in zip(packed.numbers, places(packed, self.samples), strict=True):
+            width = self.call.data[number].width
+            self.logprobs[number] = logprobs_TK[at.start : at.start + at.own, :width].tobytes()
 
     def sampled(self, packed: PackedData) -> np.ndarray | None:
         """The sampler's log-probabilities of a microbatch's targets, fp32 [T]; None where the loss reads
@@ -90,7 +100,8 @@ class _PassUnderWay:
     def result(self) -> CallResult:
         """Once all are done."""
         loss = math.fsum(self.losses) if all(map(math.isfinite, self.losses)) else math.nan
-        return CallResult(logprobs=self.logprobs, metrics={"loss:sum": loss})
+        widths = [datum.width for datum in self.call.data] if self.call.is_wide else []
+        return CallResult(logprobs=self.logprobs, widths=widths, metrics={"loss:sum": loss})
 
 
 class _Part(NamedTuple):
@@ -291,7 +302,7 @@ class CalledModel:
         model_id, call = self.spec.job_id, under_way.call
         run = BatchRun(
             self._decoder,
-            called_objective(call.loss),
+            called_objective(call.loss, wide=call.is_wide),
             samples,
             name=f"{model_id}/{under_way.call_id}/{under_way.begun}",
             job_id=model_id,
@@ -456,9 +467,12 @@ class CalledModel:
         return CallResult()
 
 
-def _aligned(datum: Datum) -> Aligned:
-    return Aligned(
-        np.frombuffer(datum.tokens, dtype="<i4").astype(np.int64),
-        np.frombuffer(datum.targets, dtype="<i4").astype(np.int64),
-        np.frombuffer(datum.coefficients, dtype="<f4").copy(),
-    )
+def _aligned(datum: Datum, wide: bool) -> Aligned:
+    """`wide`: with its several targets a token, one though it may be."""
+    tokens = np.frombuffer(datum.tokens, dtype="<i4").astype(np.int64)
+    targets = np.frombuffer(datum.targets, dtype="<i4").astype(np.int64)
+    weights = np.frombuffer(datum.coefficients, dtype="<f4").copy()
+    if not wide:
+        return Aligned(tokens, targets, weights)
+    several = targets.reshape(-1, datum.width), weights.reshape(-1, datum.width)
+    return Aligned(tokens, several[0][:, 0].copy(), several[1].sum(axis=1), several)

@@ -42,6 +42,7 @@ def score_chunk(
         microbatch.reference_T[rows] = scores.logprob_C
     else:
         _keep(microbatch, rows, scores)
+        _wide_scores(microbatch, rows, logits_CV, scores.lse_C)
 
 
 def loss_chunk(
@@ -64,6 +65,7 @@ def loss_chunk(
     logits_CV = yield from decoder.head_forward(x_CH, runs)
     scores = token_scores(logits_CV, targets_C)
     _keep(microbatch, rows, scores)
+    wide_CK = _wide_scores(microbatch, rows, logits_CV, scores.lse_C)
     yield
     weight_C, uniform_C = objective.weights(microbatch, rows)
     logit_gradient_(
@@ -74,6 +76,8 @@ def loss_chunk(
         uniform_C * grad_scale,
         decoder.config.logit_cap,
     )
+    if wide_CK is not None:
+        _wide_gradient_(logits_CV, microbatch, rows, wide_CK, weight_C, grad_scale, decoder.config.logit_cap)
     yield
     dx_CH = yield from decoder.head_backward(logits_CV, x_CH, head, chunk.start, needs_input)
     if dx_CH is not None:
@@ -84,6 +88,41 @@ def _keep(microbatch: Microbatch, rows: torch.Tensor, scores: TokenScores) -> No
     microbatch.logprobs_T[rows] = scores.logprob_C
     microbatch.mean_logprobs_T[rows] = scores.mean_logprob_C
     microbatch.greedy_T[rows] = scores.greedy_C
+
+
+def _wide_scores(
+    microbatch: Microbatch, rows: torch.Tensor, logits_CV: torch.Tensor, lse_C: torch.Tensor
+) -> torch.Tensor | None:
+    """Log-probabilities of a chunk's several targets into the microbatch; their logits, fp32 [C, K]. None
+    where each token has one."""
+    if microbatch.wide_targets_TK is None:
+        return None
+    wide_CK = logits_CV.gather(1, microbatch.wide_targets_TK[rows]).float()
+    microbatch.wide_logprobs_TK[rows] = wide_CK - lse_C[:, None]
+    return wide_CK
+
+
+def _wide_gradient_(
+    gradient_CV: torch.Tensor,
+    microbatch: Microbatch,
+    rows: torch.Tensor,
+    wide_CK: torch.Tensor,
+    weight_C: torch.Tensor,
+    grad_scale: float,
+    soft_cap: float,
+) -> None:
+    """From the gradient of the first target with the sum of all weights (`weight_C`) to that of all with
+    their own: dz = sum_k w_k (p - onehot_k), so only the targets' own places differ. `wide_CK` are their
+    logits."""
+    assert microbatch.wide_targets_TK is not None
+    targets_CK = microbatch.wide_targets_TK[rows]
+    share_CK = microbatch.wide_logprobs_TK[rows].exp() * weight_C[:, None]
+    own_CK = microbatch.wide_weights_TK[rows]
+    if soft_cap:
+        slope_CK = 1.0 - (wide_CK / soft_cap).square()
+        share_CK, own_CK = share_CK * slope_CK, own_CK * slope_CK
+    gradient_CV.scatter_(1, targets_CK, (share_CK * grad_scale).to(gradient_CV.dtype))
+    gradient_CV.scatter_add_(1, targets_CK, (-own_CK * grad_scale).to(gradient_CV.dtype))
 
 
 def head_units(kind: str, chunks: Sequence[Chunk], tile: int = 1) -> tuple[TrainingUnit, ...]:

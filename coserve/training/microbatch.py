@@ -23,11 +23,13 @@ Integers = Sequence[int] | np.ndarray
 
 class Aligned(NamedTuple):
     """A sample that says of each token which one should follow (`targets`, none left out), and what that
-    counts (fp32 `weights`, 0 included: it is scored all the same)."""
+    counts (fp32 `weights`, 0 included: it is scored all the same). With `wide` targets and weights [N, K]
+    there are several for each; the others are the first of them and their sum."""
 
     token_ids: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
+    wide: tuple[np.ndarray, np.ndarray] | None = None
 
 
 Sample = tuple[Integers, Integers] | tuple[Integers, Integers, Sequence[float] | np.ndarray] | Aligned
@@ -103,6 +105,20 @@ def _check_prefix(samples: Sequence[Sample], tokens: int) -> None:
             raise ValueError(f"the shared {tokens} tokens have targets of their own")
 
 
+def _widened(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Targets and weights [T, K] of samples that all have wide ones; what has fewer counts 0 there."""
+    given = [sample.wide for sample in samples if isinstance(sample, Aligned) and sample.wide is not None]
+    if not given:
+        return None
+    most = max(targets.shape[1] for targets, _ in given)
+    pairs = [
+        [np.pad(array, ((0, 0), (0, most - array.shape[1]))) for array in (targets, weights)]
+        for targets, weights in given
+    ]
+    targets, weights = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    return targets, weights
+
+
 class Microbatch:
     """The stream of `samples`: (token_ids, labels), labels aligned with tokens, -100 where not trained; a
     third member gives each token's weight as a target (1 without it; 0 is the same as not trained). Or
@@ -112,7 +128,8 @@ class Microbatch:
     the label of the next one of the same sample, and so is its weight. `shared` says of the samples in order
     which share a prefix (without it none do); `gaps_T2` int32 is None where none do. `logprobs_T`,
     `mean_logprobs_T` (over the vocabulary; fp32) and `greedy_T` are the adapter's scores of the targets,
-    `reference_T` the reference's log-probabilities; each is there after its units. Whoever owns the memory
+    `reference_T` the reference's log-probabilities; each is there after its units. `wide_*_TK` are those of
+    samples with several targets a token, else None. Whoever owns the memory
     sets `activations` before the first forward window and takes it back (None) after the last unit. Without
     `dropout`, as in evaluation, the adapter sees its whole input. ValueError where samples can't share what
     they should.
@@ -137,6 +154,11 @@ class Microbatch:
         if any(run.tokens for run in runs):
             self.gaps_T2 = torch.from_numpy(parts.gaps).to(device)
         self.weights_T = torch.from_numpy(parts.weights).to(device)
+        self.wide_targets_TK: torch.Tensor | None = None
+        widened = _widened(samples)
+        if widened is not None:
+            self.wide_targets_TK, self.wide_weights_TK = (torch.from_numpy(a).to(device) for a in widened)
+            self.wide_logprobs_TK = torch.zeros_like(self.wide_weights_TK)
         self.logprobs_T = torch.zeros_like(self.weights_T)
         self.mean_logprobs_T = torch.zeros_like(self.weights_T)
         self.reference_T = torch.zeros_like(self.weights_T)

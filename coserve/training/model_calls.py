@@ -20,12 +20,14 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=Tr
 class Datum(msgspec.Struct, frozen=True, array_like=True):
     """N tokens (int32), the token that each should be followed by (`targets`, int32), and what each target
     counts: its weight, or the advantage of having chosen it (`coefficients`, fp32). `sampled_logprobs` (fp32)
-    are the log-probabilities under the policy that chose the targets; empty where the loss reads none."""
+    are the log-probabilities under the policy that chose the targets; empty where the loss reads none. With a
+    `width` K over 1 targets and coefficients are [N, K]."""
 
     tokens: bytes
     targets: bytes
     coefficients: bytes
     sampled_logprobs: bytes = b""
+    width: int = 1
 
 
 class LossSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -43,6 +45,11 @@ class Pass(Call):
     data: list[Datum]
     loss: LossSettings
     backward: bool = True
+
+    @property
+    def is_wide(self) -> bool:
+        """Some token has several targets."""
+        return any(datum.width > 1 for datum in self.data)
 
     @property
     def trained_tokens(self) -> int:
@@ -85,7 +92,9 @@ ModelCall = Pass | Update | Save | Load
 
 
 class CallResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """`logprobs` (fp32 bytes) are those of each datum's targets; metrics are named "name:reduction"."""
+    """`logprobs` (fp32 bytes) are those of each datum's targets, [N, width] where `widths` are given; metrics
+    are named "name:reduction"."""
 
     logprobs: list[bytes] = []
+    widths: list[int] = []
     metrics: dict[str, float] = {}

@@ -105,10 +105,20 @@ class DirectReward(PolicyObjective):
         return -(advantage_C * logp_C - 0.5 * self.beta * (logp_C - q_C).square())
 
 
-def called_objective(loss: LossSettings) -> Objective:
-    """The objective of a pass; its name is one of `LOSSES`."""
+class SeveralTargets(CrossEntropy):
+    """-sum_k A_k logp_k of each token: cross entropy with a distribution, say. The microbatch has wide
+    targets and weights, and the sums of these in `weights_T`."""
+
+    def sums(self, microbatch: Microbatch) -> LossSums:
+        losses_TK = -microbatch.wide_weights_TK.double() * microbatch.wide_logprobs_TK.double()
+        return token_sums(microbatch, losses_TK.flatten())
+
+
+def called_objective(loss: LossSettings, *, wide: bool = False) -> Objective:
+    """The objective of a pass; its name is one of `LOSSES`. `wide`: its data have several targets a token,
+    which only cross entropy takes."""
     if loss.name == "cross_entropy":
-        return CrossEntropy()
+        return SeveralTargets() if wide else CrossEntropy()
     if loss.name == "importance_sampling":
         return ImportanceSampling()
     if loss.name == "dro":

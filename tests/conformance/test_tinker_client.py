@@ -65,6 +65,13 @@ def test_a_loss_of_ones_own(seen) -> None:
     assert found["sums"][0] == pytest.approx(found["sums"][1], rel=1e-4, abs=1e-3)
 
 
+def test_several_targets_a_token(seen) -> None:
+    found = seen["distributions"]
+    assert found["sparse"] and found["shape"][1] == 3
+    assert found["sums"][0] == pytest.approx(found["sums"][1], rel=1e-5)
+    assert found["after"] < found["sums"][0]
+
+
 def test_samples_are_scored_in_training_as_they_were_sampled(seen) -> None:
     found = seen["reinforcement"]
     assert found["scored"] == pytest.approx(found["sampled"], abs=1e-4)

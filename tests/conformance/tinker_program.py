@@ -100,6 +100,32 @@ def own_loss() -> dict:
     return {"norms": norms, "sums": sums}
 
 
+def distributions() -> dict:
+    """Three targets a token, sent sparse, cost what three passes with one each do."""
+    training, n = client(3), len(TOKENS) - 1
+    targets = torch.randint(2, 1000, (n, 3), generator=torch.Generator().manual_seed(1))
+    weights = torch.zeros(n, 3)
+    weights[5:, 0], weights[9:, 1], weights[:4, 2] = 0.75, -0.5, 0.25
+    inputs = types.ModelInput.from_ints(TOKENS[:-1])
+    wide = types.Datum(model_input=inputs, loss_fn_inputs={"target_tokens": targets, "weights": weights})
+    narrow = [
+        types.Datum(
+            model_input=inputs,
+            loss_fn_inputs={"target_tokens": targets[:, k].tolist(), "weights": weights[:, k].tolist()},
+        )
+        for k in range(3)
+    ]
+    both = [training.forward(data, "cross_entropy").result() for data in ([wide], narrow)]
+    training.forward_backward([wide, narrow[0]], "cross_entropy").result()
+    training.optim_step(ADAM).result()
+    return {
+        "sparse": wide.loss_fn_inputs["weights"].sparse_crow_indices is not None,
+        "shape": both[0].loss_fn_outputs[0]["logprobs"].shape,
+        "sums": [one.metrics["loss:sum"] for one in both],
+        "after": training.forward([wide], "cross_entropy").result().metrics["loss:sum"],
+    }
+
+
 def reinforcement() -> dict:
     """Samples are scored in training as they were in sampling; ratios are 1, so losses are known."""
     training = client(4)
@@ -212,7 +238,7 @@ def main() -> None:
     models = [model.model_name for model in rest.get_server_capabilities().result().supported_models]
     info = client(9).get_info()
     seen: dict = {"models": models, "info": [info.model_data.model_name, info.lora_rank]}
-    for part in (supervised, chunks, own_loss, reinforcement, states, together, faults):
+    for part in (supervised, chunks, own_loss, distributions, reinforcement, states, together, faults):
         seen[part.__name__] = part()
     session = service.holder.get_session_id()
     seen["session"] = rest.get_session(session).result().user_metadata

@@ -188,8 +188,9 @@ class FakeEngine(Readiness):
         if self.fail_call is not None:
             raise self.fail_call
         if isinstance(call, Pass):
-            logprobs = [np.full(len(datum.tokens) // 4, -0.5, "<f4").tobytes() for datum in call.data]
-            return CallResult(logprobs=logprobs, metrics={"loss:sum": 1.5})
+            logprobs = [np.full(len(datum.targets) // 4, -0.5, "<f4").tobytes() for datum in call.data]
+            widths = [datum.width for datum in call.data] if call.is_wide else []
+            return CallResult(logprobs=logprobs, widths=widths, metrics={"loss:sum": 1.5})
         if isinstance(call, Save):
             write_peft(Path(call.directory), seed=len(self.calls))
         return CallResult(metrics={"grad_norm:mean": 2.0} if isinstance(call, Update) else {})

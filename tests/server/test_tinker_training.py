@@ -93,6 +93,24 @@ def test_a_refused_call_holds_nobody_up_and_may_be_sent_again_right(server, tink
     assert ahead["status"] == 400 and ahead["param"] == "seq_id"
 
 
+def test_several_targets_a_token_dense_or_sparse(server, tinker) -> None:
+    model_id = tinker.create_model()
+    targets = {"data": [6, 9, 7, 0, 8, 5], "dtype": "int64", "shape": [3, 2]}
+    sparse = {
+        "data": [6, 9, 7, 8, 5], "dtype": "int64", "shape": [3, 2],
+        "sparse_crow_indices": [0, 2, 3, 5], "sparse_col_indices": [0, 1, 0, 0, 1],
+    }  # fmt: skip
+    weights = {"data": [0.5, 0.5, 1.0, 0.0, 0.25, 0.75], "dtype": "float32", "shape": [3, 2]}
+    for given in (targets, sparse):
+        answer = tinker.forward_backward(model_id, datum(target_tokens=given, weights=weights), DATUM)
+        wide, narrow = server.engine.calls[-1][1].data
+        assert (wide.width, narrow.width) == (2, 1)
+        assert np.frombuffer(wide.targets, "<i4").tolist() == targets["data"]
+        assert np.frombuffer(wide.coefficients, "<f4").tolist() == weights["data"]
+        shapes = [output["logprobs"]["shape"] for output in answer["loss_fn_outputs"]]
+        assert shapes == [[3, 2], [3]]
+
+
 def test_steps_and_tokens_are_counted(tinker) -> None:
     def counted() -> tuple[float, float]:
         lines = dict(
@@ -193,8 +211,23 @@ BAD_DATA = [
     (datum(advantages=ONES), "data[0].loss_fn_inputs.advantages"),
     (datum(target_tokens=INTS | {"data": [6, 7, 10**6]}), "data[0].loss_fn_inputs.target_tokens"),
     (datum(target_tokens=INTS | {"data": [6, 7, -1]}), "data[0].loss_fn_inputs.target_tokens"),
-    (datum(target_tokens=INTS | {"data": [1] * 6, "shape": [3, 2]}), "data[0].loss_fn_inputs.target_tokens"),
+    (datum(target_tokens=INTS | {"data": [1] * 6, "shape": [3, 2]}), "data[0].loss_fn_inputs.weights"),
+    (datum(target_tokens=INTS | {"shape": [3, 2]}), "data[0].loss_fn_inputs.target_tokens"),
+    (datum(target_tokens=INTS | {"shape": [3, 1000]}), "data[0].loss_fn_inputs.target_tokens"),
+    (datum(target_tokens=INTS | {"shape": [1, 3, 1]}), "data[0].loss_fn_inputs.target_tokens"),
     (datum(target_tokens=INTS | {"sparse_crow_indices": [0]}), "data[0].loss_fn_inputs.target_tokens"),
+    (
+        datum(
+            target_tokens={
+                "data": [6, 7],
+                "dtype": "int64",
+                "shape": [3, 2],
+                "sparse_crow_indices": [0, 1, 2, 2],
+                "sparse_col_indices": [0, 2],
+            }
+        ),
+        "data[0].loss_fn_inputs.target_tokens",
+    ),
     (DATUM | {"model_input": {"chunks": []}}, "data[0].model_input"),
     (DATUM | {"model_input": {"chunks": [{"tokens": [1] * 300}]}}, "data[0].model_input"),
     (DATUM | {"model_input": {"chunks": [{"tokens": [2**70]}]}}, "data[0].model_input"),

@@ -175,7 +175,8 @@ def autograd(
     total, logprobs = torch.zeros((), dtype=dtype), []
     for tokens, targets, coefficients, q in data:
         logits = peft(torch.tensor(tokens)[None]).logits[0]
-        logp = logits.log_softmax(-1).gather(1, torch.tensor(targets)[:, None])[:, 0]
+        wanted = torch.tensor(targets).reshape(len(tokens), -1)
+        logp = logits.log_softmax(-1).gather(1, wanted).reshape(targets.shape)
         q_T = None if q is None else torch.tensor(q, dtype=dtype)
         total = total + loss_of(logp, q_T, torch.tensor(coefficients, dtype=dtype))
         logprobs.append(logp.detach().numpy())

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from coserve.core.step_plan import StepPlan
 from coserve.engine import messages as m
+from coserve.kernels.cross_entropy import logit_gradient_, token_scores
 from coserve.training import called_model
 from coserve.training.backward import MicrobatchBackward
 from coserve.training.dataset import TokenDataset
+from coserve.training.loss import _wide_gradient_, _wide_scores
 from coserve.training.microbatch import Aligned, Microbatch
-from coserve.training.model_calls import AdamParams, CallResult, Load, LossSettings, Pass, Save, Update
+from coserve.training.model_calls import AdamParams, CallResult, Datum, Load, LossSettings, Pass, Save, Update
 from coserve.training.pass_packing import pack_data, places
 from tests.invariants import world
 from tests.training.calls import (
@@ -81,7 +83,7 @@ def test_a_loss_and_its_gradient_are_autograds(model, trained, loss: str, shares
 def test_a_groups_prompt_is_read_once_where_nothing_of_it_counts(trained) -> None:
     caller, _ = trained
     data = grouped_data(3, 5, seed=4)
-    samples = [called_model._aligned(datum(*d)) for d in data]
+    samples = [called_model._aligned(datum(*d), False) for d in data]
     whole = sum(len(d[0]) for d in data)
     assert sum(packed.tokens for packed in pack_data(samples, 0)) == whole
     assert sum(packed.tokens for packed in pack_data(samples, 512)) < 0.55 * whole
@@ -92,7 +94,7 @@ def test_a_groups_prompt_is_read_once_where_nothing_of_it_counts(trained) -> Non
         caller.outcome(asked)
     caller.update(AdamParams(learning_rate=0.0))
     counting = [(ids, targets, np.ones_like(a), q) for ids, targets, a, q in data]
-    samples = [called_model._aligned(datum(*d)) for d in counting]
+    samples = [called_model._aligned(datum(*d), False) for d in counting]
     assert sum(packed.tokens for packed in pack_data(samples, 512)) == whole
 
 
@@ -401,3 +403,54 @@ def test_a_fault_in_a_pass_is_its_own(model, monkeypatch) -> None:
     assert world.same_bits(caller.gradients(), before)
     assert world.pool_is_empty(caller.local)
     caller.update()
+
+
+def test_several_targets_a_token(model, trained) -> None:
+    """Distributions as targets, of different widths in one pass, weights of either sign and repeated ids."""
+    caller, folder = trained
+    rng = np.random.default_rng(5)
+    data, asked = [], []
+    for width in (3, 1, 5, 3):
+        length = int(rng.integers(4, 60))
+        tokens = rng.integers(2, world.VOCAB, length)
+        targets = rng.integers(2, world.VOCAB, (length, width))
+        targets[:, -1] = targets[:, 0]  # twice the same
+        weights = rng.standard_normal((length, width)).astype(np.float32)
+        data.append((tokens, targets, weights, None))
+        one = datum(tokens, targets.reshape(-1), weights.reshape(-1))
+        asked.append(Datum(one.tokens, one.targets, one.coefficients, width=width))
+    forward = caller.forward(asked)
+    result = caller.forward_backward(asked)
+    assert forward.logprobs == result.logprobs and result.widths == [3, 1, 5, 3]
+    value, logprobs, gradients = autograd(model, folder, data, lambda logp, q, a: -(a * logp).sum())
+    assert result.metrics["loss:sum"] == pytest.approx(value, rel=1e-5, abs=1e-4)
+    for ours, theirs in zip(logprobs_of(result), logprobs, strict=True):
+        np.testing.assert_allclose(ours.reshape(theirs.shape), theirs, atol=2e-5)
+    found = caller.gradients()
+    for name, gradient in gradients.items():
+        largest = float(gradient.abs().max())
+        torch.testing.assert_close(found[name].double(), gradient, rtol=0, atol=2e-5 * largest, msg=name)
+    caller.update(AdamParams(learning_rate=0.0))
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 3.0])
+def test_the_gradient_of_several_targets_through_capped_logits(soft_cap: float) -> None:
+    torch.manual_seed(3)
+    samples = [
+        Aligned(np.arange(4), np.zeros(4, np.int64), np.zeros(4, np.float32), wide=(t, w))
+        for t, w in [(np.random.default_rng(n).integers(0, 11, (4, 3)), np.ones((4, 3), np.float32) - n)
+                     for n in range(2)]
+    ]  # fmt: skip
+    microbatch = Microbatch(samples)
+    rows, targets = microbatch.trained_rows, microbatch.wide_targets_TK
+    u = (3 * torch.randn(8, 11)).requires_grad_()
+    z = soft_cap * torch.tanh(u / soft_cap) if soft_cap else u
+    logp = z.log_softmax(-1).gather(1, targets)
+    (-(microbatch.wide_weights_TK * logp).sum()).backward()
+    logits, weights = z.detach().clone(), microbatch.wide_weights_TK.sum(1)
+    scores = token_scores(logits, targets[:, 0].contiguous())
+    wide = _wide_scores(microbatch, rows, logits, scores.lse_C)
+    torch.testing.assert_close(microbatch.wide_logprobs_TK, logp.detach(), rtol=0, atol=1e-5)
+    logit_gradient_(logits, targets[:, 0].contiguous(), scores.lse_C, weights, torch.zeros(8), soft_cap)
+    _wide_gradient_(logits, microbatch, rows, wide, weights, 1.0, soft_cap)
+    torch.testing.assert_close(logits, u.grad, rtol=0, atol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -38,10 +39,10 @@ def pass_answer(result: CallResult) -> Answer:
 
 def _pass_json(result: CallResult) -> dict[str, Any]:
     outputs = []
-    for part in result.logprobs:
+    for part, width in zip(result.logprobs, _widths(result), strict=True):
         values = np.frombuffer(part, dtype="<f4")
-        tensor = {"data": values.tolist(), "dtype": "float32", "shape": [len(values)]}
-        outputs.append({"logprobs": tensor})
+        shape = [len(values)] if width == 1 else [len(values) // width, width]
+        outputs.append({"logprobs": {"data": values.tolist(), "dtype": "float32", "shape": shape}})
     return {
         "loss_fn_output_type": "ArrayRecord",
         "loss_fn_outputs": outputs,
@@ -49,21 +50,27 @@ def _pass_json(result: CallResult) -> dict[str, Any]:
     }
 
 
+def _widths(result: CallResult) -> list[int]:
+    return result.widths or [1] * len(result.logprobs)
+
+
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
 def _pass_protobuf(result: CallResult) -> bytes:
-    lengths = np.asarray([0, *(len(part) for part in result.logprobs)], dtype="<i8")
-    logprobs = pb.BatchedTensor(
-        data=b"".join(result.logprobs), offsets=np.cumsum(lengths).tobytes(), dtype=pb.DTYPE_FLOAT32
-    )
-    record = pb.ArrayRecord(
-        type_tag="ArrayRecord", fields={"logprobs": logprobs}, num_datums=len(result.logprobs)
-    )
-    answer = pb.ForwardBackwardOutput(
-        loss_fn_output_type="ArrayRecord", loss_fn_outputs=[record], metrics=result.metrics
-    )
+    answer = pb.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord", metrics=result.metrics)
+    parts = zip(_widths(result), result.logprobs, strict=True)
+    for width, run in groupby(parts, key=lambda pair: pair[0]):  # a record is as wide throughout
+        logprobs = [part for _, part in run]
+        lengths = np.asarray([0, *(len(part) for part in logprobs)], dtype="<i8")
+        tensor = pb.BatchedTensor(
+            data=b"".join(logprobs), offsets=np.cumsum(lengths).tobytes(), dtype=pb.DTYPE_FLOAT32
+        )
+        tensor.trailing_shape.extend([width] if width > 1 else [])
+        answer.loss_fn_outputs.add(
+            type_tag="ArrayRecord", fields={"logprobs": tensor}, num_datums=len(logprobs)
+        )
     return answer.SerializeToString()
 
 

@@ -15,6 +15,7 @@ from coserve.server.grpc_gen import tinker_pb2 as pb
 from coserve.training.model_calls import LOSSES, POLICY_LOSSES, Datum, LossSettings, Pass
 
 MAX_DATA = 1024  # of one request; the client cuts at as many
+MAX_WIDTH = 256  # targets of a token
 _CLIPPED = ("clip_low_threshold", "clip_high_threshold")
 _SETTINGS: dict[str, tuple[str, ...]] = {"ppo": _CLIPPED, "cispo": _CLIPPED, "dro": ("beta",)}
 _BOUNDS = {"ppo": (0.8, 1.2), "cispo": (0.0, 4.0)}
@@ -33,11 +34,20 @@ class Limits(NamedTuple):
     max_length: int
 
 
+class RawTensor(NamedTuple):
+    """Values as they came, their shape, and the row pointers and columns of sparse ones."""
+
+    values: np.ndarray
+    shape: tuple[int, ...]
+    rows: np.ndarray | None = None
+    columns: np.ndarray | None = None
+
+
 class RawDatum(NamedTuple):
-    """Token ids, and the arrays that the loss reads, by name, with their shapes."""
+    """Token ids, and the arrays that the loss reads, by name."""
 
     tokens: np.ndarray
-    inputs: dict[str, tuple[np.ndarray, tuple[int, ...]]]
+    inputs: dict[str, RawTensor]
 
 
 def pass_from_json(fields: Fields, backward: bool, limits: Limits) -> Pass:
@@ -115,8 +125,6 @@ def _datum_from_json(fields: Fields) -> RawDatum:
         if tensor is None:
             continue
         tensor.only(_TENSOR, "a tensor")
-        if tensor.has("sparse_crow_indices"):
-            raise given.fail(name, "is sparse; send it dense.")
         dtype = _DTYPES[tensor.choice("dtype", tuple(_DTYPES)) or "float32"]
         try:
             with np.errstate(over="ignore"):  # what becomes infinite is refused as that
@@ -124,8 +132,22 @@ def _datum_from_json(fields: Fields) -> RawDatum:
         except (ValueError, TypeError, OverflowError):
             raise tensor.fail("data", "must be a flat array of numbers.") from None
         shape = tensor.integers("shape")
-        inputs[name] = values.reshape(-1), tuple(shape) if shape is not None else values.shape
+        inputs[name] = RawTensor(
+            values.reshape(-1),
+            tuple(shape) if shape is not None else values.shape,
+            _indices(tensor, "sparse_crow_indices"),
+            _indices(tensor, "sparse_col_indices"),
+        )
     return RawDatum(_token_array(tokens, fields.path), inputs)
+
+
+def _indices(tensor: Fields, name: str) -> np.ndarray | None:
+    indices = tensor.integers(name)
+    if indices is None:
+        return None
+    if any(not 0 <= index < 2**31 for index in indices):
+        raise tensor.fail(name, "has an index that is none.")
+    return np.asarray(indices, dtype=np.int64)
 
 
 def _token_array(tokens: list[int], path: str) -> np.ndarray:
@@ -151,10 +173,14 @@ def _datum_from_protobuf(path: str, message: pb.Datum) -> RawDatum:
         field = f"{path}loss_fn_inputs.{name}"
         if tensor.dtype not in _PB_DTYPES:
             raise InvalidRequest(f"{field} must be float32 or int64.", param=field)
+        dtype, shape = _PB_DTYPES[tensor.dtype], tuple(tensor.shape)
         if tensor.WhichOneof("encoding") == "sparse_csr":
-            raise InvalidRequest(f"{field} is sparse; send it dense.", param=field)
-        values = _array(tensor.dense, _PB_DTYPES[tensor.dtype], field)
-        inputs[name] = values, tuple(tensor.shape) or values.shape
+            csr = tensor.sparse_csr
+            indices = (_array(part, "<i8", field) for part in (csr.crow_indices, csr.col_indices))
+            inputs[name] = RawTensor(_array(csr.values, dtype, field), shape, *indices)
+        else:
+            values = _array(tensor.dense, dtype, field)
+            inputs[name] = RawTensor(values, shape or values.shape)
     tokens = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
     return RawDatum(tokens.astype(np.int64), inputs)
 
@@ -187,7 +213,15 @@ def _datum(path: str, raw: RawDatum, loss: LossSettings, limits: Limits) -> Datu
                 param=inputs + name,
                 code="unknown_field",
             )
-    arrays = [_input(inputs + name, raw.inputs.get(name), length) for name in wanted]
+    most = 1 if by_policy else MAX_WIDTH
+    arrays = [_input(inputs + name, raw.inputs.get(name), length, most) for name in wanted]
+    width = arrays[0].shape[1]
+    if arrays[-1].shape[1] != width:
+        raise InvalidRequest(
+            f"{inputs}weights must have the shape of target_tokens, {arrays[0].shape}, not "
+            f"{arrays[-1].shape}.",
+            param=inputs + "weights",
+        )
     _check_ids(arrays[0], inputs + "target_tokens", limits)
     for name, values in zip(wanted[1:], arrays[1:], strict=True):
         if not np.isfinite(values).all():
@@ -197,21 +231,53 @@ def _datum(path: str, raw: RawDatum, loss: LossSettings, limits: Limits) -> Datu
         arrays[0].astype("<i4").tobytes(),
         arrays[-1].astype("<f4").tobytes(),
         arrays[1].astype("<f4").tobytes() if by_policy else b"",
+        width,
     )
 
 
-def _input(field: str, given: tuple[np.ndarray, tuple[int, ...]] | None, length: int) -> np.ndarray:
+def _input(field: str, given: RawTensor | None, length: int, most: int) -> np.ndarray:
+    """[N, K] of the values for N tokens, K up to `most`; what a sparse tensor leaves out is 0."""
     if given is None:
         raise InvalidRequest(f"{field} is required.", param=field, code="missing_required_parameter")
-    values, shape = given
-    if shape not in ((length,), (length, 1)) or values.size != length:
-        wide = len(shape) == 2 and shape[0] == length
-        hint = ": one target a position" if wide else f", one for each token of model_input ({length})"
-        raise InvalidRequest(f"{field} must have the shape ({length},), not {shape}{hint}.", param=field)
-    return values
+    shape = given.shape if len(given.shape) == 2 else (*given.shape, 1)
+    if len(shape) != 2 or shape[0] != length or not 1 <= shape[1] <= most:
+        several = f", or ({length}, K) with K up to {most}" if most > 1 else ""
+        raise InvalidRequest(
+            f"{field} must have the shape ({length},){several}, one row for each token of model_input; not "
+            f"{given.shape}.",
+            param=field,
+        )
+    if given.rows is not None or given.columns is not None:
+        return _dense(field, given, shape)
+    if given.values.size != length * shape[1]:
+        raise InvalidRequest(
+            f"{field} has {given.values.size} values, its shape wants {length * shape[1]}.", param=field
+        )
+    return given.values.reshape(shape)
+
+
+def _dense(field: str, given: RawTensor, shape: tuple[int, int]) -> np.ndarray:
+    """A sparse tensor (compressed rows) with zeros in all other places."""
+    rows, columns, values = given.rows, given.columns, given.values
+    whole = (
+        rows is not None
+        and columns is not None
+        and len(rows) == shape[0] + 1
+        and len(columns) == len(values)
+        and rows[0] == 0
+        and rows[-1] == len(values)
+        and bool((np.diff(rows) >= 0).all())
+        and bool(((columns >= 0) & (columns < shape[1])).all())
+    )
+    if not whole or rows is None or columns is None:
+        raise InvalidRequest(f"{field} is sparse, and its indices don't fit its shape.", param=field)
+    dense = np.zeros(shape, dtype=values.dtype)
+    dense[np.repeat(np.arange(shape[0]), np.diff(rows)), columns] = values
+    return dense
 
 
 def _check_ids(ids: np.ndarray, field: str, limits: Limits) -> None:
+    ids = ids.reshape(-1)
     wrong = np.flatnonzero((ids < 0) | (ids >= limits.vocab_size) | (ids != np.floor(ids)))
     if len(wrong):
         found = ids[wrong[0]]
