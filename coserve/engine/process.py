@@ -24,6 +24,7 @@ from coserve.kernels.dispatch import isa
 logger = logging.getLogger(__name__)
 
 IDLE_POLL_MS = 1000
+LOADING_POLL_MS = 2  # somebody's first token waits for it
 PR_SET_PDEATHSIG = 1
 SWITCH_INTERVAL = 0.0005  # seconds: a step doesn't wait Python's 5 ms for a thread that reads an adapter
 
@@ -73,7 +74,7 @@ def serve(engine: Engine, socket: zmq.Socket[bytes]) -> None:
     """Steps while there is work; otherwise wait for messages."""
     parent = os.getppid()
     while not engine.stopped:
-        timeout = 0 if engine.has_work else (10 if engine.is_loading else IDLE_POLL_MS)
+        timeout = 0 if engine.has_work else (LOADING_POLL_MS if engine.is_loading else IDLE_POLL_MS)
         while socket.poll(timeout):
             engine.handle(m.decode_to_engine(socket.recv()))
             timeout = 0

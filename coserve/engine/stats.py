@@ -59,7 +59,8 @@ class StatsKeeper:
                 )
             )
         now = time.monotonic()
-        if now - self._sent_at >= INTERVAL or not self._engine.has_work:
+        rests = not (self._engine.has_work or self._engine.is_loading)
+        if now - self._sent_at >= INTERVAL or rests:
             self._sent_at = now
             self._engine.send(self.snapshot(0, with_costs=now - self._saved_at >= SAVE_EVERY))
 

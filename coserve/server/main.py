@@ -247,8 +247,7 @@ async def _start_parts(
     engine.on_stats(await engine.stats())  # gauges are right before the first step
     stack.push_async_callback(context.jobs.close)
     await context.adapters.load_pinned()
-    for module in config.lora_modules:
-        await context.adapters.load_at_start(module.name, module.path, module.pinned)
+    await context.adapters.load_at_start(config.lora_modules)
     return context
 
 

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from weakref import WeakValueDictionary
 
+from coserve.config import LoraModule
 from coserve.engine.client import EngineClient
 from coserve.errors import (
     ConfigError,
@@ -46,6 +47,7 @@ from coserve.server.state_dir import StateDir, copy_directory
 
 logger = logging.getLogger(__name__)
 
+_AT_ONCE = 8  # adapters that are read at the start
 _PEFT_FILES = (CONFIG_FILE, TENSOR_FILE, "README.md")
 
 
@@ -103,11 +105,20 @@ class Adapters(AdapterNames):
                 except CoserveError as error:
                     logger.warning(line("adapter isn't pinned", name=version.name, reason=error.message))
 
-    async def load_at_start(self, name: str, path: str, pinned: bool) -> None:
-        """An adapter of `--lora-modules`: a new version unless its files are those of the current one.
+    async def load_at_start(self, modules: Sequence[LoraModule]) -> None:
+        """The adapters of `--lora-modules`, some at a time: a new version of each whose files aren't those of
+        the current one.
 
         Raises ConfigError.
         """
+        for start in range(0, len(modules), _AT_ONCE):
+            loads = [self._load_module(module) for module in modules[start : start + _AT_ONCE]]
+            for failure in await asyncio.gather(*loads, return_exceptions=True):
+                if failure is not None:
+                    raise failure
+
+    async def _load_module(self, module: LoraModule) -> None:
+        name, path, pinned = module.name, module.path, module.pinned
         try:
             source = Path(path).expanduser()
             info = await asyncio.to_thread(read_adapter_info, source, self._model_config, self._max_rank)
