@@ -67,7 +67,7 @@ def test_a_loss_of_ones_own(seen) -> None:
 
 def test_several_targets_a_token(seen) -> None:
     found = seen["distributions"]
-    assert found["sparse"] and found["shape"][1] == 3
+    assert found["sparse"] and found["shape"][1] == 8
     assert found["sums"][0] == pytest.approx(found["sums"][1], rel=1e-5)
     assert found["after"] < found["sums"][0]
 

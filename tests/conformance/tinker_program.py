@@ -101,10 +101,10 @@ def own_loss() -> dict:
 
 
 def distributions() -> dict:
-    """Three targets a token, sent sparse, cost what three passes with one each do."""
+    """Eight targets a token, sent sparse, cost what eight passes with one each do."""
     training, n = client(3), len(TOKENS) - 1
-    targets = torch.randint(2, 1000, (n, 3), generator=torch.Generator().manual_seed(1))
-    weights = torch.zeros(n, 3)
+    targets = torch.randint(2, 1000, (n, 8), generator=torch.Generator().manual_seed(1))
+    weights = torch.zeros(n, 8)
     weights[5:, 0], weights[9:, 1], weights[:4, 2] = 0.75, -0.5, 0.25
     inputs = types.ModelInput.from_ints(TOKENS[:-1])
     wide = types.Datum(model_input=inputs, loss_fn_inputs={"target_tokens": targets, "weights": weights})
@@ -113,7 +113,7 @@ def distributions() -> dict:
             model_input=inputs,
             loss_fn_inputs={"target_tokens": targets[:, k].tolist(), "weights": weights[:, k].tolist()},
         )
-        for k in range(3)
+        for k in range(8)
     ]
     both = [training.forward(data, "cross_entropy").result() for data in ([wide], narrow)]
     training.forward_backward([wide, narrow[0]], "cross_entropy").result()
