@@ -306,6 +306,21 @@ def test_a_sentencepiece_vocabulary_spells_the_same_bytes(tmp_path: Path) -> Non
         assert set(json.loads(text_of(local, tokenizer, f"s{i}"))) == {"name", "age"}
 
 
+def test_an_adapter_in_training_answers_by_grammars_too(
+    model: Path, tokenizer: Tokenizer, data: Path, tmp_path: Path
+) -> None:
+    local = world.make_engine(model)
+    job = world.make_job(data, tmp_path)
+    world.submit(local, job)
+    local.run_until(lambda: bool(local.take(m.JobProgress)))
+    local.add("live", PROMPT, replace(SAMPLED, grammar=OBJECT), live_job=job.job_id)
+    local.add("base", PROMPT, replace(SAMPLED, grammar=OBJECT))
+    local.run_until(lambda: {"live", "base"} <= local.finished.keys())
+    for name in ("live", "base"):
+        assert local.finished[name].finish_reason == "stop"
+        assert set(json.loads(text_of(local, tokenizer, name))) == {"name", "age"}
+
+
 @pytest.mark.parametrize("kind", ["pieces", "endless"])
 def test_a_model_that_cannot_be_held_to_a_grammar_says_so(tmp_path: Path, kind: str) -> None:
     tokenizer, eos = (tokenizers.word_piece(), 5) if kind == "pieces" else (tokenizers.byte_level(), None)
