@@ -66,7 +66,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     `served_model_names` are further names of the base model, `generation_config` is "auto" (the model's own
     sampling defaults), "vllm" (none), or a directory that has them. `force_include_usage` ends every stream
     with its usage, asked for or not. `max_logprobs` -1 lets a request have those of the whole vocabulary.
-    `stream_interval` is the tokens of one chunk of a stream.
+    `stream_interval` is the tokens of one chunk of a stream, `sse_keep_alive_interval` the seconds after
+    which a silent one gets a comment.
     """
 
     engine: EngineConfig
@@ -85,6 +86,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str = "info"
     max_logprobs: int = 20
     stream_interval: int = 1
+    sse_keep_alive_interval: float = 0.0
     trust_request_chat_template: bool = False
     response_role: str = "assistant"
     enable_auto_tool_choice: bool = True

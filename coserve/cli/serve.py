@@ -58,6 +58,7 @@ def serve(
     force_include_usage: flags.ForceUsage = False,
     log_level: flags.LogLevel = "info",
     max_logprobs: flags.MaxLogprobs = 20,
+    sse_keep_alive_interval: flags.KeepAlive = 0.0,
     stream_interval: flags.StreamInterval = 1,
     trust_request_chat_template: flags.TrustRequestChatTemplate = False,
     response_role: flags.ResponseRole = "assistant",

@@ -76,6 +76,9 @@ ChatTemplate = Annotated[str, typer.Option(metavar="FILE", help="A Jinja templat
 MaxLogprobs = Annotated[
     int, typer.Option(min=-1, help="Log-probabilities that a request may have a token; -1: of all tokens.")
 ]
+KeepAlive = Annotated[
+    float, typer.Option(min=0.0, help="Seconds after which a silent stream gets a comment; 0 is never.")
+]
 StreamInterval = Annotated[int, typer.Option(min=1, help="Tokens of one chunk of a stream.")]
 TrustRequestChatTemplate = Annotated[
     bool, typer.Option("--trust-request-chat-template", help="Let requests bring a chat template.")

@@ -173,12 +173,15 @@ class EventStream(Response):
 
     `events` come in lists of those that go out together, and have had the first list taken already
     (`first`), so whatever can be refused was refused before the status line. A client that leaves closes the
-    iterator.
+    iterator. Where nothing was sent for `keep_alive` seconds (0: never) a comment goes out, so that proxies
+    don't take the connection for dead.
     """
 
     end = b"data: [DONE]\n\n"
 
-    def __init__(self, first: Sequence[object], events: AsyncIterator[Sequence[object]]) -> None:
+    def __init__(
+        self, first: Sequence[object], events: AsyncIterator[Sequence[object]], keep_alive: float
+    ) -> None:
         super().__init__(
             headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
             media_type="text/event-stream",
@@ -186,26 +189,41 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._first = first
         self._events = events
+        self._keep_alive = keep_alive
+        self._sent_at = asyncio.get_running_loop().time()
 
     @classmethod
-    async def open(cls, request: Request, events: AsyncIterator[Sequence[object]]) -> EventStream:
+    async def open(
+        cls, request: Request, events: AsyncIterator[Sequence[object]], keep_alive: float
+    ) -> EventStream:
         """Wait for the first events; their error is the request's error."""
         try:
             first = await until_disconnect(request, _next(events))
         except BaseException:
             await events.aclose()  # type: ignore[attr-defined]
             raise
-        return cls(first, events)
+        return cls(first, events, keep_alive)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         task = asyncio.ensure_future(self._run(send))
         gone = asyncio.ensure_future(_gone(receive))
+        beside = [asyncio.ensure_future(self._beat(send))] if self._keep_alive else []
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 task.result()
         finally:
-            await _cancel(task, gone)
+            await _cancel(task, gone, *beside)
+
+    async def _beat(self, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            idle = loop.time() - self._sent_at
+            if idle < self._keep_alive:
+                await asyncio.sleep(self._keep_alive - idle)
+            else:
+                self._sent_at = loop.time()
+                await send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
 
     async def _run(self, send: Send) -> None:
         async with aclosing(self._events) as events:  # type: ignore[type-var]
@@ -225,6 +243,8 @@ class EventStream(Response):
 
     async def _send(self, send: Send, events: Sequence[object]) -> None:
         body = b"".join([self.frame(event) for event in events])
+        if self._keep_alive:
+            self._sent_at = asyncio.get_running_loop().time()
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
     @staticmethod

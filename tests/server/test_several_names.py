@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 
 from coserve.config import DEMO_MODEL_DIR, EngineConfig
 from coserve.errors import ConfigError
-from tests.server.fake_engine import write_peft
+from tests.server.fake_engine import DEFAULT_REPLY, write_peft
 from tests.server.running import ServerThread
 from tests.server.test_adapters_http import chat, load
 
@@ -28,6 +29,7 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerThread]:
         served_model_names=("chat-latest", "chat/eu"),
         generation_config=str(root / "defaults"),
         force_include_usage=True,
+        sse_keep_alive_interval=0.02,
         adapter_roots=(str(root),),
     )
     yield server
@@ -68,6 +70,26 @@ def test_every_stream_ends_with_its_usage(http: httpx.Client) -> None:
         lines = http.post(path, json={"stream": True, "max_tokens": 4, **prompt}).text.split("\n\n")
         last = json.loads(lines[-3].removeprefix("data: "))
         assert lines[-2] == "data: [DONE]" and last["choices"] == [] and last["usage"]["prompt_tokens"] > 0
+
+
+def test_a_silent_stream_is_kept_alive(named: ServerThread, http: httpx.Client) -> None:
+    hold = named.engine.hold
+    named.call(_set(hold, False))
+    body = {"stream": True, "prompt": "Hi", "max_tokens": 60}
+    with http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: ")
+        assert [line for line in (next(lines) for _ in range(5)) if line] == [": keep-alive"] * 2
+        named.call(_set(hold, True))
+        rest = [line for line in lines if line.startswith("data: ")]
+    assert rest[-1] == "data: [DONE]"
+    client = named.openai()
+    chunks = client.completions.create(model="chat", **body)  # type: ignore[call-overload]
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == DEFAULT_REPLY
+
+
+async def _set(event: asyncio.Event, is_set: bool) -> None:
+    event.set() if is_set else event.clear()
 
 
 def test_what_is_under_way(http: httpx.Client) -> None:

@@ -209,7 +209,9 @@ def routes(context: Context) -> list[Route]:
         make = partial(ChatCompletion, context, fields, state.key, state.request_id)
         answer = await prepared(make, state.size)
         if answer.options.stream:
-            return await EventStream.open(request, answer.events())
+            return await EventStream.open(
+                request, answer.events(), context.config.sse_keep_alive_interval
+            )
         return json_response(await until_disconnect(request, answer.body()))
 
     return [Route("POST", "/v1/chat/completions", create, USE)]

@@ -235,7 +235,9 @@ def routes(context: Context) -> list[Route]:
         state = request.state
         answer = await prepared(partial(_Answer, context, fields, state.key, state.request_id), state.size)
         if answer.options.stream:
-            return await EventStream.open(request, answer.events())
+            return await EventStream.open(
+                request, answer.events(), context.config.sse_keep_alive_interval
+            )
         return json_response(await until_disconnect(request, answer.body()))
 
     return [Route("POST", "/v1/completions", create, USE)]

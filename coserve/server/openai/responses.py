@@ -222,7 +222,9 @@ def routes(context: Context) -> list[Route]:
         make = partial(_Response, context, store, fields, state.key, state.request_id)
         response = await prepared(make, state.size)
         if response.stream:
-            return await _NamedEvents.open(request, response.events())
+            return await _NamedEvents.open(
+                request, response.events(), context.config.sse_keep_alive_interval
+            )
         return json_response(await until_disconnect(request, response.body()))
 
     async def count(request: Request) -> Response:
