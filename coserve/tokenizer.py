@@ -17,12 +17,14 @@ import tokenizers
 from tokenizers import processors
 
 from coserve.chat_template import ChatTemplate, Message, find_template
-from coserve.errors import ConfigError, InvalidRequest
+from coserve.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 from coserve.text_stream import BytesDecoder, IncrementalDecoder, StopChecker, WindowDecoder
 
 __all__ = ["EncodedText", "IncrementalDecoder", "StopChecker", "Tokenizer"]
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_COUNTED = 2**16  # characters at a time of a text that may be too long
+_FEW, _MANY = 4, 16  # characters a token: a text of fewer is read, one of more is never so few tokens
 _SPACE_MARK = "\u2581"  # SentencePiece's visible space
 
 
@@ -51,6 +53,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self.most_tokens = 0  # of a text that `encode` reads; 0: any number
         self._special_names = dict(special_tokens or {})
         self._template = ChatTemplate(chat_template, self._special_names) if chat_template else None
         added = backend.get_added_tokens_decoder()
@@ -106,13 +109,35 @@ class Tokenizer:
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; with `add_special_tokens` those the model expects around it (bos)."""
+        """Token ids of `text`; with `add_special_tokens` those the model expects around it (bos).
+
+        Raises ContextLengthExceeded for a text far over `most_tokens`, without reading it to its end: a body
+        of 32 MiB would take minutes and gigabytes.
+        """
+        if self.most_tokens and len(text) > _FEW * self.most_tokens:
+            self._check_length(text)
         # Of the library's calls only that for batches lets other threads run meanwhile.
         (encoding,) = self._backend.encode_batch([_valid(text)], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         if add_special_tokens and self._bos_to_add is not None and ids[:1] != [self._bos_to_add]:
             ids.insert(0, self._bos_to_add)
         return ids
+
+    def _check_length(self, text: str) -> None:
+        # Cut anywhere, a text has a few tokens more; twice the limit is over it however it is cut.
+        count, start = 0, 0
+        while count <= 2 * self.most_tokens and len(text) <= _MANY * self.most_tokens:
+            if start >= len(text):
+                return
+            (piece,) = self._backend.encode_batch(
+                [_valid(text[start : start + _COUNTED])], add_special_tokens=False
+            )
+            count += len(piece.ids)
+            start += _COUNTED
+        raise ContextLengthExceeded(
+            f"The text has over {self.most_tokens} tokens, which is more than is read at once.",
+            param="input_tokens",
+        )
 
     def encode_with_offsets(self, text: str) -> EncodedText:
         """Token ids of `text`, without extra special tokens, and the characters each of them covers."""

@@ -65,6 +65,7 @@ logger = logging.getLogger(__name__)
 _ENGINE_SHUTDOWN = 20.0  # seconds for jobs to checkpoint
 _GRPC_GRACE = 2.0
 _OPEN_FILES = 65536
+_TEXT_TOKENS = 100_000  # of a text that is read, though it be over the context
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _KEEP_ALIVE = 5.0  # seconds that a connection may rest between two requests
 _SWITCH_INTERVAL = 0.0005  # seconds: streams don't wait Python's 5 ms for a thread that prepares a file
@@ -283,6 +284,7 @@ def _make_parts(
         check_live=lambda job_id, key: jobs.records.check_live(job_id, key),
     )
     rules = _rules(config, engine.config.model, tokenizer, info.vocab_size)
+    tokenizer.most_tokens = max(2 * info.max_model_len, _TEXT_TOKENS)
     files = Files(database, state)
     adapters = Adapters(
         base=base,

@@ -82,6 +82,31 @@ def check(response: httpx.Response) -> None:
         assert response.json()["error"]["message"]
 
 
+LONG = {
+    "words": "hello world " * 500_000,
+    "one word": "a" * 6_000_000,
+    "spaces": " " * 6_000_000,
+    "many tokens": "世界" * 300_000,
+}
+
+
+@pytest.mark.parametrize("kind", list(LONG))
+def test_texts_far_over_any_context_are_not_read(http: httpx.Client, kind: str) -> None:
+    """Read to their end they'd take minutes and gigabytes, one at a time: nobody else's would be read."""
+    text = LONG[kind]
+    for path, body in (
+        ("/v1/completions", {"prompt": text}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+        ("/v1/responses", {"input": text}),
+        ("/tokenize", {"prompt": text}),
+    ):
+        answer = http.post(path, json=body)
+        assert answer.status_code == 400, answer.text[:200]
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+    fits = "hello world " * 10_000
+    assert http.post("/tokenize", json={"prompt": fits}).json()["count"] > 20_000
+
+
 @pytest.mark.parametrize("path", list(BODIES))
 @QUICK
 @given(data=st.data())
