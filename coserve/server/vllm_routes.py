@@ -68,15 +68,19 @@ def routes(context: Context) -> list[Route]:
             }
         )
 
-    async def detokenize(request: Request) -> Response:
-        """Token ids as text."""
-        fields = await read_json(request)
-        context.adapters.resolve(fields.string("model"), request.state.key)
+    def read_text(fields: Fields) -> str:
         if not isinstance(fields.raw("tokens"), list):
             raise InvalidRequest("tokens must be an array of token ids.", param="tokens")
         ids = fields.integers("tokens") or []
         check_token_ids(ids, context.base.vocab_size, "tokens")
-        return json_response({"prompt": tokenizer.decode(ids, skip_special_tokens=False)})
+        return tokenizer.decode(ids, skip_special_tokens=False)
+
+    async def detokenize(request: Request) -> Response:
+        """Token ids as text."""
+        fields = await read_json(request)
+        context.adapters.resolve(fields.string("model"), request.state.key)
+        text = await prepared(partial(read_text, fields), request.state.size)
+        return json_response({"prompt": text})
 
     return [
         Route("POST", "/v1/load_lora_adapter", load, TUNE),

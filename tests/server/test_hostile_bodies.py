@@ -91,7 +91,9 @@ LONG = {
 
 
 @pytest.mark.parametrize("kind", list(LONG))
-def test_texts_far_over_any_context_are_not_read(http: httpx.Client, kind: str) -> None:
+def test_texts_far_over_any_context_are_not_read(
+    server: ServerThread, http: httpx.Client, kind: str
+) -> None:
     """Read to their end they'd take minutes and gigabytes, one at a time: nobody else's would be read."""
     text = LONG[kind]
     for path, body in (
@@ -103,6 +105,11 @@ def test_texts_far_over_any_context_are_not_read(http: httpx.Client, kind: str) 
         answer = http.post(path, json=body)
         assert answer.status_code == 400, answer.text[:200]
         assert answer.json()["error"]["code"] == "context_length_exceeded"
+    again = {"prompt": "Hi", "stop_token_ids": [5] * 100_000, "allowed_token_ids": [5, 6] * 100_000}
+    server.engine.requests.clear()
+    assert http.post("/v1/completions", json=again | {"max_tokens": 2}).status_code == 200
+    sampling = server.engine.requests[0].sampling
+    assert (sampling.stop_token_ids, sampling.allowed_token_ids) == ((5,), (5, 6))
     fits = "hello world " * 10_000
     assert http.post("/tokenize", json={"prompt": fits}).json()["count"] > 20_000
 

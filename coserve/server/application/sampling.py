@@ -172,7 +172,7 @@ def _stops(fields: Fields) -> tuple[str, ...]:
 def _token_ids(fields: Fields, name: str, vocab_size: int) -> tuple[int, ...]:
     ids = fields.integers(name) or []
     check_token_ids(ids, vocab_size, fields.path + name)
-    return tuple(ids)
+    return tuple(dict.fromkeys(ids))  # each once: a body may repeat one a million times
 
 
 def _allowed_token_ids(fields: Fields, vocab_size: int) -> tuple[int, ...]:
