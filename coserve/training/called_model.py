@@ -14,9 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future, wait
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from msgspec.structs import replace
 from safetensors.torch import load_file
@@ -29,12 +27,12 @@ from coserve.lora.peft_files import TENSOR_FILE
 from coserve.models.decoder import Decoder
 from coserve.training.activations import MicrobatchActivations
 from coserve.training.batch_run import BatchRun, Trainee, check_fits
+from coserve.training.called_pass import Part, PassUnderWay
 from coserve.training.divergence import Diverged
 from coserve.training.job import JobSpec
-from coserve.training.microbatch import Aligned, Microbatch
-from coserve.training.model_calls import AdamParams, CallResult, Datum, Load, ModelCall, Pass, Save, Update
+from coserve.training.microbatch import Microbatch
+from coserve.training.model_calls import AdamParams, CallResult, Load, ModelCall, Pass, Save, Update
 from coserve.training.optimizer import global_norm, make_optimizer
-from coserve.training.pass_packing import PackedData, pack_data, places
 from coserve.training.policy_objectives import called_objective
 from coserve.training.prefixes import longest_sharer
 from coserve.training.saved_state import OPTIMIZER_FILE, read_manifest, write_state
@@ -45,71 +43,6 @@ from coserve.worker.kv_tensors import KVTensors
 GROUP = 8  # microbatches at a time: making one takes some milliseconds, and a step waits for that
 
 Outcome = CallResult | CoserveError
-
-
-class _PassUnderWay:
-    """A pass, its microbatches as numbers of its data, and what is known of them so far."""
-
-    def __init__(self, call_id: int, call: Pass, longest_sharer: int) -> None:
-        self.call_id, self.call = call_id, call
-        self.samples = [_aligned(datum, call.is_wide) for datum in call.data]
-        # dro pulls towards the sampler at every token, whatever its advantage: none is nobody's.
-        alone = call.loss.name == "dro" or call.is_wide
-        self.packed = pack_data(self.samples, 0 if alone else longest_sharer)
-        self.begun = 0  # microbatches
-        self.logprobs = [b""] * len(self.samples)
-        self.losses: list[float] = []
-
-    @property
-    def largest(self) -> int:
-        """Tokens of its largest microbatch."""
-        return max(packed.tokens for packed in self.packed)
-
-    def take(self, begun: list[PackedData], run: BatchRun) -> None:
-        """Some of its microbatches are done."""
-        self.losses += [part.loss for part in run.sums()]
-        for packed, microbatch in zip(begun, run.microbatches.values(), strict=True):
-            if self.call.is_wide:
-                self._take_wide(packed, microbatch)
-                continue
-            logprobs_T = microbatch.logprobs_T.cpu().numpy().astype("<f4", copy=False)
-            for number, at in zip(packed.numbers, places(packed, self.samples), strict=True):
-                shared = logprobs_T[at.first : at.first + at.shared].tobytes()
-                self.logprobs[number] = shared + logprobs_T[at.start : at.start + at.own].tobytes()
-
-    def _take_wide(self, packed: PackedData, microbatch: Microbatch) -> None:
-        logprobs_TK = microbatch.wide_logprobs_TK.cpu().numpy().astype("<f4", copy=False)
-        for number, at in zip(packed.numbers, places(packed, self.samples), strict=True):
-            width = self.call.data[number].width
-            self.logprobs[number] = logprobs_TK[at.start : at.start + at.own, :width].tobytes()
-
-    def sampled(self, packed: PackedData) -> np.ndarray | None:
-        """The sampler's log-probabilities of a microbatch's targets, fp32 [T]; None where the loss reads
-        none."""
-        given = [self.call.data[number].sampled_logprobs for number in packed.numbers]
-        if not any(given):
-            return None
-        q_T = np.empty(packed.tokens, dtype=np.float32)
-        for values, at in zip(given, places(packed, self.samples), strict=True):
-            q = np.frombuffer(values, dtype="<f4")
-            q_T[at.first : at.first + at.shared] = q[: at.shared]
-            q_T[at.start : at.start + at.own] = q[at.shared :]
-        return q_T
-
-    @property
-    def result(self) -> CallResult:
-        """Once all are done."""
-        loss = math.fsum(self.losses) if all(map(math.isfinite, self.losses)) else math.nan
-        widths = [datum.width for datum in self.call.data] if self.call.is_wide else []
-        return CallResult(logprobs=self.logprobs, widths=widths, metrics={"loss:sum": loss})
-
-
-class _Part(NamedTuple):
-    """Microbatches of a pass that are under way."""
-
-    owner: _PassUnderWay
-    packed: list[PackedData]
-    run: BatchRun
 
 
 class CalledModel:
@@ -139,9 +72,9 @@ class CalledModel:
         self._optimizer = make_optimizer(self._adapter, spec.training)
         self._adapter.place(pool, rows)
         self._longest_sharer = longest_sharer(decoder.config, dropout=0.0)
-        self._calls: deque[tuple[int, ModelCall]] = deque()
-        self._passes: list[_PassUnderWay] = []  # begun, in order
-        self._parts: list[_Part] = []
+        self._calls: deque[tuple[int, ModelCall | PassUnderWay]] = deque()
+        self._passes: list[PassUnderWay] = []  # begun, in order
+        self._parts: list[Part] = []
         self._runs: dict[str, BatchRun] = {}  # by sequence id
         self._accumulated = False  # gradients of earlier groups are there
         self._trains = False  # the group under way adds to them
@@ -216,9 +149,11 @@ class CalledModel:
     def add(self, call_id: int, call: ModelCall) -> None:
         """Comes after all that was asked for before. FailedPrecondition for a pass that the pool will never
         hold."""
+        item: ModelCall | PassUnderWay = call
         if isinstance(call, Pass):
-            self._check_fits(_PassUnderWay(call_id, call, self._longest_sharer).largest)
-        self._calls.append((call_id, call))
+            item = PassUnderWay(call_id, call, self._longest_sharer)
+            self._check_fits(item.largest)
+        self._calls.append((call_id, item))
 
     def _check_fits(self, tokens: int) -> None:
         decoder = self._decoder
@@ -240,7 +175,7 @@ class CalledModel:
                 return False
             if self._change is not None and not self._go_on_changing(stop):
                 return False
-            if self._passes or (self._calls and isinstance(self._calls[0][1], Pass)):
+            if self._passes or (self._calls and isinstance(self._calls[0][1], PassUnderWay)):
                 self._begin_group()
                 if self.sequences:
                     return True
@@ -282,10 +217,9 @@ class CalledModel:
     def _begin_group(self) -> None:
         """Microbatches of the passes that come next, as far as they follow each other."""
         room = GROUP - sum(self._begin_part(under_way, GROUP) for under_way in self._passes)
-        while room > 0 and self._calls and isinstance(self._calls[0][1], Pass):
-            call_id, call = self._calls.popleft()
-            assert isinstance(call, Pass)
-            under_way = _PassUnderWay(call_id, call, self._longest_sharer)
+        while room > 0 and self._calls and isinstance(self._calls[0][1], PassUnderWay):
+            _, under_way = self._calls.popleft()
+            assert isinstance(under_way, PassUnderWay)
             self._passes.append(under_way)
             room -= self._begin_part(under_way, room)
         self._trains = any(part.owner.call.backward for part in self._parts)
@@ -295,14 +229,14 @@ class CalledModel:
             else:
                 self._adapter.zero_gradients()
 
-    def _begin_part(self, under_way: _PassUnderWay, room: int) -> int:
+    def _begin_part(self, under_way: PassUnderWay, room: int) -> int:
         """As many of its next microbatches as there is room for; how many they are."""
         packed = under_way.packed[under_way.begun : under_way.begun + room]
         samples = [[under_way.samples[i] for i in data.numbers] for data in packed]
         model_id, call = self.spec.job_id, under_way.call
         run = BatchRun(
             self._decoder,
-            called_objective(call.loss, wide=call.is_wide),
+            called_objective(call.loss, wide=under_way.is_wide),
             samples,
             name=f"{model_id}/{under_way.call_id}/{under_way.begun}",
             job_id=model_id,
@@ -319,7 +253,7 @@ class CalledModel:
             if q_T is not None:
                 microbatch.reference_T.copy_(torch.from_numpy(q_T))
         under_way.begun += len(packed)
-        self._parts.append(_Part(under_way, packed, run))
+        self._parts.append(Part(under_way, packed, run))
         self._runs.update(dict.fromkeys(run.microbatches, run))
         return len(packed)
 
@@ -338,7 +272,7 @@ class CalledModel:
 
     # ------------------------------------------------------------------ updates and files
 
-    def _begin_change(self, call_id: int, call: ModelCall) -> None:
+    def _begin_change(self, call_id: int, call: ModelCall | PassUnderWay) -> None:
         self._changing = call_id
         if isinstance(call, Update):
             self._change = self._update(call.adam)
@@ -465,14 +399,3 @@ class CalledModel:
         yield
         yield from self._adapter.write_pieces(self._pool, self._rows)
         return CallResult()
-
-
-def _aligned(datum: Datum, wide: bool) -> Aligned:
-    """`wide`: with its several targets a token, one though it may be."""
-    tokens = np.frombuffer(datum.tokens, dtype="<i4").astype(np.int64)
-    targets = np.frombuffer(datum.targets, dtype="<i4").astype(np.int64)
-    weights = np.frombuffer(datum.coefficients, dtype="<f4").copy()
-    if not wide:
-        return Aligned(tokens, targets, weights)
-    several = targets.reshape(-1, datum.width), weights.reshape(-1, datum.width)
-    return Aligned(tokens, several[0][:, 0].copy(), several[1].sum(axis=1), several)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from coserve.core.step_plan import StepPlan
 from coserve.engine import messages as m
 from coserve.kernels.cross_entropy import logit_gradient_, token_scores
-from coserve.training import called_model
 from coserve.training.backward import MicrobatchBackward
+from coserve.training.called_pass import aligned
 from coserve.training.dataset import TokenDataset
 from coserve.training.loss import _wide_gradient_, _wide_scores
 from coserve.training.microbatch import Aligned, Microbatch
@@ -83,7 +83,7 @@ def test_a_loss_and_its_gradient_are_autograds(model, trained, loss: str, shares
 def test_a_groups_prompt_is_read_once_where_nothing_of_it_counts(trained) -> None:
     caller, _ = trained
     data = grouped_data(3, 5, seed=4)
-    samples = [called_model._aligned(datum(*d), False) for d in data]
+    samples = [aligned(datum(*d), False) for d in data]
     whole = sum(len(d[0]) for d in data)
     assert sum(packed.tokens for packed in pack_data(samples, 0)) == whole
     assert sum(packed.tokens for packed in pack_data(samples, 512)) < 0.55 * whole
@@ -94,7 +94,7 @@ def test_a_groups_prompt_is_read_once_where_nothing_of_it_counts(trained) -> Non
         caller.outcome(asked)
     caller.update(AdamParams(learning_rate=0.0))
     counting = [(ids, targets, np.ones_like(a), q) for ids, targets, a, q in data]
-    samples = [called_model._aligned(datum(*d), False) for d in counting]
+    samples = [aligned(datum(*d), False) for d in counting]
     assert sum(packed.tokens for packed in pack_data(samples, 512)) == whole
 
 
