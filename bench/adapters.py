@@ -257,11 +257,11 @@ def measure(model: Path, vocab: int, quick: bool, folder: Path) -> dict[str, Any
 def rounds(
     server: Server, count: int, load: Load, vocab: int, quick: bool, rows: list[dict[str, Any]]
 ) -> tuple[list[float], list[float]]:
-    """The base's and the adapters' tokens/s: the first round cold, two to warm up, then pairs."""
+    """The base's and the adapters' tokens/s: a round cold, one of short requests to warm up, then pairs."""
     closed_loop(server.port, [MODEL], load, vocab)
     rows.append(zipf_round(server, count, load, vocab, 1, "Zipf, cold"))
-    for seed in (2, 3):
-        rows.append(zipf_round(server, count, load, vocab, seed, "Zipf, warming up"))
+    short = Load(load.concurrency, count, 8, 1)
+    rows.append(zipf_round(server, count, short, vocab, 2, "Zipf, warming up by short requests"))
     base: list[float] = []
     zipf: list[float] = []
     for seed in range(10, 12 if quick else 14):
