@@ -114,8 +114,7 @@ class Tokenizer:
         Raises ContextLengthExceeded for a text far over `most_tokens`, without reading it to its end: a body
         of 32 MiB would take minutes and gigabytes.
         """
-        if self.most_tokens and len(text) > _FEW * self.most_tokens:
-            self._check_length(text)
+        self._check_length(text)
         # Of the library's calls only that for batches lets other threads run meanwhile.
         (encoding,) = self._backend.encode_batch([_valid(text)], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
@@ -124,6 +123,8 @@ class Tokenizer:
         return ids
 
     def _check_length(self, text: str) -> None:
+        if not self.most_tokens or len(text) <= _FEW * self.most_tokens:
+            return
         # Cut anywhere, a text has a few tokens more; twice the limit is over it however it is cut.
         count, start = 0, 0
         while count <= 2 * self.most_tokens and len(text) <= _MANY * self.most_tokens:
@@ -140,8 +141,13 @@ class Tokenizer:
         )
 
     def encode_with_offsets(self, text: str) -> EncodedText:
-        """Token ids of `text`, without extra special tokens, and the characters each of them covers."""
-        encoding = self._offset_backend.encode(_valid(text), add_special_tokens=False)
+        """Token ids of `text`, without extra special tokens, and the characters each of them covers. Raises
+        ContextLengthExceeded as `encode` does."""
+        self._check_length(text)
+        if len(text) <= _COUNTED:
+            encoding = self._offset_backend.encode(_valid(text), add_special_tokens=False)
+        else:  # slower, but others run meanwhile
+            (encoding,) = self._offset_backend.encode_batch([_valid(text)], add_special_tokens=False)
         return EncodedText(encoding.ids, encoding.offsets)
 
     def decode(

@@ -33,19 +33,20 @@ class Example:
 def encode_row(row: Row, tokenizer: Tokenizer) -> tuple[Example, ...]:
     """A valid row's example; of a preference row two, chosen and rejected.
 
-    Raises BadRow when the chat template can't place its turns.
+    Raises BadRow when the chat template can't place its turns, or a text is too long to be read.
     """
     if isinstance(row, TokenRow):
         return (Example("", row.token_ids, row.labels),)
     if isinstance(row, PreferenceRow):
         return *encode_row(row.chosen, tokenizer), *encode_row(row.rejected, tokenizer)
-    if isinstance(row, CompletionRow):
-        return (_encode_completion(row, tokenizer),)
     try:
+        if isinstance(row, CompletionRow):
+            return (_encode_completion(row, tokenizer),)
         text, spans = _trained_spans(row, tokenizer)
         return (_label(text, spans, tokenizer),)
     except CoserveError as error:
-        raise BadRow(_field_of(row, error.param), error.message) from error
+        field = "" if isinstance(row, CompletionRow) else _field_of(row, error.param)
+        raise BadRow(field, error.message) from error
 
 
 def _field_of(row: ChatRow, param: str | None) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +21,7 @@ from coserve.server.application.request_fields import (
     REFUSED_RESPONSES,
 )
 from coserve.server.application.training_request import TRAINING_FIELDS
+from coserve.server.grpc_gen import fine_tuning_pb2, fine_tuning_pb2_grpc
 from tests.server.running import BASE, ServerThread
 
 SCALARS = (
@@ -112,6 +115,24 @@ def test_texts_far_over_any_context_are_not_read(
     assert (sampling.stop_token_ids, sampling.allowed_token_ids) == ((5,), (5, 6))
     fits = "hello world " * 10_000
     assert http.post("/tokenize", json={"prompt": fits}).json()["count"] > 20_000
+
+
+def test_rows_far_over_any_context(server: ServerThread) -> None:
+    """A line of sixteen megabytes is refused by its number, whatever it holds."""
+    text = "a" * 6_000_000
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "Ho"}]},
+        {"prompt": text, "completion": "Ho"},
+        {"text": text},
+    ]
+    with server.channel() as channel:
+        stub = fine_tuning_pb2_grpc.FineTuningServiceStub(channel)
+        for row in rows:
+            data = json.dumps(row).encode() + b"\n"
+            with pytest.raises(grpc.RpcError) as refusal:
+                stub.PreviewDataset(fine_tuning_pb2.PreviewDatasetRequest(data=data))
+            assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "line 1" in refusal.value.details() and "100000 tokens" in refusal.value.details()
 
 
 @pytest.mark.parametrize("path", list(BODIES))
