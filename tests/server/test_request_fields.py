@@ -300,7 +300,7 @@ COMPLETIONS_ONLY = [
          lambda seen: len(seen.choice["logprobs"]["top_logprobs"][0]) == 20, {"logprobs": -1}, "logprobs"),
     Case("logprob_token_ids", {"logprobs": 1, "logprob_token_ids": [9, 4]},
          lambda seen: seen.sampling("logprob_token_ids") == (9, 4),
-         {"logprobs": 1, "logprob_token_ids": [1] * 129}, "logprob_token_ids"),
+         {"logprobs": 1, "logprob_token_ids": [*range(129)]}, "logprob_token_ids"),
     Case("return_tokens_as_token_ids", {"logprobs": 1, "return_tokens_as_token_ids": True},
          lambda seen: (
              seen.choice["logprobs"]["tokens"][0] == f"token_id:{REPLY_IDS[0]}"
