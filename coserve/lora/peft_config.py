@@ -7,13 +7,16 @@ Scale of a module: alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import regex
+
 from coserve.errors import InvalidRequest
 from coserve.models.config import HEAD_MODULE
+
+_PATIENCE = 0.02  # seconds for one path; an ordinary expression takes microseconds
 
 # Settings that ask for something else than plain LoRA on linear layers, with the reason of the refusal.
 _REFUSED = {
@@ -147,22 +150,25 @@ def _matches(targets: tuple[str, ...] | str, path: str) -> bool:
     if targets == "all-linear":
         return path != HEAD_MODULE
     if isinstance(targets, str):
-        try:
-            return re.fullmatch(targets, path) is not None
-        except re.error as error:
-            _refuse(f"target_modules {targets!r} is not a valid regular expression ({error})")
+        return _fits(targets, path, "target_modules")
     return any(path == name or path.endswith("." + name) for name in targets)
 
 
 def _pattern_key(keys: Iterable[str], path: str) -> str:
     """The first key that matches the end of `path`, as PEFT looks them up; "" when none does."""
-    for key in keys:
-        try:
-            if re.match(rf"(.*\.)?({key})$", path):
-                return key
-        except re.error as error:
-            _refuse(f"pattern key {key!r} is not a valid regular expression ({error})")
-    return ""
+    return next((key for key in keys if _fits(rf"(.*\.)?({key})", path, "pattern key", key)), "")
+
+
+def _fits(pattern: str, path: str, what: str, shown: str = "") -> bool:
+    """Whether the whole path matches. Who uploads an adapter chooses the pattern: Python's own `re` could
+    look for a match for ever, with every other thread standing still."""
+    given = shown or pattern
+    try:
+        return regex.fullmatch(pattern, path, timeout=_PATIENCE) is not None
+    except regex.error as error:
+        _refuse(f"{what} {given[:200]!r} is not a valid regular expression ({error})")
+    except TimeoutError:
+        _refuse(f"{what} {given[:200]!r} takes too long to match; write a simpler expression")
 
 
 def _targets(name: str, value: Any) -> tuple[str, ...] | str:

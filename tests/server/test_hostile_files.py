@@ -246,6 +246,41 @@ def test_a_link_in_a_root_is_not_served(server: ServerThread, http: httpx.Client
     assert not [path.name for path in state.iterdir() if path.name.endswith(".tmp")]
 
 
+# ---------------------------------------------------------------------- settings
+
+FOREVER = (
+    "([a-z0-9._]+)+!"  # Python's re tries 2^30 ways on a module's path, the other threads standing still
+)
+SLOW = r"(.*?)(.*?)(.*?)(.*?)(.*?)(.*?)(.*?)(.*?)(?!)"  # nobody has a quick way
+EXPRESSIONS: list[tuple[dict[str, Any], str]] = [
+    ({"target_modules": FOREVER}, "match no linear layer"),
+    ({"rank_pattern": {FOREVER: 4}}, "matches none"),
+    ({"target_modules": SLOW}, "too long to match"),
+    ({"exclude_modules": SLOW}, "too long to match"),
+    ({"rank_pattern": {SLOW: 4}}, "too long to match"),
+    ({"alpha_pattern": {SLOW: 4}}, "too long to match"),
+    ({"target_modules": "("}, "regular expression"),
+    ({"rank_pattern": {"(": 4}}, "regular expression"),
+]
+
+
+@pytest.mark.parametrize("place", range(len(EXPRESSIONS)))
+def test_expressions_that_never_end(http: httpx.Client, adapter_root: Path, place: int) -> None:
+    changed, said = EXPRESSIONS[place]
+    name = f"regex-{place}"
+    folder = write_peft(adapter_root / name)
+    settings = json.loads((folder / CONFIG_FILE).read_text()) | changed
+    (folder / CONFIG_FILE).write_text(json.dumps(settings))
+    answer = http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(folder)})
+    assert answer.status_code == 400 and said in answer.text, answer.text
+
+
+def test_nor_in_a_jobs_settings(http: httpx.Client) -> None:
+    for lora in ({"target_modules": SLOW}, {"target_modules": [SLOW]}, {"rank_pattern": {SLOW: 4}}):
+        answer = http.post("/v1/fine_tuning/jobs", json={"training_file": "file-none", "lora": lora})
+        assert answer.status_code in (400, 404), answer.text
+
+
 # ---------------------------------------------------------------------- tensors, pickle
 
 
