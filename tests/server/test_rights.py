@@ -36,7 +36,7 @@ SAMPLING = {
 }
 TUNING = {
     *("/v1/files", "/v1/uploads", "/v1/fine_tuning/jobs", "/v1/fine_tuning/alpha", "/v1/adapters", "/api/v1"),
-    *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+    *("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter", "/unload_lora_adapter"),
 }
 OPERATORS = {"/v1/fine_tuning/checkpoints"}
 ONLY_READ_IN_CHAT = {"/v1/models", "/v1/aliases"}
