@@ -21,6 +21,7 @@ from coserve.worker.kv_tensors import KVTensors
 
 KEPT_BYTES = 64 << 20  # of memory that tapes hold
 MOST_LAYOUTS = 64
+STEPS_WITH_ADAPTERS = 32  # of a layout before it is recorded, which costs two steps and saves a part of each
 FEWEST_BLOCKS = 16  # columns of a standing block table; it doubles when a request outgrows it
 
 
@@ -47,6 +48,7 @@ class StandingBatch:
         self._batch = ForwardBatch(ids_T, positions_T, inference, [], lora)
         self._x_TH: torch.Tensor | None = None
         self._tape: Tape | None = None
+        self.steps = 0  # that it was used in
         self.rests = False  # it can't be recorded
 
     @property
@@ -107,7 +109,8 @@ class StandingBatches:
     ) -> torch.Tensor:
         """[rows, H] after the final norm. What `make_lora` gives stays good while `adapters` is the same.
 
-        A layout that comes twice in a row is recorded.
+        A layout that comes twice in a row is recorded, one with adapters when it has come often: there are as
+        many of those as ways to mix adapters.
         """
         longest = max(len(span.request.block_table) for span in spans)
         blocks = max(FEWEST_BLOCKS, 1 << (longest - 1).bit_length())
@@ -116,8 +119,10 @@ class StandingBatches:
         if standing is None:
             standing = self._batches[key] = StandingBatch(len(spans), blocks, self._kv, make_lora())
         standing.fill(spans)
+        standing.steps += 1
         if again:
-            standing.record(self._decoder)
+            if adapters is None or standing.steps >= STEPS_WITH_ADAPTERS:
+                standing.record(self._decoder)
         else:
             self._batches.move_to_end(key)
             self._drop_old()

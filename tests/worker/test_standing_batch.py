@@ -6,6 +6,7 @@ import pytest
 
 from coserve.engine import messages as m
 from coserve.kernels import dispatch
+from coserve.worker import standing_batch
 from coserve.worker.standing_batch import FEWEST_BLOCKS
 from tests.invariants import world
 
@@ -21,6 +22,12 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapter(model, tmp_path_factory):
     return world.make_adapter(model, tmp_path_factory.mktemp("adapter") / "a", 4, seed=1)
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """Layouts with adapters are recorded in their second step, as the base's are."""
+    monkeypatch.setattr(standing_batch, "STEPS_WITH_ADAPTERS", 2)
 
 
 @pytest.fixture
@@ -106,3 +113,15 @@ def test_prompts_and_the_references_have_no_tapes(model) -> None:
     assert local.engine.runner._standing.takes(plan.inference)
     with dispatch.use_backend("reference"):
         assert not local.engine.runner._standing.takes(plan.inference)
+
+
+def test_a_mix_of_adapters_is_recorded_once_it_has_lasted(model, adapter, monkeypatch) -> None:
+    monkeypatch.setattr(standing_batch, "STEPS_WITH_ADAPTERS", 20)
+    local = world.make_engine(model)
+    prompt, short = [5, 9, 3], world.SamplingParams(max_tokens=15, temperature=0.0, ignore_eos=True)
+    local.generate(prompt, short, adapter)
+    assert not tapes(local)
+    local.generate(prompt, LONG, adapter)
+    assert len(tapes(local)) == 1
+    local.generate(prompt, short)
+    assert len(tapes(local)) == 2, "the base's at once"
