@@ -131,4 +131,10 @@ class StandingBatches:
     def _drop_old(self) -> None:
         held = sum(standing.nbytes for standing in self._batches.values())
         while held > KEPT_BYTES or len(self._batches) > MOST_LAYOUTS:
-            held -= self._batches.popitem(last=False)[1].nbytes
+            held -= self._batches.pop(self._oldest(taped=held > KEPT_BYTES)).nbytes
+
+    def _oldest(self, *, taped: bool) -> Hashable:
+        """The layout that wasn't used for longest, of those with a tape or of those without where there is
+        one: mixes of adapters, which come and go, leave the tapes of others alone."""
+        older = list(self._batches)[:-1]
+        return next((key for key in older if bool(self._batches[key].nbytes) == taped), older[0])

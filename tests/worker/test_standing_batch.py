@@ -125,3 +125,16 @@ def test_a_mix_of_adapters_is_recorded_once_it_has_lasted(model, adapter, monkey
     assert len(tapes(local)) == 1
     local.generate(prompt, short)
     assert len(tapes(local)) == 2, "the base's at once"
+
+
+def test_mixes_of_adapters_that_come_and_go_leave_tapes_alone(model, adapter, monkeypatch) -> None:
+    monkeypatch.setattr(standing_batch, "STEPS_WITH_ADAPTERS", 1000)
+    monkeypatch.setattr(standing_batch, "MOST_LAYOUTS", 3)
+    local = world.make_engine(model)
+    short = world.SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+    local.generate([5, 9, 3], short)
+    kept = tapes(local)
+    for rows in (1, 2, 3, 4, 5):
+        run(local, {f"{rows}-{n}": ([5, 9, n + 2], adapter) for n in range(rows)})
+    assert len(kept) == 1 and tapes(local) == kept
+    assert len(local.engine.runner._standing._batches) <= 3
