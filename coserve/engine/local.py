@@ -10,6 +10,7 @@ from coserve.config import EngineConfig
 from coserve.core.sampling_params import SamplingParams
 from coserve.engine import messages as m
 from coserve.engine.engine import Engine
+from coserve.engine.process import LOADING_POLL_MS
 
 Kind = TypeVar("Kind", bound=m.Message)
 
@@ -63,6 +64,12 @@ class LocalEngine:
             )
         )
 
+    def step(self) -> None:
+        """One step; while nothing but loads are under way, what the process would wait for them."""
+        if self.engine.is_loading and not self.engine.has_work:
+            time.sleep(LOADING_POLL_MS / 1e3)
+        self.engine.step()
+
     def call(self, make: Callable[[int], m.Message], most_steps: int = 10_000) -> m.Reply:
         """Send a call and step until its reply."""
         self._calls += 1
@@ -71,7 +78,7 @@ class LocalEngine:
             for reply in self.take(m.Reply):
                 if reply.call_id == self._calls:
                     return reply
-            self.engine.step()
+            self.step()
         raise TimeoutError(f"no reply after {most_steps} steps")
 
     def run_until(self, done: Callable[[], bool], most_steps: int = 1_000_000) -> float:
@@ -80,7 +87,7 @@ class LocalEngine:
         for _ in range(most_steps):
             if done():
                 return time.perf_counter() - began
-            self.engine.step()
+            self.step()
         raise TimeoutError(f"not done after {most_steps} steps")
 
     def generate(

@@ -80,7 +80,7 @@ def test_a_long_queue_for_one_adapter_keeps_nobody_out_for_ever(model, adapters,
                 n = next(count)
                 length = SamplingParams(max_tokens=12 + 5 * (n % 4), temperature=0.0, ignore_eos=True)
                 local.add(f"a{n}", [3, 4, 5, 6 + n % 50], length, adapters[0])
-            local.engine.step()
+            local.step()
             if name in local.finished:
                 return
         raise AssertionError(f"{name} waits for ever")
@@ -122,7 +122,7 @@ def test_whoever_comes_after_an_abort_gets_their_own_answer(model, adapters, ada
     for steps in (1, 2, 5, 9):  # in the middle of the prompt, at its end, in the answer
         local.add(f"gone-{steps}", PROMPT, LONG, adapter)
         for _ in range(steps):
-            local.engine.step()
+            local.step()
         local.engine.handle(m.AbortRequests(request_ids=[f"gone-{steps}"]))
         assert local.engine.blocks.num_kv_blocks == 0
         assert local.generate(PROMPT, LONG, adapter) == expected
