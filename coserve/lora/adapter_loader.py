@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from coserve.lora.adapter_rows import AdapterRows
+from coserve.lora.packed_adapter import PackedAdapter
 from coserve.lora.peft_files import TENSOR_FILE
 
 THREADS = max(1, min(4, os.cpu_count() or 1))
 MOST_BYTES = 256 << 20  # of the files that are read at the same time; a larger one is read alone
 
 Order = tuple[int, float, str]  # priority, time, id: as requests have it
-Read = Callable[[str, str], AdapterRows]
+Read = Callable[[str, str], PackedAdapter]
 
 
 class AdapterLoader:
@@ -24,7 +24,7 @@ class AdapterLoader:
     def __init__(self, read: Read) -> None:
         self._read = read
         self._wanted: dict[str, Order] = {}
-        self._reading: dict[str, tuple[Future[AdapterRows], int]] = {}
+        self._reading: dict[str, tuple[Future[PackedAdapter], int]] = {}
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="adapter-load")
 
     def __contains__(self, digest: object) -> bool:
@@ -70,7 +70,7 @@ class AdapterLoader:
             del self._wanted[digest]
             self._reading[digest] = self._threads.submit(self._read, path, digest), size
 
-    def finished(self) -> Iterator[tuple[str, Future[AdapterRows]]]:
+    def finished(self) -> Iterator[tuple[str, Future[PackedAdapter]]]:
         """What has been read, or can't be."""
         for digest in [digest for digest, (future, _) in self._reading.items() if future.done()]:
             yield digest, self._reading.pop(digest)[0]

@@ -20,7 +20,7 @@ from coserve.kernels.dropout import module_salt
 from coserve.kernels.lora import LoraGroup, LoraModule
 from coserve.layers.batch import HeadAdapter
 from coserve.lora.adapter import HostAdapter
-from coserve.lora.adapter_rows import AdapterRows, pack
+from coserve.lora.packed_adapter import PackedAdapter, pack
 from coserve.lora.peft_files import LinearShapes
 
 PIECE_BYTES = 1 << 20  # copied between two places where writing an adapter may rest
@@ -101,7 +101,7 @@ class AdapterPool:
         for _ in self.write_pieces(rows, pack(adapter, self._config, self.dtype)):
             pass
 
-    def write_pieces(self, rows: Sequence[int], adapter: AdapterRows) -> Iterator[int]:
+    def write_pieces(self, rows: Sequence[int], adapter: PackedAdapter) -> Iterator[int]:
         """As `write`, a few layers of a module at a time; yields the bytes of each piece. Nobody can read the
         rows before the end."""
         if len(rows) != adapter.rank:

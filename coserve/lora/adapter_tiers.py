@@ -21,7 +21,7 @@ from coserve.errors import CoserveError, FailedPrecondition, InternalError, NotF
 from coserve.kernels.linear import PackedLinear
 from coserve.lora.adapter_loader import AdapterLoader, Order
 from coserve.lora.adapter_pool import AdapterPool
-from coserve.lora.adapter_rows import AdapterRows, load_rows
+from coserve.lora.packed_adapter import PackedAdapter, load_packed
 from coserve.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class AdapterTiers:
         self._known: dict[str, KnownAdapter] = {}
         self._sweep_at = FEWEST_SWEPT
         self._requests: dict[str, tuple[str, str]] = {}  # id -> digest, path
-        self._host: dict[str, AdapterRows] = {}
+        self._host: dict[str, PackedAdapter] = {}
         self._host_changes = 0
         self._writers: dict[str, Iterator[int]] = {}
         self._unplaced_pins: set[str] = set()
@@ -80,9 +80,9 @@ class AdapterTiers:
         self._left: float = STEP_BYTES  # bytes that this step may still copy
         self._turns = AdapterTurns(slots, max_in_use, self._known.__contains__, clock)
 
-        def read(path: str, digest: str) -> AdapterRows:
+        def read(path: str, digest: str) -> PackedAdapter:
             rows = slots.max_rows
-            return load_rows(path, config, pool.dtype, digest=digest, max_rows=rows, base_head=base_head)
+            return load_packed(path, config, pool.dtype, digest=digest, max_rows=rows, base_head=base_head)
 
         self._loader = AdapterLoader(read)
 
@@ -282,7 +282,7 @@ class AdapterTiers:
         self.seconds += time.perf_counter() - began
         return failed
 
-    def _take_in(self, digest: str, future: Future[AdapterRows]) -> CoserveError | None:
+    def _take_in(self, digest: str, future: Future[PackedAdapter]) -> CoserveError | None:
         known = self._known.get(digest)
         error: CoserveError | None = None
         try:
@@ -359,7 +359,7 @@ class AdapterTiers:
         held = sum(adapter.nbytes for adapter in needed) + read
         return count + len(needed) < self._max_host and held + size <= self._max_host_bytes
 
-    def _keep(self, digest: str, rows: AdapterRows) -> None:
+    def _keep(self, digest: str, rows: PackedAdapter) -> None:
         self._host[digest] = rows
         self._host_changes += 1
         held = self.host_bytes

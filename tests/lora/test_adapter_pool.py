@@ -5,7 +5,7 @@ import torch
 
 from coserve.lora.adapter import load_adapter
 from coserve.lora.adapter_pool import AdapterPool
-from coserve.lora.adapter_rows import pack
+from coserve.lora.packed_adapter import pack
 from coserve.models.config import LINEAR_MODULES
 
 

@@ -21,8 +21,8 @@ from coserve.core.adapter_slots import AdapterSlots
 from coserve.errors import CoserveError, FailedPrecondition, InvalidRequest, NotFound
 from coserve.lora.adapter import HostAdapter, load_adapter
 from coserve.lora.adapter_pool import AdapterPool
-from coserve.lora.adapter_rows import load_rows
 from coserve.lora.adapter_tiers import AdapterTiers
+from coserve.lora.packed_adapter import load_packed
 from coserve.lora.peft_files import read_adapter_info
 from coserve.models.config import ModelConfig
 
@@ -245,9 +245,9 @@ def test_unload_frees_rows_and_copy_also_while_the_files_are_read(world: World, 
 
 def test_files_that_are_another_version_s_are_refused(config, saved: list[Path]) -> None:
     with pytest.raises(FailedPrecondition, match="have changed"):
-        load_rows(saved[0], config, torch.float32, digest="another", max_rows=8)
+        load_packed(saved[0], config, torch.float32, digest="another", max_rows=8)
     with pytest.raises(FailedPrecondition, match="rank 3 is over the 2 rows"):
-        load_rows(saved[2], config, torch.float32, digest=digest_of(saved[2], config), max_rows=2)
+        load_packed(saved[2], config, torch.float32, digest=digest_of(saved[2], config), max_rows=2)
 
 
 def test_a_load_that_fails_is_told_and_tried_again(world: World, saved: list[Path], tmp_path: Path) -> None:
@@ -434,4 +434,4 @@ def test_values_that_are_not_finite_are_refused_by_module(config, save_adapter, 
     save_file(tensors, path / "adapter_model.safetensors")
     digest = read_adapter_info(path, config, None).digest
     with pytest.raises(InvalidRequest, match=r"layers\.1\.self_attn\.v_proj holds values"):
-        load_rows(path, config, dtype, digest=digest, max_rows=8)
+        load_packed(path, config, dtype, digest=digest, max_rows=8)

@@ -20,7 +20,7 @@ from coserve.models.config import HEAD_MODULE
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterRows:
+class PackedAdapter:
     """`modules` has for each module that is adapted, by number, A [L, r, K] and B, transposed and times its
     scale [L, r, N]; r is the module's largest rank, what a layer has less is zero. `head` has the head's,
     without L. `ranks_LM` is int32 [L, modules], 0 where there is nothing. `nbytes` are its bytes."""
@@ -33,12 +33,12 @@ class AdapterRows:
     nbytes: int
 
 
-def pack(adapter: HostAdapter, model: LinearShapes, dtype: torch.dtype) -> AdapterRows:
+def pack(adapter: HostAdapter, model: LinearShapes, dtype: torch.dtype) -> PackedAdapter:
     """The rows of an adapter that is in memory."""
     return _pack(adapter.digest, adapter.rank, adapter.modules.items(), model, dtype)
 
 
-def load_rows(
+def load_packed(
     path: str | Path,
     model: LinearShapes,
     dtype: torch.dtype,
@@ -46,7 +46,7 @@ def load_rows(
     digest: str,
     max_rows: int,
     base_head: PackedLinear | None = None,
-) -> AdapterRows:
+) -> PackedAdapter:
     """Check and load the PEFT directory of the version `digest`.
 
     Raises what `load_adapter` does, and FailedPrecondition when the files aren't that version's (any more) or
@@ -80,7 +80,7 @@ def _pack(
     weights: Iterable[tuple[tuple[int, str], ModuleWeights]],
     model: LinearShapes,
     dtype: torch.dtype,
-) -> AdapterRows:
+) -> PackedAdapter:
     numbers = {name: number for number, name in enumerate(model.linear_modules)}
     ranks_LM = torch.zeros(model.num_layers, len(numbers), dtype=torch.int32)
     found: dict[str, list[tuple[int, ModuleWeights]]] = {}
@@ -91,7 +91,7 @@ def _pack(
     packed = {name: _module(name, of_layers, model, dtype) for name, of_layers in found.items()}
     nbytes = sum(a.nbytes + b.nbytes for a, b in packed.values())
     head = packed.pop(HEAD_MODULE, None)
-    return AdapterRows(
+    return PackedAdapter(
         digest=digest,
         rank=rank,
         ranks_LM=ranks_LM,
