@@ -6,7 +6,6 @@ or just being written are never evicted; of the others the least used of late go
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -41,7 +40,7 @@ class AdapterSlots:
         self.changes = 0  # counts them, for those who tell others which adapters have rows
         self._on_free = on_free
         self._free_rows = list(range(max_rows - 1, -1, -1))
-        self._slots: OrderedDict[str, AdapterSlot] = OrderedDict()
+        self._slots: dict[str, AdapterSlot] = {}
 
     def __contains__(self, key: str) -> bool:
         return key in self._slots
@@ -56,7 +55,7 @@ class AdapterSlots:
 
     @property
     def keys(self) -> list[str]:
-        """Adapters with rows, least recently used first."""
+        """Adapters with rows."""
         return list(self._slots)
 
     @property
@@ -118,7 +117,6 @@ class AdapterSlots:
         slot = self._slots[key]
         slot.readers += 1
         self.use.count(key)
-        self._slots.move_to_end(key)
         return slot
 
     def release(self, key: str) -> bool:
