@@ -223,6 +223,7 @@ class AdapterTiers:
             )
             return
         known.pinned = pinned
+        self._unplaced_pins.discard(digest)
         if digest in self._slots:
             self._slots.revive(digest)
             self._slots.pin(digest, pinned)

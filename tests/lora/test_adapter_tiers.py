@@ -300,6 +300,19 @@ def test_a_pin_that_finds_no_room_gets_the_first_there_is(config, saved: list[Pa
     assert world.slots.is_ready(pinned) and holds(world, pinned, saved[0])
 
 
+def test_a_pin_that_was_taken_back_is_not_placed_unasked(config, saved: list[Path]) -> None:
+    world = World(config, rows=3)
+    busy = world.want("r", saved[2])
+    world.read_all()
+    assert world.tiers.acquire(busy)
+    pinned = world.load(saved[0], pinned=True)
+    world.read_all()
+    world.load(saved[0], pinned=False)
+    world.tiers.release(busy)
+    world.tiers.poll(busy=False)
+    assert world.slots.keys == [busy] and pinned not in world.slots
+
+
 class Machine(RuleBasedStateMachine):
     """Requests, loads, pins, unloads and failures in any order, with reads that end at any time."""
 
