@@ -92,7 +92,7 @@ def failure_of(matcher: LLMatcher) -> InvalidRequest:
 class GrammarVocabulary:
     """A model's tokens as bytes: what its grammars are compiled for.
 
-    Masks have `num_words` int32 words with a bit for each token id, 1 where it is allowed; an id that the
+    Masks have `num_words` uint32 words with a bit for each token id, 1 where it is allowed; an id that the
     tokenizer doesn't know never is. Making a vocabulary holds the interpreter's lock, a second for 150,000
     tokens: it is done before there are requests.
     """

@@ -125,7 +125,8 @@ class AdapterRegistry:
 
     def all_versions(self) -> list[AdapterVersion]:
         """Every version of every name."""
-        return [version for entry in list(self._entries.values()) for version in entry.versions.values()]
+        entries = list(self._entries.values())
+        return [version for entry in entries for version in list(entry.versions.values())]
 
     def next_version(self, name: str) -> int:
         """The number the next version of `name` gets: one more than the largest it has had."""

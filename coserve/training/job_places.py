@@ -1,4 +1,5 @@
-"""What a job must have before it starts, and holds until it ends: adapter rows, memory outside the pool."""
+"""What a job, or a model that is trained by calls, must have before it starts, and holds until it ends:
+adapter rows, memory outside the pool."""
 
 from __future__ import annotations
 
