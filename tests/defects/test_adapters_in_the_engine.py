@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import pytest
 
@@ -98,7 +97,7 @@ def test_a_long_queue_for_one_adapter_keeps_nobody_out_for_ever(model, adapters,
     assert local.tokens["other"] == expected
 
 
-def test_an_abort_ends_each_request_of_an_adapter(model, adapters, tmp_path: Path) -> None:
+def test_an_abort_ends_each_request_of_an_adapter(model, adapters) -> None:
     """sglang#29179: aborted requests of adapters were never answered. Running, waiting for a place, and
     waiting for weights: each gets its last output, and holds nothing."""
     local = world.make_engine(model, max_num_seqs=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import tarfile
@@ -212,7 +213,7 @@ def test_a_slow_load_of_one_name_holds_up_no_other(server: ServerThread, http, a
     async def slow(ref, pinned=False, job_id=""):  # type: ignore[no-untyped-def]
         if ref.name == "slow-load":
             while not gate.is_set():
-                await __import__("asyncio").sleep(0.005)
+                await asyncio.sleep(0.005)
         await real(ref, pinned, job_id)
 
     server.engine.load_adapter = slow

@@ -251,16 +251,11 @@ def test_a_client_that_drips_is_cut_off(bounded: ServerThread) -> None:
         b"GET /v1/models HTTP/1.1\r\nx: ",
         request("/v1/chat/completions", "Content-Length: 9999", body=b""),
     ):
-        with Raw(bounded) as raw:
+        with Raw(bounded) as raw, pytest.raises(ConnectionError):
             raw.send(start)
-            began = time.monotonic()
-            try:
-                while time.monotonic() - began < 8:
-                    raw.send(b" ")
-                    time.sleep(0.02)
-            except ConnectionError:
-                pass
-            assert time.monotonic() - began < 8
+            for _ in range(400):
+                raw.send(b" ")
+                time.sleep(0.02)
 
 
 def test_connections_at_rest_are_closed_whatever_comes_between_requests(bounded: ServerThread) -> None:
@@ -311,14 +306,10 @@ def test_an_early_answer_does_not_wait_for_the_body(bounded: ServerThread) -> No
     with Raw(bounded) as raw:
         raw.send(request("/v1/files", "Content-Length: 99999999", body=b"").replace(b"Bearer k", b"Bearer x"))
         assert b"HTTP/1.1 401 " in raw.socket.recv(65536)
-        began = time.monotonic()
-        try:
-            while time.monotonic() - began < 20:
+        with pytest.raises(ConnectionError):
+            for _ in range(2000):
                 raw.send(b"x" * 1000)
                 time.sleep(0.01)
-        except ConnectionError:
-            pass
-        assert time.monotonic() - began < 20
 
 
 # ---------------------------------------------------------------------- upgrades, pages

@@ -157,7 +157,7 @@ def test_an_open_server_on_an_open_address_says_so(tmp_path: Path, lines: Lines)
         assert ("may do everything" in lines.text) == warned
 
 
-def test_where_the_state_lies_is_not_told(keyed: ServerThread, tmp_path: Path) -> None:
+def test_where_the_state_lies_is_not_told(keyed: ServerThread) -> None:
     """Adapters and files are named by what clients called them."""
     with keyed.http(KEY) as http:
         for path in ("/v1/adapters", "/v1/files", "/v1/fine_tuning/jobs", "/v1/aliases", "/version", "/load"):
