@@ -199,7 +199,7 @@ class Runs:
         task.add_done_callback(self._removals.discard)
 
     async def _remove_files(self, saved: Saved) -> None:
-        await self._generator.unused(saved.digest)
+        await self._generator.unused(saved.folder)
         await asyncio.to_thread(shutil.rmtree, saved.folder, True)
 
 
