@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import grpc
 import httpx
 import pytest
 
+from coserve.config import EngineConfig
 from coserve.server.grpc_gen import adapters_pb2
 from tests.server.fake_engine import write_peft
 from tests.server.running import BASE, ServerThread
@@ -101,4 +103,38 @@ def test_aliases_outlive_a_restart(tmp_path: Path) -> None:
     server = ServerThread(tmp_path / "state")
     with server.http() as http:
         assert chat(http, "kept").json()["model"] == "kept"
+    server.stop()
+
+
+def test_a_base_of_another_name_leaves_out_its_aliases(tmp_path: Path) -> None:
+    server = ServerThread(tmp_path / "state")
+    with server.http() as http:
+        put(http, "kept", BASE)
+        put(http, "renamed", BASE)
+    server.stop()
+    server = ServerThread(tmp_path / "state", engine=EngineConfig(model="", served_model_name="renamed"))
+    with server.http() as http:
+        assert [card["id"] for card in http.get("/v1/models").json()["data"]] == ["renamed"]
+        assert chat(http, "renamed").json()["model"] == "renamed"
+        assert chat(http, "kept").status_code == 404
+    server.stop()
+    server = ServerThread(tmp_path / "state")
+    with server.http() as http:
+        assert [alias["alias"] for alias in http.get("/v1/aliases").json()["data"]] == ["kept", "renamed"]
+    server.stop()
+
+
+def test_an_alias_of_the_bases_other_name_is_for_keys_that_see_the_base(tmp_path: Path) -> None:
+    keys = [{"key": "a", "role": "admin"}, {"key": "t", "role": "tune", "models": ["x", "other"]}]
+    (tmp_path / "keys.json").write_text(json.dumps({"keys": keys}))
+    server = ServerThread(
+        tmp_path / "state", served_model_names=("other",), keys_file=str(tmp_path / "keys.json")
+    )
+    with server.http() as http:
+        admin, tuner = {"authorization": "Bearer a"}, {"authorization": "Bearer t"}
+        body = {"model": "other"}
+        assert http.put("/v1/aliases/x", json=body, headers=tuner).status_code == 404
+        assert http.put("/v1/aliases/x", json=body, headers=admin).status_code == 200
+        assert http.get("/v1/models", headers=tuner).json()["data"] == []
+        assert http.get("/v1/aliases/x", headers=tuner).status_code == 404
     server.stop()

@@ -63,7 +63,11 @@ class AdapterNames:
 
     def sees_alias(self, alias: Alias, key: Key | None) -> bool:
         """Whether `key` may know of an alias: of its name, and of the model that it means."""
-        return sees(key, alias.name) and sees(key, alias.model.partition("@")[0])
+        return sees(key, alias.name) and self.sees_model(alias.model, key)
+
+    def sees_model(self, name: str, key: Key | None) -> bool:
+        """Whether `key` may know of the base, by its first name, or of an adapter, by its bare one."""
+        return sees(key, self._base.name if self.is_base(name) else name.partition("@")[0])
 
     def _resolve(self, model: str | None, key: Key | None) -> Target:
         if model is None or self.is_base(model):

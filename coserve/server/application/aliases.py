@@ -7,15 +7,19 @@ alias. Moving one is a single swap: a request has the old model or the new one.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from sqlite3 import Connection
 
-from coserve.errors import InvalidRequest, NotFound
+from coserve.errors import CoserveError, InvalidRequest, NotFound
+from coserve.log import line
 from coserve.server import alias_store, job_store
 from coserve.server.alias_store import Alias
 from coserve.server.application.adapter_names import AdapterNames
 from coserve.server.auth import Key, sees
 from coserve.server.database import Database
+
+logger = logging.getLogger(__name__)
 
 
 class Aliases:
@@ -27,9 +31,19 @@ class Aliases:
         self._lock = asyncio.Lock()
 
     async def restore(self) -> None:
-        """Read the table, once the adapters are known."""
-        found = await self._database.run(alias_store.all_rows)
-        self._names.aliases = {alias.name: alias for alias in found}
+        """Read the table, once the adapters are known. An alias whose model isn't there under this command
+        line, or whose name is the base's now, waits in it for a start where that is otherwise."""
+        aliases = {}
+        for alias in await self._database.run(alias_store.all_rows):
+            try:
+                if self._names.is_base(alias.name):
+                    raise InvalidRequest("Its name is the base model's now.")
+                if not self._names.is_base(alias.model):
+                    self._names.get(alias.model, key=None)
+                aliases[alias.name] = alias
+            except CoserveError as error:
+                logger.warning(line("alias is left out", name=alias.name, reason=error.message))
+        self._names.aliases = aliases
 
     def all(self, key: Key | None) -> list[Alias]:
         """Every alias that `key` sees, in order of name."""
@@ -62,7 +76,7 @@ class Aliases:
                 raise InvalidRequest(
                     f"{model!r} is an alias itself; name the model that it means.", param="model"
                 )
-            if not self._names.is_base(model) or not sees(key, model):
+            if not (self._names.is_base(model) and self._names.sees_model(model, key)):
                 self._names.get(model, key=key)
             alias = Alias(name, model, int(time.time()))
             await self._database.run(lambda db: alias_store.put(db, alias))

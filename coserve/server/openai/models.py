@@ -52,7 +52,7 @@ def routes(context: Context) -> list[Route]:
         alias = context.adapters.aliases.get(name)
         if alias is not None and context.adapters.sees_alias(alias, key):
             return {**card_of(alias.model, key), "id": name, "alias_of": alias.model}
-        if context.adapters.is_base(name) and sees(key, context.base.name):
+        if context.adapters.is_base(name) and context.adapters.sees_model(name, key):
             return base_card(context.base, name)
         return adapter_card(context.base, context.adapters.get(name, key=key), name)
 
