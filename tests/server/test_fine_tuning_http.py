@@ -242,6 +242,12 @@ def test_init_from_takes_the_shape(server: ServerThread, http: httpx.Client) -> 
     assert other.status_code == 400 and other.json()["error"]["param"] == "lora.r"
     same = http.post("/v1/fine_tuning/jobs", json={**body, "lora": {"r": 4, "target_modules": "all-linear"}})
     assert same.json()["peft"]["lora_alpha"] == 8
+    assert http.put("/v1/aliases/the-base", json={"model": BASE}).status_code == 200
+    aliased = http.post("/v1/fine_tuning/jobs", json={"model": "the-base", "training_file": file})
+    assert aliased.status_code == 200 and not aliased.json()["init_from"], aliased.text
+    refused = http.post("/v1/fine_tuning/jobs", json={**body, "init_from": "the-base"})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "init_from"
+    http.delete("/v1/aliases/the-base")
     louder = http.post("/v1/fine_tuning/jobs", json={**body, "lora": {"lora_alpha": 16}})
     assert louder.json()["peft"]["lora_alpha"] == 16 and louder.json()["peft"]["r"] == 4
 

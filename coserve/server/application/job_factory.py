@@ -100,17 +100,19 @@ class JobFactory:
             if param == "init_from" and not name:
                 continue
             try:
-                adapter = self._adapters.resolve(name or None, key).adapter
+                target = self._adapters.resolve(name or None, key)
             except CoserveError as error:
                 raise type(error)(error.message, param=param) from None
-            if param == "model" and name in ("", *self._base.names):
-                continue
-            if adapter is None:
+            if target.adapter is not None:
+                found = (name, Path(target.adapter.path))
+            elif target.live_job:
                 raise InvalidRequest(
-                    "init_from must name an adapter or a checkpoint, not the base or a job's live weights.",
-                    param="init_from",
+                    f"{param} can't be a job's live weights; name an adapter or a checkpoint.", param=param
                 )
-            found = (name, Path(adapter.path))
+            elif param == "init_from":
+                raise InvalidRequest(
+                    "init_from must name an adapter or a checkpoint; the base goes without it.", param=param
+                )
         return found
 
     def _record(self, request: JobRequest, lora: LoraSpec, init_from: str, tenant: str) -> JobRecord:
