@@ -69,9 +69,8 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         is_first = True
         async with aclosing(asked.deltas()) as deltas:
             async for delta in deltas:
-                if (
-                    is_first
-                ):  # not before: a refused call ends with its status alone, so it may be tried again
+                if is_first:
+                    # Not before: a refused call ends with its status alone, so it may be tried again.
                     is_first = False
                     await context.send_initial_metadata((("x-request-id", name),))
                 yield responses.of(delta)
