@@ -238,6 +238,7 @@ def test_what_is_kept(http: httpx.Client) -> None:
     body = made(http, input=[{"role": "user", "content": "One"}, {"role": "user", "content": "Two"}])
     url = f"/v1/responses/{body['id']}"
     assert http.get(url).json() == body
+    assert http.get(f"{url}/input_items", params={"order": "up"}).json()["error"]["param"] == "order"
     listed = http.get(f"{url}/input_items", params={"order": "asc"}).json()
     assert [item["content"][0]["text"] for item in listed["data"]] == ["One", "Two"]
     newest = http.get(f"{url}/input_items", params={"limit": 1}).json()

@@ -17,7 +17,7 @@ from coserve.server.fields import Fields
 from coserve.server.file_store import FileRow
 from coserve.server.http import Route, json_response
 from coserve.server.multipart import receive_form
-from coserve.server.openai.paging import list_body, query_limit
+from coserve.server.openai.paging import list_body, newest_first, query_limit
 
 
 def file_body(file: FileRow) -> dict[str, Any]:
@@ -65,10 +65,8 @@ def routes(context: Context) -> list[Route]:
 
     async def list_files(request: Request) -> Response:
         """Files, of a `purpose` where one is given."""
-        order = request.query_params.get("order", "desc")
-        if order not in ("asc", "desc"):
-            raise InvalidRequest("order must be asc or desc.", param="order")
-        found = await files.list(request.query_params.get("purpose"), order == "desc", request.state.key)
+        purpose, key = request.query_params.get("purpose"), request.state.key
+        found = await files.list(purpose, newest_first(request), key)
         limit = query_limit(request, 10000, 10000)
         return json_response(list_body(request, found, lambda file: file.id, file_body, limit))
 

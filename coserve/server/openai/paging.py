@@ -23,6 +23,14 @@ def query_limit(request: Request, default: int, high: int) -> int:
     return int(raw)
 
 
+def newest_first(request: Request) -> bool:
+    """The query's `order`, which is desc unless it is asc."""
+    order = request.query_params.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise InvalidRequest("order must be asc or desc.", param="order")
+    return order == "desc"
+
+
 def list_body(
     request: Request, items: Sequence[_T], key: Callable[[_T], str], body: Callable[[_T], Any], limit: int
 ) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from coserve.server.http import (
 )
 from coserve.server.openai.chat_completions import ChatCompletion
 from coserve.server.openai.logprobs import chat_logprobs
-from coserve.server.openai.paging import list_body, query_limit
+from coserve.server.openai.paging import list_body, newest_first, query_limit
 from coserve.server.openai.response_items import Event, ResponseItems
 from coserve.server.openai.usage import StreamOptions, padded
 from coserve.server.preparing import prepared
@@ -269,7 +269,7 @@ def _kept_routes(store: ResponseStore) -> list[Route]:
     async def input_items(request: Request) -> Response:
         """The items that a kept response was asked with, the last first."""
         items = store.get(request.path_params["id"], tenant_of(request.state.key)).items
-        if request.query_params.get("order", "desc") == "desc":
+        if newest_first(request):
             items = items[::-1]
         return json_response(
             list_body(
