@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from pathlib import Path
@@ -57,6 +58,22 @@ def test_a_session_is_finished_with_all_that_it_holds(server, tinker) -> None:
     assert tinker.http.post("/v1/chat/completions", json=chat).status_code == 404
     folders = Path(server.config.state_dir) / "tinker"
     wait_for(lambda: not list(folders.iterdir()) or model_id in server.engine.models)
+
+
+def test_files_of_a_save_go_after_their_last_reader(server, tinker) -> None:
+    context = server.server.context
+    path = tinker.call("save_weights_for_sampler", tinker.create_model(), path="read")["path"]
+    saved = context.tinker.runs.saved(path, None)
+    folder = Path(saved.folder)
+
+    async def delete_while_it_is_read() -> bool:
+        async with context.generator.using(saved.folder):
+            await context.tinker.runs.delete(saved)
+            await asyncio.sleep(0.05)
+            return folder.is_dir()
+
+    assert server.call(delete_while_it_is_read())
+    wait_for(lambda: not folder.exists())
 
 
 def test_a_silent_session_ends(server, tinker, monkeypatch) -> None:
