@@ -68,7 +68,7 @@ def _moments(sizes: list[int], training: TrainingSpec) -> int:
 def memory_of(spec: JobSpec, model: ModelConfig) -> JobMemory:
     """For a job as the engine gets it; data that can't be read counts for nothing here."""
     offsets = Path(spec.data_path) / "offsets.npy"
-    examples = offsets.stat().st_size // 8 if offsets.exists() else 0
+    examples = offsets.stat().st_size // 8 if spec.data_path and offsets.exists() else 0
     return job_memory(spec.lora, spec.training, model, examples)
 
 

@@ -13,7 +13,7 @@ LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro")
 POLICY_LOSSES = LOSSES[1:]  # compare the policy to the one that sampled, by its log-probabilities
 
 
-class Call(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+class _Call(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Base of the calls."""
 
 
@@ -39,7 +39,7 @@ class LossSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     beta: float = 0.05
 
 
-class Pass(Call):
+class Pass(_Call):
     """Score `data`; with `backward` add the gradient of the summed loss to what is there already."""
 
     data: list[Datum]
@@ -68,20 +68,20 @@ class AdamParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     grad_clip_norm: float = 0.0
 
 
-class Update(Call):
+class Update(_Call):
     """One step of AdamW with the gradients since the last; then there are none."""
 
     adam: AdamParams
 
 
-class Save(Call):
+class Save(_Call):
     """Make the weights, and with `optimizer` its state, durable in a new directory."""
 
     directory: str
     optimizer: bool
 
 
-class Load(Call):
+class Load(_Call):
     """Set the weights from a saved directory, and the optimizer's state or zeros. Gradients are dropped."""
 
     directory: str
