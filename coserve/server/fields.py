@@ -12,6 +12,7 @@ from typing import Any
 from coserve.errors import InvalidRequest
 
 PRIORITIES = (-(2**31), 2**31 - 1)
+MAX_METADATA, MAX_METADATA_NAME = 16, 64
 _SHOWN = 60
 _MAX_INTEGER = 2**53  # what JSON readers agree on; larger only where a field says so
 
@@ -167,3 +168,14 @@ class Fields:
         if value is None:
             return None
         return Fields(value, f"{self.path}{name}.")
+
+    def metadata(self) -> dict[str, str]:
+        """OpenAI's `metadata`: at most 16 pairs of strings, names of 64 characters and values of 512."""
+        given = self.object("metadata")
+        if given is None:
+            return {}
+        if len(given.body) > MAX_METADATA:
+            raise self.fail("metadata", f"must have at most {MAX_METADATA} pairs, not {len(given.body)}.")
+        if any(len(name) > MAX_METADATA_NAME for name in given.body):
+            raise self.fail("metadata", f"has a key of over {MAX_METADATA_NAME} characters.")
+        return {name: given.string(name, "", 512) or "" for name in given.body}

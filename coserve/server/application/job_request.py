@@ -72,21 +72,9 @@ def parse_job_request(body: object, max_model_len: int) -> JobRequest:
         auto=parse_auto(training),
         seed=seed if seed is not None else secrets.randbelow(MAX_SEED),
         init_from=fields.string("init_from") or "",
-        metadata=_metadata(fields),
+        metadata=fields.metadata(),
         priority=fields.integer("priority", 0, *PRIORITIES) or 0,
         idempotency_key=fields.string("idempotency_key", "", 255) or "",
         publish_if=read_gate(fields, bool(validation_file or spec.validation_split)),
         digest=hashlib.sha256(json.dumps(fields.body, sort_keys=True, default=str).encode()).hexdigest(),
     )
-
-
-def _metadata(fields: Fields) -> dict[str, str]:
-    metadata = fields.object("metadata")
-    if metadata is None:
-        return {}
-    if len(metadata.body) > 16:
-        raise fields.fail("metadata", f"must have at most 16 pairs, not {len(metadata.body)}.")
-    for key in metadata.body:
-        if len(key) > 64:
-            raise fields.fail("metadata", "has a key of over 64 characters.")
-    return {key: metadata.string(key, "", 512) or "" for key in metadata.body}

@@ -16,7 +16,6 @@ LOGPROBS = "message.output_text.logprobs"
 _WITHOUT_EFFECT = "reasoning.encrypted_content"  # nothing of a model's reasoning is hidden here
 _ROLES = ("user", "assistant", "system", "developer")
 _TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
-MAX_METADATA = 16
 
 
 @dataclass(frozen=True)
@@ -61,16 +60,6 @@ def read_input(fields: Fields) -> ResponseInput:
     if reasoning is not None and reasoning.has("effort"):
         body["reasoning_effort"] = reasoning.string("effort")
     return ResponseInput([listed(item) for item in items], messages.made, system, body)
-
-
-def check_metadata(fields: Fields) -> dict[str, str]:
-    """OpenAI's bounds: 16 pairs of strings."""
-    given = fields.object("metadata")
-    if given is None:
-        return {}
-    if len(given.body) > MAX_METADATA:
-        raise fields.fail("metadata", f"must have at most {MAX_METADATA} pairs, not {len(given.body)}.")
-    return {str(name): given.string(name, "", 512) or "" for name in given.body}
 
 
 def renamed(error: CoserveError) -> CoserveError:

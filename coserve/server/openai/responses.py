@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from coserve.errors import ContextLengthExceeded, CoserveError, InvalidRequest
 from coserve.server.application.chat_answer import AnswerDelta
-from coserve.server.application.response_input import check_metadata, read_input, renamed
+from coserve.server.application.response_input import read_input, renamed
 from coserve.server.application.response_store import ResponseStore, StoredResponse
 from coserve.server.auth import USE, Key, tenant_of
 from coserve.server.context import Context
@@ -62,7 +62,7 @@ class _Response:
         self._fields = fields
         self._store = store
         self._tenant = tenant_of(key)
-        self.metadata = check_metadata(fields)
+        self.metadata = fields.metadata()
         self.stream = fields.boolean("stream")
         self._obfuscates = StreamOptions.read(fields, force_usage=False).obfuscates
         self.previous = fields.string("previous_response_id")
