@@ -79,12 +79,17 @@ def take_request_id(request: Request, fields: Fields) -> None:
         request.state.request_id = given
 
 
+def media_type(request: Request) -> str:
+    """The `Content-Type` without its parameters, in lower case."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 async def read_json(request: Request) -> Fields:
     """The body as a JSON object; `request.state.size` is its length in bytes.
 
     Raises UnsupportedMediaType, PayloadTooLarge (over 32 MiB), or InvalidRequest.
     """
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = media_type(request)
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise errors.UnsupportedMediaType("The body must be JSON: send Content-Type: application/json.")
     body = await read_body(request, MAX_JSON_BYTES)

@@ -13,10 +13,9 @@ from coserve.server.context import Context
 from coserve.server.http import Route, json_response, until_disconnect
 from coserve.server.preparing import prepared
 from coserve.server.tinker.futures import Future
-from coserve.server.tinker.routes import PREFIX, read_fields
+from coserve.server.tinker.routes import PREFIX, PROTOBUF, read_fields
 
 LONG_POLL = 20.0  # seconds that a request waits for its answer; the client gives up after 45
-PROTOBUF = "application/x-protobuf"
 
 
 def routes(context: Context) -> list[Route]:

@@ -13,6 +13,7 @@ from coserve.server.http import json_response, read_json
 from coserve.server.tinker.futures import Future
 
 PREFIX = "/api/v1/"
+PROTOBUF = "application/x-protobuf"
 
 
 async def read_fields(request: Request, allowed: frozenset[str], type_name: str) -> Fields:

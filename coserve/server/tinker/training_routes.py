@@ -18,11 +18,18 @@ from coserve.server.application.models import unknown_model
 from coserve.server.auth import TUNE, Key, sees
 from coserve.server.context import Context
 from coserve.server.fields import Fields
-from coserve.server.http import Route, json_response, read_body, read_json
+from coserve.server.http import Route, json_response, media_type, read_body, read_json
 from coserve.server.preparing import prepared
 from coserve.server.tinker import passes
 from coserve.server.tinker.models import TrainedModel, Work
-from coserve.server.tinker.routes import PREFIX, check_fields, digest_of, future_response, read_fields
+from coserve.server.tinker.routes import (
+    PREFIX,
+    PROTOBUF,
+    check_fields,
+    digest_of,
+    future_response,
+    read_fields,
+)
 from coserve.server.tinker.runs import SAMPLER, Runs, check_ttl
 from coserve.server.tinker.samplers import Sampler
 from coserve.server.tinker.service import Tinker
@@ -33,7 +40,6 @@ from coserve.training.job import LoraSpec
 from coserve.training.lora_settings import resolve_lora
 from coserve.training.model_calls import AdamParams, Pass, Update
 
-PROTOBUF = "application/x-protobuf"
 MAX_BODY = 32 << 20  # bytes of a pass
 ALPHA = 32.0  # the API has no alpha; SkyRL's servers take this one too
 MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
@@ -157,8 +163,7 @@ class _Training:
     async def forward_backward(self, request: Request) -> Response:
         """Score data, and add the gradient of the summed loss to what is there. As JSON or protobuf, which
         with `forward_only` only scores."""
-        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if content_type != PROTOBUF:
+        if media_type(request) != PROTOBUF:
             return await self._pass_from_json(request, "forward_backward_input", backward=True)
         body = await read_body(request, MAX_BODY)
         message = passes.parse_protobuf(body)
