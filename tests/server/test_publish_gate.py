@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,6 +11,7 @@ import openai
 import pytest
 
 from coserve.errors import QueueFull
+from coserve.server.application import publish_checks
 from coserve.server.grpc_gen import fine_tuning_pb2
 from tests.server.fake_engine import DEFAULT_REPLY
 from tests.server.running import BASE, ServerThread, wait_for
@@ -127,6 +129,22 @@ def test_refusals(server: ServerThread, http: httpx.Client) -> None:
         refused = http.post("/v1/fine_tuning/jobs", json=body)
         assert refused.status_code in (400, 404), (gate, refused.text)
         assert refused.json()["error"]["param"] == param, refused.text
+
+
+def test_a_file_deleted_while_the_job_is_made(
+    server: ServerThread, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = server.openai()
+    file = upload(client, questions("a"))
+    check = {"name": "c", "file": file, "max_tokens": 9}
+
+    def gone(source: Path, kept: Path) -> None:
+        raise FileNotFoundError(source)
+
+    monkeypatch.setattr(publish_checks, "_keep", gone)
+    body = {"model": BASE, "training_file": upload(client), "publish_if": {"checks": [check]}}
+    refused = http.post("/v1/fine_tuning/jobs", json=body)
+    assert refused.status_code == 404 and "is gone" in refused.json()["error"]["message"]
 
 
 def test_over_grpc(server: ServerThread) -> None:

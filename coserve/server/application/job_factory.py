@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from coserve.errors import CoserveError, FailedPrecondition, InvalidRequest
+from coserve.errors import CoserveError, FailedPrecondition, InvalidRequest, NotFound
 from coserve.lora.peft_files import read_adapter_info
 from coserve.models.config import ModelConfig
 from coserve.server.application.adapters import Adapters
@@ -75,8 +75,10 @@ class JobFactory:
             await self._checks.keep(request.publish_if, key, folder)
             if source is not None:
                 await asyncio.to_thread(copy_directory, source, folder / "init")
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, FileNotFoundError):  # deleted since it was looked up
+                raise NotFound("A file or an adapter that the job names is gone.") from None
             raise
         return job
 
@@ -102,7 +104,7 @@ class JobFactory:
             try:
                 target = self._adapters.resolve(name or None, key)
             except CoserveError as error:
-                raise type(error)(error.message, param=param) from None
+                raise type(error)(error.message, param=param, code=error.code) from None
             if target.adapter is not None:
                 found = (name, Path(target.adapter.path))
             elif target.live_job:
