@@ -1,4 +1,4 @@
-"""All parts of a running server, made once by main.py and handed to the routes."""
+"""All parts of a running server, made once by parts.py and handed to the routes."""
 
 from __future__ import annotations
 
