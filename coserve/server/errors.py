@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -44,6 +45,14 @@ _GRPC: tuple[tuple[type[errors.CoserveError], grpc.StatusCode], ...] = (
 def internal_error() -> errors.InternalError:
     """What a client is told of a fault whose details stay in the log."""
     return errors.InternalError("The server had an internal error; its log has the details.")
+
+
+def told(error: Exception, log: logging.Logger, where: str) -> errors.CoserveError:
+    """What a client is told of an error; of one outside the tree nothing but that, and `log` has the rest."""
+    if isinstance(error, errors.CoserveError):
+        return error
+    log.error(where, exc_info=error)
+    return internal_error()
 
 
 def http_status(error: errors.CoserveError) -> tuple[int, str]:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from coserve import errors
-from coserve.server.errors import envelope, http_headers, http_status, internal_error
+from coserve.server.errors import envelope, http_headers, http_status, told
 from coserve.server.fields import Fields
 
 logger = logging.getLogger(__name__)
@@ -48,11 +48,9 @@ def json_response(content: object, status: int = 200, headers: dict[str, str] | 
 
 def error_response(error: Exception) -> Response:
     """OpenAI's envelope; details of anything outside the error tree stay in the log."""
-    if not isinstance(error, errors.CoserveError):
-        logger.error("unexpected error", exc_info=error)
-        error = internal_error()
-    status, _ = http_status(error)
-    return json_response(envelope(error), status, http_headers(error))
+    failure = told(error, logger, "unexpected error")
+    status, _ = http_status(failure)
+    return json_response(envelope(failure), status, http_headers(failure))
 
 
 def request_id(given: str) -> str:
@@ -240,10 +238,8 @@ class EventStream(Response):
             except OSError:
                 return
             except Exception as error:
-                if not isinstance(error, errors.CoserveError):
-                    logger.error("unexpected error in a stream", exc_info=error)
-                    error = internal_error()
-                await self._send(send, [envelope(error)])
+                failure = told(error, logger, "unexpected error in a stream")
+                await self._send(send, [envelope(failure)])
             await send({"type": "http.response.body", "body": self.end, "more_body": False})
 
     async def _send(self, send: Send, events: Sequence[object]) -> None:

@@ -22,7 +22,7 @@ from coserve.server.application.response_input import read_input, renamed
 from coserve.server.application.response_store import ResponseStore, StoredResponse
 from coserve.server.auth import USE, Key, tenant_of
 from coserve.server.context import Context
-from coserve.server.errors import internal_error
+from coserve.server.errors import told
 from coserve.server.fields import Fields
 from coserve.server.http import (
     EventStream,
@@ -190,10 +190,8 @@ class _Response:
         except Exception as error:
             if not started:
                 raise
-            if not isinstance(error, CoserveError):
-                logger.error("unexpected error in a stream", exc_info=error)
-                error = internal_error()
-            last = {"type": "response.failed", "response": self._body("failed", error)}
+            failure = told(error, logger, "unexpected error in a stream")
+            last = {"type": "response.failed", "response": self._body("failed", failure)}
         yield self._numbered([last])
 
     def _numbered(self, events: list[Event]) -> list[Event]:
