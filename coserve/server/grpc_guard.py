@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from coserve.errors import CoserveError, InvalidRequest
 from coserve.server.auth import TUNE, USE, Authenticator, Key
 from coserve.server.context import Context
-from coserve.server.errors import grpc_code, grpc_status, internal_error
+from coserve.server.errors import grpc_code, grpc_status, told
 from coserve.server.grpc_stalls import Stalls
 from coserve.server.http import request_id
 
@@ -43,12 +43,10 @@ def _code_word(context: grpc.aio.ServicerContext) -> str:
 
 async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
     """End the call with the error's status and its details."""
-    if not isinstance(error, CoserveError):
-        logger.error("unexpected error", exc_info=error)
-        error = internal_error()
-    details = ("grpc-status-details-bin", grpc_status(error).SerializeToString())
+    failure = told(error, logger, "unexpected error")
+    details = ("grpc-status-details-bin", grpc_status(failure).SerializeToString())
     trailing = (*(context.trailing_metadata() or ()), details)
-    await context.abort(grpc_code(error), error.message, trailing_metadata=trailing)
+    await context.abort(grpc_code(failure), failure.message, trailing_metadata=trailing)
 
 
 def key_of(context: Context, metadata: Iterable[tuple[str, str | bytes]] | None) -> Key | None:
